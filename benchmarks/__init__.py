@@ -1,0 +1,1 @@
+"""Measurements of fastlora against what it replaces: `python -m benchmarks`."""
