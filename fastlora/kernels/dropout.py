@@ -52,6 +52,12 @@ def keep_tile(seed, offs_m, start_k, threshold, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def drop_tile(x, seed, offs_m, start_k, threshold, BLOCK_K: tl.constexpr):
+    """x [BLOCK_M, BLOCK_K] with zeros where it is dropped; what is kept still wants `keep_scale`."""
+    return tl.where(keep_tile(seed, offs_m, start_k, threshold, BLOCK_K), x, 0.0)
+
+
+@triton.jit
 def keep_scale(threshold):
     """1 / (1 - threshold / 65536), the factor of what is kept (finite at p = 1, where nothing is)."""
     return 65536.0 / tl.maximum(65536 - threshold, 1).to(tl.float32)
