@@ -1,0 +1,142 @@
+"""SMS messages as token ids: GPT-2's encoding, built offline where it can be, and the data set of `train spam`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastlora.errors import UserError
+
+PAD = 50256  # GPT-2 has no padding token; <|endoftext|> stands in
+LABELS = ("ham", "spam")
+# The files of OpenAI's release; tiktoken pins the same two sums.
+CHECKSUMS = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+def gpt2_encoding(data: Path | None):
+    """tiktoken's encoding `gpt2` (50,257 tokens), from `<data>/gpt2/{encoder.json,vocab.bpe}` with no network.
+
+    Without these files it is tiktoken's own, from its cache or its download. Both files must be OpenAI's to the
+    byte: a vocabulary that differs would silently encode to other ids.
+
+    Raises:
+        UserError: a file is missing beside the other, is not OpenAI's, or nothing is found and the network is out
+            of reach.
+    """
+    import tiktoken
+
+    folder = None if data is None else data / "gpt2"
+    if folder is None or not any((folder / name).exists() for name in CHECKSUMS):
+        return _tiktoken_own(tiktoken, folder)
+    contents = {name: _checked(folder / name, want) for name, want in CHECKSUMS.items()}
+    ranks = _ranks(json.loads(contents["encoder.json"]))
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": PAD})
+
+
+def _tiktoken_own(tiktoken, folder: Path | None):
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' many, and tiktoken's ValueError on a broken download
+        looked = f"no encoder.json and vocab.bpe in {folder}, and " if folder else ""
+        raise UserError(f"GPT-2's vocabulary: {looked}tiktoken could not fetch it ({type(error).__name__})") from None
+
+
+def _checked(path: Path, want: str) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; encoder.json and vocab.bpe are needed together") from None
+    got = hashlib.sha256(content).hexdigest()
+    if got != want:
+        raise UserError(f"{path}: sha256 {got[:16]}… is not that of OpenAI's file, {want[:16]}…; fetch it again")
+    return content
+
+
+def _ranks(encoder: dict[str, int]) -> dict[bytes, int]:
+    """Token bytes to merge rank. In GPT-2's vocabulary a token's id is its rank, so encoder.json alone tells it.
+
+    The file writes each byte as a printable character: those that print stand for themselves, the others for
+    256, 257, ... in their order.
+    """
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    hidden = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    return {bytes(byte_of[c] for c in token): i for token, i in encoder.items() if i != PAD}
+
+
+def read_messages(path: Path, limit: int | None = None) -> tuple[list[str], list[int]]:
+    """Texts and labels (0 ham, 1 spam) of the first `limit` rows of a parquet file with columns Label and Text.
+
+    Raises UserError when the file is missing, damaged or empty, lacks a column, or holds another label or no text.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_parquet(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `fastlora prepare spam` makes it") from None
+    except Exception as error:  # pyarrow raises many kinds on a damaged file
+        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0][:100]})") from None
+    missing = {"Label", "Text"} - set(frame.columns)
+    if missing:
+        raise UserError(f"{path}: no column {sorted(missing)[0]}; found {', '.join(map(str, frame.columns))}")
+    frame = frame[:limit]
+    if frame.empty:
+        raise UserError(f"{path}: holds no message")
+    wrong = frame[~frame["Label"].isin(range(len(LABELS))) | ~frame["Text"].map(lambda text: isinstance(text, str))]
+    if len(wrong):
+        raise UserError(f"{path}: row {wrong.index[0]} has no text or a label other than 0 (ham) and 1 (spam)")
+    return frame["Text"].tolist(), [int(label) for label in frame["Label"]]
+
+
+def encode(texts: Sequence[str], encoding, length: int | None = None) -> Tensor:
+    """Token ids of `texts`, int64 (len(texts), length), padded with 50256 and cut to `length`.
+
+    `length=None`: that of the longest text. Special tokens written in a message are text like any other.
+    """
+    ids = encoding.encode_ordinary_batch(list(texts), num_threads=2)
+    length = max(1, *map(len, ids)) if length is None else length
+    rows = torch.full((len(ids), length), PAD)
+    for row, tokens in zip(rows, ids, strict=True):
+        tokens = tokens[:length]
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    return rows
+
+
+class SpamDataset(Dataset):
+    """Messages of a parquet file, encoded once and kept in memory.
+
+    Args:
+        path: parquet with columns Label (0 ham, 1 spam) and Text.
+        encoding: as `gpt2_encoding` gives.
+        length: tokens per message; None for the longest message of this file (what the training split is given;
+            the others are given the training split's).
+        limit: take the first rows only.
+
+    Attributes:
+        inputs: int64 (messages, length).
+        labels: int64 (messages,).
+        length: tokens per message.
+    """
+
+    def __init__(self, path: Path, encoding, length: int | None = None, limit: int | None = None):
+        texts, labels = read_messages(path, limit)
+        self.inputs = encode(texts, encoding, length)
+        self.labels = torch.tensor(labels)
+        self.length = self.inputs.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.labels[index]
