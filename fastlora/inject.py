@@ -1,0 +1,165 @@
+"""`inject`: put LoRA layers into a model in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from fastlora.errors import warn_once
+from fastlora.linear import FusedLoRALinear
+from fastlora.targets import TASK_HEADS, AdapterConfig, Plan, names, names_or_pattern, plan
+
+CALL_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def inject(
+    model: nn.Module,
+    r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    target_modules: Iterable[str] | str = "all-linear",
+    modules_to_save: Iterable[str] = (),
+    use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    exclude_modules: Iterable[str] | str = (),
+    task_type: str | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    layer_class: type[FusedLoRALinear] = FusedLoRALinear,
+) -> nn.Module:
+    """Replace layers of `model` by LoRA layers in place, freeze everything else, and return the model.
+
+    Layers are named as PEFT names them. Hooks on a replaced layer keep working. A layer that the model holds under
+    several names is replaced under all of them and adapted once. The base weights stay where they are, shared with
+    whatever they were shared with. Nothing is changed when an error is raised.
+
+    Args:
+        model: any module that holds `nn.Linear` or transformers' `Conv1D` layers.
+        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype: as for `FusedLoRALinear`.
+        target_modules: a list of names, each a whole name or its end after a dot ("q_proj" means every "...q_proj"); or a
+            regular expression that must match the whole name; or "all-linear": every nn.Linear and Conv1D but the
+            output head of a transformers model.
+        modules_to_save: name ends of modules that are trained in full and saved with the adapter. They get no LoRA layer.
+            One that shares parameters with another module (a tied output head) is copied first, and so untied, as PEFT
+            does.
+        rank_pattern, alpha_pattern: other ranks and alphas for layers whose name's end matches a regular expression; the
+            first match counts.
+        exclude_modules: layers left out, named as in target_modules.
+        task_type: PEFT's ("SEQ_CLS", "CAUSAL_LM", ...): written to the adapter's config; "SEQ_CLS" and "TOKEN_CLS" add
+            "classifier" and "score" to modules_to_save, "QUESTION_ANS" adds "qa_outputs", as PEFT does.
+        layer_class: `FusedLoRALinear` or a subclass of it.
+
+    Raises:
+        TypeError, ValueError: nothing matches, a named layer is of an unsupported kind, the model already has LoRA
+            layers, or an argument is out of its range; the message names it.
+    """
+    if task_type is not None and task_type not in TASK_HEADS:
+        raise ValueError(f"task_type must be None or one of {', '.join(TASK_HEADS)}, got {task_type!r}")
+    saved = names("modules_to_save", modules_to_save)
+    saved += tuple(head for head in TASK_HEADS.get(task_type, ()) if head not in saved)
+    config = AdapterConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=names_or_pattern("target_modules", target_modules),
+        exclude_modules=names_or_pattern("exclude_modules", exclude_modules),
+        modules_to_save=saved,
+        use_rslora=use_rslora,
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
+        task_type=task_type,
+    )
+    return attach(model, plan(model, config), adapter_dtype, layer_class)
+
+
+def attach(
+    model: nn.Module,
+    plan: Plan,
+    adapter_dtype: torch.dtype | None = None,
+    layer_class: type[FusedLoRALinear] = FusedLoRALinear,
+) -> nn.Module:
+    """Carry out a plan. All that can fail comes before the first change to the model."""
+    if not (isinstance(layer_class, type) and issubclass(layer_class, FusedLoRALinear)):
+        raise TypeError(f"layer_class must be FusedLoRALinear or a subclass of it, got {layer_class!r}")
+    config = plan.config
+    asked = [(p, p.requires_grad) for p in model.parameters()]
+    new: dict[nn.Module, nn.Module] = {}
+    try:
+        for name, module in plan.targets.items():
+            layer = layer_class.from_linear(
+                module,
+                r=config.rank_of(name),
+                lora_alpha=config.alpha_of(name),
+                lora_dropout=config.lora_dropout,
+                use_rslora=config.use_rslora,
+                adapter_dtype=adapter_dtype,
+            )
+            for hooks in CALL_HOOKS:
+                if hooks in module.__dict__:
+                    layer.__dict__[hooks] = module.__dict__[hooks]  # the same dict: handles can still remove from it
+            layer._is_full_backward_hook = module._is_full_backward_hook
+            new[module] = layer
+        for module in _tied(model, plan.saved.values()):
+            new[module] = copy.deepcopy(module)
+    except BaseException:
+        for parameter, requires_grad in asked:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+    for parameter, _ in asked:
+        parameter.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new:
+                setattr(parent, name, new[child])
+    for name in plan.saved:
+        for parameter in model.get_submodule(name).parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    for layer in new.values():
+        if isinstance(layer, FusedLoRALinear):
+            layer.requires_grad_(True)
+    _leave_fast_paths(model)
+    model.fastlora_config = config
+    return model
+
+
+def _tied(model: nn.Module, saved: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of `saved` that share a parameter with a module outside themselves."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(module)
+    tied = []
+    for module in saved:
+        own = set(module.modules())
+        if any(owner not in own for p in module.parameters() for owner in owners[id(p)]):
+            tied.append(module)
+            warn_once(
+                ("tied", type(module)),
+                f"a {type(module).__name__} of modules_to_save shares parameters with another module: it trains a copy",
+            )
+    return tied
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    # torch's own encoder layers read linear1.weight past the module when they do not train: these switches stop it.
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(
+            isinstance(part, FusedLoRALinear) for part in module.modules()
+        ):
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0

@@ -1,0 +1,312 @@
+"""`FusedLoRALinear`: a frozen linear layer with a LoRA adapter, as a module.
+
+    y = x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from contextlib import contextmanager
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora import reference
+from fastlora.functional import lora_linear
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class FusedLoRALinear(nn.Module):
+    """A linear layer whose weight is frozen and whose update of rank `r` is trained, in one fused computation.
+
+    Attributes: `weight` (N, K) and `bias` (N,) or None, frozen; `lora_A` (R, K) and `lora_B` (N, R), trained;
+    `scaling`, a float; `lora_dropout`, a probability; `merged`. N is out_features, K in_features, R the rank.
+    Input (..., K) in the weight's dtype, output (..., N). lora_A starts Kaiming-uniform as in PEFT, lora_B at zero, so
+    a new layer computes exactly what its base computes.
+
+    The state dict speaks of the layer as it is unmerged: `weight` (in the layout of the layer it was made from),
+    `bias`, `lora_A`, `lora_B`, under the same names whether the layer is merged or not.
+
+    Args:
+        in_features, out_features: K and N, at least 1.
+        r: the rank, at least 1.
+        lora_alpha: the numerator of the scaling `lora_alpha / r`.
+        lora_dropout: probability in [0, 1) that an element of x is dropped from the update while training.
+        bias: whether there is a bias.
+        use_rslora: scale by `lora_alpha / sqrt(r)` instead (Kalajdzievski 2023).
+        scaling: the scaling itself; lora_alpha is then ignored and recomputed from it.
+        adapter_dtype: the dtype of lora_A and lora_B: the weight's (the default) or float32.
+        device, dtype: of the weight, as for `nn.Linear`; float64, float32, bfloat16 or float16.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of its range; the message names it.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+    """
+
+    in_features: int
+    out_features: int
+    lora_dropout: float
+    scaling: float
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        scaling: float | None = None,
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = _positive_int("in_features", in_features)
+        self.out_features = _positive_int("out_features", out_features)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        weight = torch.empty((self.out_features, self.in_features), device=device, dtype=dtype)
+        offset = torch.empty(self.out_features, device=device, dtype=dtype) if bias else None
+        self._build(weight, offset, r, lora_alpha, lora_dropout, use_rslora, scaling, adapter_dtype)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        scaling: float | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> FusedLoRALinear:
+        """The layer over an existing `nn.Linear` or transformers' `Conv1D`, sharing its weight and bias.
+
+        Nothing is copied: an `nn.Linear`'s own parameters are taken over (and so frozen in `linear` too); a `Conv1D`
+        keeps its weight as (K, N), and `weight` is the transposed view (N, K) of the same memory. The adapter starts on
+        the weight's device. The other arguments are as for the class.
+
+        Raises:
+            TypeError: `linear` is another kind of module, or its weight is not a plain floating-point parameter
+                (quantised or parametrised weights are not supported).
+        """
+        weight, bias, transposed = base_parameters(linear)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = weight.shape
+        layer._build(weight, bias, r, lora_alpha, lora_dropout, use_rslora, scaling, adapter_dtype)
+        layer.fan_in_fan_out = transposed
+        layer.reset_lora_parameters()
+        return layer.train(linear.training)
+
+    def _build(self, weight, bias, r, lora_alpha, lora_dropout, use_rslora, scaling, adapter_dtype) -> None:
+        if weight.dtype not in DTYPES:
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {weight.dtype}")
+        adapter_dtype = weight.dtype if adapter_dtype is None else adapter_dtype
+        if adapter_dtype not in (weight.dtype, torch.float32):
+            raise ValueError(f"adapter_dtype must be the weight's {weight.dtype} or float32, got {adapter_dtype}")
+        self.r = _positive_int("r", r)
+        self.lora_dropout = _finite("lora_dropout", lora_dropout)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be at least 0 and less than 1, got {lora_dropout}")
+        self.set_scaling(lora_alpha, use_rslora, scaling)
+        self.weight = _frozen(weight)
+        self.bias = None if bias is None else _frozen(bias)
+        self.lora_A = nn.Parameter(weight.new_empty((self.r, self.in_features), dtype=adapter_dtype))
+        self.lora_B = nn.Parameter(weight.new_empty((self.out_features, self.r), dtype=adapter_dtype))
+        self.fan_in_fan_out = False
+        self._keep_base(None)
+
+    def set_scaling(self, lora_alpha: float = 16, use_rslora: bool = False, scaling: float | None = None) -> None:
+        """Set `scaling` to lora_alpha / r, to lora_alpha / sqrt(r), or outright; see the class for the arguments."""
+        self.use_rslora = bool(use_rslora)
+        divisor = math.sqrt(self.r) if self.use_rslora else self.r
+        if scaling is None:
+            self.lora_alpha = _finite("lora_alpha", lora_alpha)
+            self.scaling = float(self.lora_alpha / divisor)
+        else:
+            self.scaling = float(_finite("scaling", scaling))
+            self.lora_alpha = self.scaling * divisor
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: weight and bias as `nn.Linear` does, then the adapter. Unmerges first."""
+        self.unmerge()
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """Start the adapter anew: lora_A Kaiming-uniform with a = sqrt(5), lora_B zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) in the weight's dtype -> (..., N). Merged, it is the plain linear layer: no dropout."""
+        if self._base is not None:
+            return F.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.lora_dropout, self.training
+        )
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` holds the sum of the base weight and the update."""
+        return self._base is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put `base + scaling * lora_B @ lora_A` in the place of `weight`; forward is then one plain linear layer.
+
+        The base weight itself is left untouched and kept beside the merged one until `unmerge` puts it back, so that
+        coming back is exact in every dtype and a weight that is shared with another module (a tied embedding) keeps its
+        value there. A merged layer therefore holds one weight more. It does not train: the adapter gets no gradient.
+        The sum is formed in float32 (float64 for a float64 layer) and rounded once. Merging twice does nothing.
+
+        Raises:
+            ValueError: the sum is not finite where the base weight was; the layer is left unmerged.
+        """
+        if self._base is not None:
+            return
+        base = self.weight
+        wide = torch.promote_types(torch.float32, torch.promote_types(base.dtype, self.lora_A.dtype))
+        merged = torch.addmm(
+            base.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling
+        ).to(base.dtype)
+        if not base.is_meta and bool((torch.isfinite(base) & ~torch.isfinite(merged)).any()):
+            raise ValueError(f"the merged weight is not finite in {base.dtype}; the layer is left unmerged")
+        self._keep_base(base)
+        self.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the base weight back: the same parameter, bit for bit. Does nothing when not merged."""
+        if self._base is not None:
+            self.weight = self._base
+            self._keep_base(None)
+
+    def requires_grad_(self, requires_grad: bool = True) -> FusedLoRALinear:
+        """Turn the adapter's gradients on or off. The weight stays frozen, and the bias as it is."""
+        self.lora_A.requires_grad_(requires_grad)
+        self.lora_B.requires_grad_(requires_grad)
+        return self
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}",
+            f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}",
+        ]
+        if self.lora_A.dtype != self.weight.dtype:
+            parts.append(f"adapter_dtype={self.lora_A.dtype}")
+        if self.merged:
+            parts.append("merged=True")
+        return ", ".join(parts)
+
+    def _keep_base(self, base: nn.Parameter | None) -> None:
+        # Straight into __dict__: kept out of parameters(), and still copied and pickled with the module.
+        self.__dict__["_base"] = base
+
+    def _apply(self, fn, recurse: bool = True):
+        # The kept base weight moves and changes dtype with the rest.
+        if self._base is None:
+            return super()._apply(fn, recurse)
+        self._parameters["_base"] = self.__dict__.pop("_base")
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._keep_base(self._parameters.pop("_base"))
+
+    @contextmanager
+    def _stored_weight(self):
+        """Inside, `weight` is what the state dict speaks of: unmerged, in the layout of the original layer."""
+        weight = self.weight
+        base = weight if self._base is None else self._base
+        stored = nn.Parameter(base.detach().t(), requires_grad=False) if self.fan_in_fan_out else base
+        self._parameters["weight"] = stored
+        try:
+            yield
+        finally:
+            if self._parameters["weight"] is not stored:  # load_state_dict(assign=True) put another one there
+                base = self._parameters["weight"]
+                base = nn.Parameter(base.detach().t(), requires_grad=False) if self.fan_in_fan_out else base
+            self._parameters["weight"] = base if self._base is None else weight
+            if self._base is not None:
+                self._keep_base(base)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        with self._stored_weight():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        with self._stored_weight():
+            super()._load_from_state_dict(*args, **kwargs)
+        if self.merged:
+            self.unmerge()
+            self.merge()
+
+
+class EagerLoRALinear(FusedLoRALinear):
+    """The same layer computed by the eager reference: what the fused one is compared with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._base is not None:
+            return F.linear(x, self.weight, self.bias)
+        return reference.lora_linear(
+            x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.lora_dropout, self.training
+        )
+
+
+def base_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
+    """(weight as (N, K), bias, whether the module stores it as (K, N)) of an `nn.Linear` or transformers' `Conv1D`.
+
+    Raises TypeError for any other module, and for weights that are not plain floating-point parameters. transformers is
+    never imported: a `Conv1D` can only be met once it has been.
+    """
+    kind = type(linear).__name__
+    transposed = is_conv1d(linear)
+    if not transposed and not (isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward):
+        raise TypeError(f"linear must be an nn.Linear or transformers' Conv1D, got {kind}")
+    if "forward" in linear.__dict__:
+        raise TypeError(f"linear has a forward of its own (off-loading hooks, say) that would be lost: {kind}")
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    if weight is None or type(weight.data) is not Tensor or weight.dtype not in DTYPES or weight.ndim != 2:
+        what = "no plain parameter" if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
+        raise TypeError(f"linear.weight must be a plain 2-D parameter of 16, 32 or 64-bit floats, got {what}")
+    return (weight.detach().t() if transposed else weight), bias, transposed
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D`, which stores its weight as (K, N)."""
+    home = sys.modules.get("transformers.pytorch_utils")
+    return home is not None and isinstance(module, home.Conv1D)
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    return parameter.requires_grad_(False)
+
+
+def _positive_int(name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return number
+
+
+def _finite(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return value
