@@ -1,0 +1,228 @@
+"""The trainer of every program here: epochs of steps, evaluation, checkpoints. The whole loop is `Trainer.fit`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora.finetune.batches import Batch, Batches
+from fastlora.finetune.checkpoint import pack, read_checkpoint, unpack, write_checkpoint
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train and how each step is taken.
+
+    Attributes:
+        epochs: passes over the training batches.
+        eval_every: evaluate on the validation batches every so many optimiser steps, besides each epoch's end.
+        clip: largest norm of the gradient; None does not clip.
+        accumulate: batches whose gradients are summed into one optimiser step.
+        precision: "float32", or "bfloat16" or "float16" for autocast.
+        checkpoint: the checkpoint's path; None keeps none.
+        checkpoint_every: write it every so many optimiser steps, besides each epoch's end.
+        progress: show a progress bar.
+    """
+
+    epochs: int
+    eval_every: int | None = None
+    clip: float | None = None
+    accumulate: int = 1
+    precision: str = "float32"
+    checkpoint: Path | None = None
+    checkpoint_every: int | None = None
+    progress: bool = True
+
+
+class Trainer:
+    """Trains the parameters of `model` that ask for a gradient, by cross-entropy on `model(*inputs)`.
+
+    Args:
+        model: logits (batch, classes) of a batch's inputs.
+        optimiser: over the trained parameters.
+        train, valid: their batches.
+        plan: how long and how.
+        device: the model's.
+        scheduler: stepped at each epoch's end.
+
+    Attributes:
+        history: a row per evaluation: epoch (a fraction within an epoch), step, train_loss, train_accuracy,
+            valid_loss, valid_accuracy, learning_rate, seconds (of training so far, evaluation left out).
+        epoch, position, steps: epochs done, batches done in this epoch, optimiser steps done in all.
+    """
+
+    _COUNTS = ("epoch", "position", "steps", "seconds", "rows", "history")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        train: Batches,
+        valid: Batches | None,
+        plan: Plan,
+        device: torch.device,
+        scheduler=None,
+    ):
+        self.model, self.optimiser, self.scheduler = model, optimiser, scheduler
+        self.train, self.valid, self.plan, self.device = train, valid, plan, device
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.history: list[dict] = []
+        self.epoch = self.position = self.steps = 0
+        self.seconds = 0.0
+        self.sums = torch.zeros(2, device=device, dtype=torch.float64)  # loss and correct rows since the last row
+        self.rows = 0  # and the rows they are over
+        self._cast = PRECISIONS[plan.precision]
+        self._scaler = torch.amp.GradScaler(device.type) if plan.precision == "float16" else None
+
+    def fit(self, on_row: Callable[[dict], None] | None = None) -> list[dict]:
+        """Train to the plan's last epoch from wherever the trainer stands; returns `history`."""
+        self.model.train()
+        while self.epoch < self.plan.epochs:
+            with self._bar() as bar:
+                self._epoch(bar, on_row)
+            if self.scheduler is not None:
+                self.scheduler.step()
+            self.epoch, self.position = self.epoch + 1, 0
+            self.save()
+        return self.history
+
+    def _epoch(self, bar, on_row) -> None:
+        plan, total = self.plan, len(self.train)
+        batches = self.train.epoch(self.epoch, self.position)
+        clock = Clock(self.device)
+        while group := list(islice(batches, plan.accumulate)):
+            self.sums += self.step(group)
+            self.rows += sum(len(batch[-1]) for batch in group)
+            self.position += len(group)
+            self.steps += 1
+            bar.update(len(group))
+            last = self.position == total
+            evaluate = last or (plan.eval_every and self.steps % plan.eval_every == 0)
+            keep = not last and plan.checkpoint_every and self.steps % plan.checkpoint_every == 0
+            if evaluate or keep:
+                self.seconds += clock.lap()
+                if evaluate:
+                    self._record(self.epoch + self.position / total, bar, on_row)
+                if keep:
+                    self.save()
+                clock.lap()
+
+    def step(self, group: list[Batch]) -> Tensor:
+        """One optimiser step on the batches of `group`; returns float64 (2,): summed loss, correct rows."""
+        rows = sum(len(batch[-1]) for batch in group)
+        self.optimiser.zero_grad(set_to_none=True)
+        sums = None
+        for batch in group:
+            *inputs, labels = batch
+            with self._autocast():
+                logits = self.model(*inputs)
+            loss = F.cross_entropy(logits.float(), labels)
+            part = loss if len(group) == 1 else loss * (len(labels) / rows)
+            (part if self._scaler is None else self._scaler.scale(part)).backward()
+            found = tally(loss.detach(), logits.detach(), labels)
+            sums = found if sums is None else sums + found
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimiser)
+        if self.plan.clip is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.plan.clip)
+        if self._scaler is None:
+            self.optimiser.step()
+        else:
+            self._scaler.step(self.optimiser)
+            self._scaler.update()
+        return sums
+
+    @torch.no_grad()
+    def evaluate(self, batches: Batches) -> tuple[float, float]:
+        """(mean cross-entropy, accuracy between 0 and 1) over `batches`, the model in evaluation mode."""
+        training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
+        rows = 0
+        for *inputs, labels in batches.epoch():
+            with self._autocast():
+                logits = self.model(*inputs)
+            sums += tally(F.cross_entropy(logits.float(), labels), logits, labels)
+            rows += len(labels)
+        self.model.train(training)
+        loss, correct = sums.tolist()
+        return loss / rows, correct / rows
+
+    def _record(self, epoch: float, bar, on_row) -> None:
+        (loss, correct), rows = self.sums.tolist(), self.rows
+        self.sums.zero_()
+        self.rows = 0
+        row = {"epoch": round(epoch, 6), "step": self.steps,
+               "train_loss": loss / rows, "train_accuracy": correct / rows, "valid_loss": None, "valid_accuracy": None,
+               "learning_rate": float(self.optimiser.param_groups[0]["lr"]), "seconds": round(self.seconds, 4)}
+        if self.valid is not None:
+            row["valid_loss"], row["valid_accuracy"] = self.evaluate(self.valid)
+        self.history.append(row)
+        shown = {"loss": row["train_loss"], "accuracy": row["valid_accuracy"] or row["train_accuracy"]}
+        bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()})
+        if on_row is not None:
+            on_row(row)
+
+    def save(self) -> None:
+        """Write the checkpoint, if the plan keeps one."""
+        if self.plan.checkpoint is None:
+            return
+        tensors, state = pack(self.model, self.optimiser, self.scheduler, self.device)
+        state |= {key: getattr(self, key) for key in self._COUNTS}
+        state |= {"scaler": self._scaler and self._scaler.state_dict()}
+        write_checkpoint(self.plan.checkpoint, tensors | {"sums": self.sums}, state)
+
+    def resume(self) -> bool:
+        """Go back to the plan's checkpoint; False when there is none. UserError when it is damaged or another's."""
+        path = self.plan.checkpoint
+        if path is None or not path.exists():
+            return False
+        tensors, state = read_checkpoint(path)
+        unpack(path, self.model, self.optimiser, self.scheduler, self.device, tensors, state)
+        for key in self._COUNTS:
+            setattr(self, key, state[key])
+        self.sums.copy_(tensors["sums"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+        return True
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, self._cast) if self._cast else nullcontext()
+
+    def _bar(self):
+        from tqdm import tqdm
+
+        return tqdm(total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{self.plan.epochs}",
+                    unit="batch", disable=None if self.plan.progress else True, mininterval=0.2)
+
+
+class Clock:
+    """Seconds from one lap to the next, with the device's queued work waited for."""
+
+    def __init__(self, device: torch.device):
+        self.device, self._then = device, 0.0
+        self.lap()
+
+    def lap(self) -> float:
+        """Seconds since the clock was made or this was last called."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        passed, self._then = now - self._then, now
+        return passed
+
+
+def tally(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """float64 (2,): the batch's summed loss and its correct rows; on the device, nothing waits for it."""
+    correct = (logits.argmax(-1) == labels).sum()
+    return torch.stack([loss * len(labels), correct]).double()
