@@ -25,7 +25,7 @@ def s_kernel(
     x_ptr, a_ptr, out_ptr, seed_ptr, scaling, threshold, M, K,
     stride_xm, stride_xk, stride_ar, stride_ak, split_k,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    SCALING_POINTER: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): rows i * BLOCK_M .. of out[j], summed over k in j * split_k .. (j + 1) * split_k - 1."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -36,25 +36,20 @@ def s_kernel(
     split = tl.program_id(1)
     start = split * split_k
     end = tl.minimum(start + split_k, K)
-    columns = (start + offs_k).to(tl.int64)
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + columns[None, :] * stride_xk  # [BLOCK_M, BLOCK_K]
-    a_ptrs = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar + columns[:, None] * stride_ak  # [BLOCK_K, BLOCK_R]
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
     if DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in range(start, end, BLOCK_K):
         mask_k = offs_k < end - k
-        x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
-        a = tl.load(a_ptrs, mask=mask_r & mask_k[:, None], other=0.0)
+        columns = (k + offs_k).to(tl.int64)
+        x = tl.load(x_rows + columns[None, :] * stride_xk, mask=mask_m & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        a = tl.load(a_rows + columns[:, None] * stride_ak, mask=mask_r & mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_R]
         if DROPOUT:
             x = drop_tile(x, seed, offs_m, k, threshold, BLOCK_K)
         acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
-        x_ptrs += BLOCK_K * stride_xk
-        a_ptrs += BLOCK_K * stride_ak
-    if scaling.dtype.is_ptr():
-        factor = tl.load(scaling).to(tl.float32)
-    else:
-        factor = scaling
+    factor = tl.load(scaling).to(tl.float32) if SCALING_POINTER else scaling
     if DROPOUT:
         factor *= keep_scale(threshold)
     rows = split.to(tl.int64) * M + offs_m
@@ -89,7 +84,8 @@ def s_forward(
         0 if dropout is None else dropout.threshold,
         M, K, x.stride(0), x.stride(1), lora_A.stride(0), lora_A.stride(1), split_k,
         R=R, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=padded_rank(R),
-        DROPOUT=dropout is not None, INPUT_PRECISION=input_precision(x.dtype, target),
+        SCALING_POINTER=isinstance(scaling, torch.Tensor), DROPOUT=dropout is not None,
+        INPUT_PRECISION=input_precision(x.dtype, target),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:

@@ -1,0 +1,117 @@
+"""y = x Wᵀ + bias + S Bᵀ with S = scaling * drop(x) Aᵀ, in one kernel: small M, K or N, where launches are the cost.
+
+A program owns a BLOCK_M x BLOCK_N tile of y. Each tile of x that it reads serves two products, with W and with A, and
+S [BLOCK_M, R] never leaves registers on its way to the tail S Bᵀ. Programs of one row share its S by making it again:
+R columns of work for each BLOCK_N, no second launch and no wait. The first column tile writes S for the backward pass.
+
+Floor: (M * K + N * K + M * N + R * (K + N + M)) * itemsize bytes at the device's copy bandwidth (an H200: 4.3 TB/s); at
+the shapes this is for, a launch and the latency of cdiv(K, BLOCK_K) dependent steps are more than that.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.dropout import Dropout, drop_tile, keep_scale
+from fastlora.kernels.tiles import input_precision, padded_rank, target_of
+from fastlora.kernels.tiles_small import onepass_tile
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def onepass_kernel(
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, seed_ptr, scaling, threshold, M, N, K,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_bias, stride_ar, stride_ak, stride_bn, stride_br,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SCALING_POINTER: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Neighbouring programs take the row tiles of one column tile, so that they share its W in L2."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile_m = tl.program_id(0) % tiles_m
+    tile_n = tl.program_id(0) // tiles_m
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m = offs_m[:, None] < M
+    mask_n = offs_n[None, :] < N
+    mask_r = offs_r[None, :] < R
+    rows = offs_m.to(tl.int64)
+    columns = offs_n.to(tl.int64)
+    x_rows = x_ptr + rows[:, None] * stride_xm
+    w_rows = w_ptr + columns[None, :] * stride_wn
+    a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        steps = (k + offs_k).to(tl.int64)
+        mask_k = offs_k < K - k
+        x = tl.load(x_rows + steps[None, :] * stride_xk, mask=mask_m & mask_k[None, :], other=0.0)
+        w = tl.load(w_rows + steps[:, None] * stride_wk, mask=mask_n & mask_k[:, None], other=0.0)
+        a = tl.load(a_rows + steps[:, None] * stride_ak, mask=mask_r & mask_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+        if DROPOUT:
+            x = drop_tile(x, seed, offs_m, k, threshold, BLOCK_K)
+        acc_s = tl.dot(x, a.to(x.dtype), acc_s, input_precision=INPUT_PRECISION)
+
+    factor = tl.load(scaling).to(tl.float32) if SCALING_POINTER else scaling
+    if DROPOUT:
+        factor *= keep_scale(threshold)
+    s = (acc_s * factor).to(x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R], rounded as backward will see it
+    if tile_n == 0:
+        tl.store(s_ptr + rows[:, None] * R + offs_r[None, :], s, mask=mask_m & mask_r)
+    b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
+    b = tl.load(b_ptrs, mask=mask_n & (offs_r[:, None] < R), other=0.0)  # [BLOCK_R, BLOCK_N]
+    acc = tl.dot(s, b.to(s.dtype), acc, input_precision=INPUT_PRECISION)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns * stride_bias, mask=offs_n < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    tl.store(y_ptr + rows[:, None] * N + columns[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
+
+
+def onepass_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float | torch.Tensor,
+    dropout: Dropout | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = x @ weight.T + bias + S @ lora_B.T and S = scaling * drop(x) @ lora_A.T, accumulated in float32.
+
+    Args:
+        x: (M, K), float16, bfloat16 or float32, any strides.
+        weight: (N, K), x's dtype, any strides.
+        bias: (N,) or None.
+        lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
+        lora_B: (N, R), likewise.
+        scaling: a number, or a tensor of one element on x's device, read there.
+        dropout: None for none.
+
+    Returns:
+        y (M, N) and S (M, R), x's dtype, contiguous.
+    """
+    M, K = x.shape
+    N = weight.shape[0]
+    R = lora_A.shape[0]
+    target = target_of(x.device)
+    tile = onepass_tile(target, M, N, K, R, x.dtype)
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    S = torch.empty(M, R, dtype=x.dtype, device=x.device)
+    onepass_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
+        x, weight, x if bias is None else bias, lora_A, lora_B, y, S,
+        x if dropout is None else dropout.seed,
+        scaling if isinstance(scaling, torch.Tensor) else float(scaling),
+        0 if dropout is None else dropout.threshold,
+        M, N, K, x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
+        lora_A.stride(0), lora_A.stride(1), lora_B.stride(0), lora_B.stride(1),
+        R=R, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=padded_rank(R),
+        HAS_BIAS=bias is not None, SCALING_POINTER=isinstance(scaling, torch.Tensor), DROPOUT=dropout is not None,
+        INPUT_PRECISION=input_precision(x.dtype, target),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return y, S
