@@ -1,0 +1,185 @@
+"""The subclass that `patch` sets in place: PEFT's layer with a fused forward.
+
+A call costs little Python: the first one examines the layer (`reasons`) and keeps what it found in a `_Parts`; later
+ones check by identity that nothing it read was changed, which takes about two microseconds.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+from transformers.pytorch_utils import Conv1D
+
+from fastlora.errors import warn_once
+from fastlora.functional import lora_linear
+from fastlora.paths import Explanation, explain
+from fastlora.peft import reasons
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+class Record:
+    """What one patched layer remembers: its counts of calls, and the parts that its last fused call used."""
+
+    __slots__ = ("fallback_calls", "fused_calls", "name", "parts", "path", "reasons")
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self.fused_calls = 0
+        self.fallback_calls = 0
+        self.reasons: dict[str, int] = {}
+        self.parts: _Parts | None = None
+        self.path: str | None = None  # of the fused call that was examined last
+
+
+class _Parts:
+    """A layer that was found fit for fusing: what `reasons.of_layer` read of it, to be compared by identity."""
+
+    __slots__ = ("active", "base", "base_type", "down", "drop", "drop_type", "hooks", "name", "namespaces", "up")
+
+    def __init__(self, layer: FusedLinear) -> None:
+        active = layer._active_adapter
+        self.active = active if isinstance(active, str) else list(active)
+        self.name = name = active if isinstance(active, str) else next(a for a in active if a in layer.lora_A)
+        self.base, self.drop = layer.base_layer, layer.lora_dropout[name]
+        self.down, self.up = layer.lora_A[name], layer.lora_B[name]
+        self.base_type, self.drop_type = type(self.base), type(self.drop)
+        used = (self.base, self.down, self.up, self.drop)
+        self.hooks = tuple(hooks for module in used for hooks in reasons.hooks_of(module)) + reasons.GLOBAL_HOOKS
+        self.namespaces = tuple(module.__dict__ for module in used)
+
+    def hold(self, layer: FusedLinear) -> bool:
+        """Whether `layer` is still as it was, its tensors and scaling left aside."""
+        modules, name = layer._modules, self.name
+        base, down, up, drop = self.namespaces
+        return (
+            layer._active_adapter == self.active
+            and modules["base_layer"] is self.base
+            and modules["lora_A"]._modules.get(name) is self.down
+            and modules["lora_B"]._modules.get(name) is self.up
+            and modules["lora_dropout"]._modules.get(name) is self.drop
+            and self.base.__class__ is self.base_type
+            and self.down.__class__ is nn.Linear
+            and self.up.__class__ is nn.Linear
+            and self.drop.__class__ is self.drop_type
+            and not any(self.hooks)
+            and "forward" not in base
+            and "forward" not in down
+            and "forward" not in up
+            and "forward" not in drop
+            and name not in layer.lora_variant
+            and not layer._disable_adapters
+            and not layer.merged_adapters
+        )
+
+
+class FusedLinear(PeftLinear):
+    """`peft.tuners.lora.Linear` with `fastlora.lora_linear` as its arithmetic. Made by `patch`, never constructed.
+
+    x (..., K) -> (..., N) in the base layer's output dtype. Calls are counted in eager mode only: a counter inside
+    compiled code would have the compiler guard on its value.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if is_compiling():
+            if (reasons.of_layer(self) or reasons.of_call(self, x, args, kwargs)) is not None:
+                return PeftLinear.forward(self, x, *args, **kwargs)
+            return lora_linear(x, *self._arguments())
+
+        record = self.__dict__.get("_fastlora")
+        parts = record.parts if record is not None else None
+        if parts is None or args or kwargs or not parts.hold(self):
+            return self._examine(x, args, kwargs)
+        base, adapter = parts.base._parameters, parts.down._parameters
+        weight, bias, lora_A = base.get("weight"), base["bias"], adapter.get("weight")
+        adapter = parts.up._parameters
+        lora_B = adapter.get("weight")
+        scaling, x_dtype, drop = self.scaling[parts.name], x.dtype, parts.drop
+        if (
+            type(weight) is not Parameter
+            or type(lora_A) is not Parameter
+            or type(lora_B) is not Parameter
+            or weight.requires_grad
+            or adapter["bias"] is not None
+            or (type(x) is not Tensor and type(x) is not Parameter)
+            or (type(scaling) is not float and (scaling.__class__ is not Tensor or scaling.requires_grad))
+            or (not _any_autocast() and x_dtype is not weight.dtype)
+            or (x_dtype is not lora_A.dtype and not self.cast_input_dtype_enabled)
+            or lora_A.dtype is not lora_B.dtype
+            or _functorch_active()
+            or forward_ad._current_level >= 0
+            or _tracing_state() is not None
+        ):
+            return self._examine(x, args, kwargs)
+        record.fused_calls += 1
+        return lora_linear(
+            x,
+            weight if parts.base_type is nn.Linear else weight.t(),
+            lora_A,
+            lora_B,
+            bias,
+            scaling,
+            drop.p if parts.drop_type is nn.Dropout and drop.training else 0.0,
+        )
+
+    def _examine(self, x, args, kwargs) -> Tensor:
+        """The slow road: find out whether this call can be fused, and remember what the next ones may rely on."""
+        record = self.__dict__.get("_fastlora")
+        if record is None:
+            record = self.__dict__["_fastlora"] = Record()
+        record.parts = None
+        reason = reasons.of_layer(self)
+        if reason is None:
+            record.parts = _Parts(self)
+            reason = reasons.of_call(self, x, args, kwargs)
+        if reason is None:
+            record.fused_calls += 1
+            record.path = self.explain(x).path
+            return lora_linear(x, *self._arguments())
+        record.fallback_calls += 1
+        record.reasons[reason] = record.reasons.get(reason, 0) + 1
+        warn_once(
+            ("fastlora.peft", reason),
+            f"fastlora.peft: PEFT's own forward runs in {record.name or 'a layer'}: {reason}; "
+            "fastlora.peft.report(model) lists every layer",
+        )
+        return PeftLinear.forward(self, x, *args, **kwargs)
+
+    def explain(self, x: Tensor) -> Explanation:
+        """Which path `self(x)` runs and why; path "peft" is PEFT's own forward. `fastlora.explain` asks this."""
+        reason = reasons.of_layer(self) or reasons.of_call(self, x, (), {})
+        if reason is not None:
+            return Explanation("peft", reason)
+        weight, lora_A, _, _, _, dropout_p = self._arguments()
+        view = SimpleNamespace(weight=weight, lora_A=lora_A, training=True, lora_dropout=dropout_p)
+        return explain(view, x)
+
+    def _arguments(self) -> tuple:
+        """`lora_linear`'s arguments after x: weight (N, K), lora_A, lora_B, bias, scaling, dropout_p."""
+        active = self._active_adapter
+        name = active if isinstance(active, str) else next(a for a in active if a in self.lora_A)
+        base, drop = self.base_layer, self.lora_dropout[name]
+        return (
+            base.weight.t() if isinstance(base, Conv1D) else base.weight,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            base.bias,
+            self.scaling[name],
+            drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
+        )
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state.pop("_fastlora", None)  # a copy, and a pickle, counts its own calls
+        return state
+
+
+FusedLinear.__name__ = PeftLinear.__name__  # what repr shows, and what wrapping policies compare with
