@@ -97,7 +97,7 @@ def warm_clocks(device: str | torch.device, seconds: float = 0.5) -> None:
 
 
 def write_results(name: str, payload: dict, folder: str | Path | None = None) -> Path:
-    """Write `payload` as JSON to benchmarks/results/<device>/<date>-<name>.json, whole or not at all; return the path.
+    """Write `payload` as JSON to benchmarks/results/<device>/<date>[-<name>].json, whole or not at all; return the path.
 
     `payload["metadata"]` is added when missing. `folder` replaces benchmarks/results/<device>.
     """
@@ -105,7 +105,7 @@ def write_results(name: str, payload: dict, folder: str | Path | None = None) ->
     taken = payload["metadata"]
     folder = RESULTS / taken["device"] if folder is None else Path(folder)
     stamp = taken["date"].replace(":", "").removesuffix("Z").replace("T", "-")
-    return write_json(folder / f"{stamp}-{name}.json", payload)
+    return write_json(folder / (f"{stamp}-{name}.json" if name else f"{stamp}.json"), payload)
 
 
 def write_json(path: Path, payload: dict) -> Path:

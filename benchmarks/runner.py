@@ -1,0 +1,171 @@
+"""One job: build its contenders, time them in turns, and make a row of each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from benchmarks import contenders, model
+from benchmarks.cases import COMPILED, GRAPH, PLAIN, TRAIN, Job
+from benchmarks.measure import interleave, ratio, summary
+
+CACHE_BYTES = {"cuda": 192 << 20, "cpu": 64 << 20}  # several times what a last-level cache holds
+MOST_SETS = {"cuda": 16, "cpu": 6}
+MODES = {  # besides plain calls: who is worth compiling, who worth capturing
+    COMPILED: ("bare", "eager", "fastlora"),
+    GRAPH: ("bare", "eager", "optimised", "fastlora"),
+}
+
+
+@dataclass
+class Entry:
+    """A contender in one mode, ready to be timed. `divisor`: calls of the layer in one call of `step`."""
+
+    name: str
+    mode: str
+    step: Callable[[], object]
+    divisor: int = 1
+    keep: list = field(default_factory=list)
+
+
+def run_job(
+    job: Job,
+    device: torch.device,
+    budget_s: float,
+    ceilings: model.Ceilings | None = None,
+    only: list[str] | None = None,
+    keep_samples: bool = False,
+) -> list[dict]:
+    """Rows of a job, one for each contender and mode; one that cannot run has the key `skipped` with the reason."""
+    case, rows, path = job.case, [], contenders.chosen_path(job.case, device)
+    sets = contenders.draw(case, _set_count(job, device), device)
+    entries: dict[str, Entry] = {}
+    wanted = [name for name in contenders.names(case, device) if only is None or name in only or name == "bare"]
+    if COMPILED in job.modes:
+        torch._dynamo.reset()
+    for mode in job.modes:
+        for name in wanted if mode == PLAIN else [name for name in MODES[mode] if name in wanted]:
+            label = name if mode == PLAIN else f"{name}+{mode}"
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    entry = _entry(name, mode, job, sets, device)
+                    entry.step()
+                entries[label] = entry
+            except Exception as error:  # a contender may fail in any way; the others are measured all the same
+                rows.append(_identity(job, name, mode) | {"skipped": f"{type(error).__name__}: {error}"[:300]})
+    samples = interleave({label: entry.step for label, entry in entries.items()}, budget_s, device=device)
+    for label, entry in entries.items():
+        samples[label] = [seconds / entry.divisor for seconds in samples[label]]
+    for label, entry in entries.items():
+        suffix = label[len(entry.name) :]
+        row = _identity(job, entry.name, entry.mode) | summary(samples[label])
+        for key, floor in (("over_bare", "bare" + suffix), ("over_eager", "eager" + suffix)):
+            if floor in samples:
+                row[key] = ratio(samples[label], samples[floor])
+        row |= _rates(job, entry, path, row["median"], ceilings)
+        if entry.mode == PLAIN:
+            row |= _cost(entry.step, device)
+        if entry.name.startswith("fastlora"):
+            row["path"] = path
+        if keep_samples:
+            row["seconds"] = samples[label]
+        rows.append(row)
+    return rows
+
+
+def _identity(job: Job, name: str, mode: str) -> dict:
+    return {"case": job.case.name, **asdict(job.case), "direction": job.direction, "contender": name, "mode": mode}
+
+
+def _set_count(job: Job, device: torch.device) -> int:
+    case = job.case
+    size = model.SIZE[case.dtype] * (case.M * case.K + case.M * case.N + case.N * case.K)
+    return max(2, min(MOST_SETS[device.type], math.ceil(CACHE_BYTES[device.type] / size)))
+
+
+def _entry(name: str, mode: str, job: Job, sets: list, device: torch.device) -> Entry:
+    made = contenders.calls(name, job.case, sets, compiled=mode == COMPILED)
+    train = job.direction == TRAIN
+    if mode == GRAPH:
+        graph = _capture(made, train)
+        return Entry(name, mode, graph.replay, len(made), [graph, made])
+    turn = itertools.cycle(made)
+
+    def step():
+        if train:
+            return next(turn).train()
+        with torch.no_grad():
+            return next(turn).forward()
+
+    return Entry(name, mode, step, 1, [made])
+
+
+def _capture(made: list[contenders.Call], train: bool) -> torch.cuda.CUDAGraph:
+    """One graph that calls the layer on every set of inputs in turn."""
+
+    def all_of_them() -> None:
+        for call in made:
+            if train:
+                call.train()
+            else:
+                with torch.no_grad():
+                    call.forward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        all_of_them()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_of_them()
+    return graph
+
+
+def _rates(job: Job, entry: Entry, path: str, seconds: float, ceilings: model.Ceilings | None) -> dict:
+    """Operations and bytes per second, and what the traffic model expects of whoever does the work (`path` for fastlora)."""
+    worker = path if entry.name.startswith("fastlora") else entry.name
+    worker = f"{worker}+{entry.mode}" if entry.mode == COMPILED else worker
+    flops = model.useful_flops(job.case, job.direction, lora=entry.name != "bare")
+    moved = sum(one.bytes for one in model.passes(job.case, worker, job.direction))
+    rates = {"tflops": flops / seconds / 1e12, "model_bytes": moved, "bytes_per_s": moved / seconds}
+    if ceilings is not None:
+        predicted = model.predict(job.case, worker, job.direction, ceilings)
+        floor = model.predict(job.case, "bare", job.direction, ceilings)
+        rates["predicted"] = predicted.seconds
+        rates["predicted_over_bare"] = predicted.seconds / floor.seconds
+        rates["predicted_launches"] = predicted.launches
+    return rates
+
+
+def _cost(step: Callable[[], object], device: torch.device) -> dict:
+    """Peak memory of one call above what it started from, and on CUDA the kernels it launches."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated() - before, "launches": _launches(step)}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = step()
+    del result
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return {"peak_memory_bytes": peak}
+
+
+def _launches(step: Callable[[], object]) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(1 for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
