@@ -1,0 +1,291 @@
+"""The heart: a GEMM with the rank-R update inside it, in one accumulator.
+
+    forward   y  =  x  Wᵀ + bias + S  Bᵀ
+    dX        dx =  dy W         + keep / (1 - p) * (dS A)
+
+Both are one product, `Y = X W + bias + keep_scaled * (S U)`: forward passes the views W = weight.T, U = lora_B.T, and dX
+passes X = dy, W = weight, S = dS, U = lora_A. In the kernels below M, N, K are those of this product: for dX, N is the
+layer's in_features and K its out_features. The update costs R more columns of K: no second pass over Y, no second store.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastlora.kernels.dropout import Dropout, keep_scale, keep_tile
+from fastlora.kernels.gemm_tiles import gemm_tile
+from fastlora.kernels.tiles import Target, Tile, input_precision, multiprocessors, padded_rank, target_of
+
+
+@triton.jit
+def tile_origin(tile_id, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """First row and column of a tile; GROUP_M tile rows are walked together, so that their W tiles stay in L2."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = tile_id // (GROUP_M * tiles_n)
+    rows = min(tiles_m - group * GROUP_M, GROUP_M)
+    within = tile_id % (GROUP_M * tiles_n)
+    return (group * GROUP_M + within % rows) * BLOCK_M, (within // rows) * BLOCK_N
+
+
+@triton.jit
+def add_update(
+    acc, s_ptr, u_ptr, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + S U for one tile, float32 [BLOCK_M, BLOCK_N]; U is cast to S's dtype in registers."""
+    offs_m = (start_m + tl.arange(0, acc.shape[0])).to(tl.int64)
+    offs_n = (start_n + tl.arange(0, acc.shape[1])).to(tl.int64)
+    for step in tl.static_range(RANK_STEPS):
+        offs_r = step * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+        u_ptrs = u_ptr + offs_r[:, None] * stride_ur + offs_n[None, :] * stride_un
+        s = tl.load(s_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R), other=0.0)  # [BLOCK_M, BLOCK_R]
+        u = tl.load(u_ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0)  # [BLOCK_R, BLOCK_N]
+        acc = tl.dot(s, u.to(s.dtype), acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def dropped_update(
+    s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """keep / (1 - p) * (S U) for one tile, float32 [BLOCK_M, BLOCK_N]."""
+    update = add_update(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), s_ptr, u_ptr, start_m, start_n, M, N, R,
+        stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+    )  # fmt: skip
+    keep = keep_tile(tl.load(seed_ptr), start_m + tl.arange(0, BLOCK_M), start_n, threshold, BLOCK_N)
+    return tl.where(keep, update * keep_scale(threshold), 0.0)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def gemm_kernel(
+    x_ptr, w_ptr, bias_ptr, s_ptr, u_ptr, y_ptr, seed_ptr, threshold, M, N, K, R,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_bias, stride_sm, stride_sr, stride_ur, stride_un, stride_ym,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, WAIT: tl.constexpr,
+    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One program, one tile of Y, through pointers: any strides, any alignment, any GPU."""
+    start_m, start_n = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    mask_m = offs_m[:, None] < M
+    mask_n = offs_n[None, :] < N
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+    advance = tl.full((), BLOCK_K, tl.int64)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if DROPOUT:  # first, so that the masked update needs no accumulator of its own
+        if WAIT:
+            gdc_wait()
+        acc = dropped_update(
+            s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+            RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    for start_k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=mask_m, other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n, other=0.0)
+        else:
+            left = K - start_k
+            x = tl.load(x_ptrs, mask=mask_m & (offs_k[None, :] < left), other=0.0)
+            w = tl.load(w_ptrs, mask=mask_n & (offs_k[:, None] < left), other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+        x_ptrs += advance * stride_xk
+        w_ptrs += advance * stride_wk
+    if not DROPOUT:
+        if WAIT:
+            gdc_wait()  # S comes from the kernel before this one; the K loop needed nothing of it
+        acc = add_update(
+            acc, s_ptr, u_ptr, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+            RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+        )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def gemm_tma_kernel(
+    x_desc, w_desc, y_desc, bias_ptr, s_ptr, u_ptr, seed_ptr, threshold, M, N, K, R,
+    stride_bias, stride_sm, stride_sr, stride_ur, stride_un,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, W_BY_N: tl.constexpr, WAIT: tl.constexpr,
+    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """A persistent grid; X, W and Y move through tensor descriptors, which fill with zeros and clip at the edges."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(K, BLOCK_K)
+    tl.assume(steps > 0)
+    if WAIT:
+        gdc_wait()
+    for tile_id in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        start_m, start_n = tile_origin(tile_id, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if DROPOUT:
+            left = dropped_update(
+                s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R,
+                stride_sm, stride_sr, stride_ur, stride_un,
+                RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+            right = dropped_update(
+                s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n + BLOCK_N // 2, M, N, R,
+                stride_sm, stride_sr, stride_ur, stride_un,
+                RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+            acc = tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK_M, BLOCK_N])
+        for step in range(steps):
+            start_k = step * BLOCK_K
+            x = x_desc.load([start_m, start_k])
+            if W_BY_N:  # the descriptor shows W as (N, K)
+                w = w_desc.load([start_n, start_k]).T
+            else:
+                w = w_desc.load([start_k, start_n])
+            acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+        if not DROPOUT:
+            acc = add_update(
+                acc, s_ptr, u_ptr, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+                RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+            )  # fmt: skip
+        if HAS_BIAS:
+            offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+            bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+        # Two halves share one staging buffer of half the size: room for one more stage of the pipeline.
+        halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])
+        left, right = tl.split(halves)
+        y_desc.store([start_m, start_n], left.to(y_desc.dtype))
+        y_desc.store([start_m, start_n + BLOCK_N // 2], right.to(y_desc.dtype))
+
+
+class Plan(NamedTuple):
+    """What one shape, layout and device need at every launch, decided once."""
+
+    tile: Tile
+    launch: Any
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+    w_by_n: bool
+
+
+def tensor_maps(dtype: torch.dtype, strides: tuple[int, ...], N: int, addresses: int) -> bool:
+    """Whether x (strides[:2]), w (strides[2:]) and a contiguous y of N columns fit tensor descriptors: 16-byte rows."""
+    stride_xm, stride_xk, stride_wk, stride_wn = strides
+    rows = stride_xm | N | (stride_wn if stride_wk == 1 else stride_wk)
+    unit = stride_xk == 1 and 1 in (stride_wk, stride_wn) and 0 not in strides
+    return unit and (rows * dtype.itemsize | addresses) % 16 == 0
+
+
+def launch_constants(tile: Tile, K: int, R: int, has_bias: bool, dropout: bool, w_by_n: bool, precision: str) -> dict:
+    """The constexprs and compiler options of a launch; the compile matrix uses them as they are."""
+    block_r = min(padded_rank(R), 32)
+    constants = {
+        "HAS_BIAS": has_bias, "DROPOUT": dropout, "WAIT": False,
+        "RANK_STEPS": -(-R // block_r), "BLOCK_R": block_r, "INPUT_PRECISION": precision,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m,
+    }  # fmt: skip
+    if tile.tma:  # dropout's update comes first in a tile and would keep a flattened loop from being pipelined
+        constants |= {"W_BY_N": w_by_n, "FLATTEN": not dropout}
+    else:
+        constants["EVEN_K"] = K % tile.block_k == 0
+    return constants | tile.options
+
+
+@lru_cache(maxsize=4096)
+def _plan(kind, device, dtype, M, N, K, R, strides, addresses, has_bias, dropout, precision, tile) -> Plan:
+    target = target_of(device)
+    stride_xm, stride_xk, stride_wk, stride_wn = strides[:4]
+    mapped = tensor_maps(dtype, strides[:4], N, addresses)
+    by_n = stride_wk == 1 and not (stride_wn == 1 and N > 1)
+    if tile is None:
+        aligned = mapped and (stride_xm | N | K | (stride_wn if by_n else stride_wk)) % 16 == 0
+        tile = gemm_tile(
+            target, kind, M, N, K, R, dtype, aligned, dropout=dropout, precision=precision,
+            tma=mapped and target.has_tma, multiprocessors=multiprocessors(device),
+        )  # fmt: skip
+    elif tile.tma and not mapped:
+        raise ValueError(f"a tile with tma needs 16-byte aligned rows; x and w have strides {strides[:4]}, y {N} columns")
+    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
+    kernel = gemm_tma_kernel if tile.tma else gemm_kernel
+    grid = (min(tiles, multiprocessors(device)) if tile.persistent else tiles,)
+    numbers = (M, N, K, R, *strides[4:]) if tile.tma else (M, N, K, R, *strides, N)
+    constants = launch_constants(tile, K, R, has_bias, dropout, by_n, precision)
+    return Plan(tile, kernel[grid], numbers, constants, by_n)
+
+
+def _gemm(kind, x, w, bias, s, u, dropout, out, tile) -> Tensor:
+    """Y (M, N) = x (M, K) w (K, N) + bias (N,) + keep_scaled * (s (M, R) u (R, N))."""
+    M, K = x.shape
+    R, N = u.shape
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device) if out is None else out
+    strides = (*x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *s.stride(), *u.stride())
+    addresses = (x.data_ptr() | w.data_ptr() | y.data_ptr()) % 16
+    precision = "ieee" if x.dtype != torch.float32 else input_precision(x.dtype, target_of(x.device))
+    dropped = dropout is not None
+    plan = _plan(
+        kind, x.device, x.dtype, M, N, K, R, strides, addresses, bias is not None, dropped, precision, tile
+    )
+    seed, threshold = (dropout.seed, dropout.threshold) if dropped else (None, 0)
+    if not plan.tile.tma:
+        plan.launch(x, w, bias, s, u, y, seed, threshold, *plan.numbers, **plan.constants)
+        return y
+    tile = plan.tile
+    x_desc = TensorDescriptor(x, [M, K], [x.stride(0), 1], [tile.block_m, tile.block_k])
+    if plan.w_by_n:
+        w_desc = TensorDescriptor(w, [N, K], [w.stride(1), 1], [tile.block_n, tile.block_k])
+    else:
+        w_desc = TensorDescriptor(w, [K, N], [w.stride(0), 1], [tile.block_k, tile.block_n])
+    y_desc = TensorDescriptor(y, [M, N], [N, 1], [tile.block_m, tile.block_n // 2])
+    plan.launch(x_desc, w_desc, y_desc, bias, s, u, seed, threshold, *plan.numbers, **plan.constants)
+    return y
+
+
+def gemm_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    S: Tensor,
+    lora_B: Tensor,
+    out: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias + S Bᵀ: x (M, K), weight (N, K), bias (N,) or None, S (M, R), lora_B (N, R) -> y (M, N), contiguous.
+
+    x, weight and S share a dtype (float16, bfloat16, float32), which y has too; lora_B has it or is float32. Any strides.
+    `out`, contiguous (M, N), receives y when given. `tile` overrides the table.
+    """
+    return _gemm("forward", x, weight.t(), bias, S, lora_B.t(), None, out, tile)
+
+
+def gemm_dx(
+    dy: Tensor,
+    weight: Tensor,
+    dS: Tensor,
+    lora_A: Tensor,
+    dropout: Dropout | None = None,
+    out: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """dx = dy W + keep / (1 - p) * (dS A): dy (M, N), weight (N, K), dS (M, R), lora_A (R, K) -> dx (M, K), contiguous.
+
+    dy, weight and dS share a dtype, which dx has too; lora_A has it or is float32. Any strides. The mask is the one
+    that forward applied to x, made again from `dropout.seed`.
+    """
+    return _gemm("dx", dy, weight, None, dS, lora_A, dropout, out, tile)
