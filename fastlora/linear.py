@@ -1,6 +1,6 @@
 """`FusedLoRALinear`: a frozen linear layer with a LoRA adapter, as a module.
 
-    y = x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T
+y = x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FusedLoRALinear(nn.Module):
-    """A linear layer whose weight is frozen and whose update of rank `r` is trained, in one fused computation.
+    """A linear layer whose weight is frozen and whose update of rank `r` is trained, in one fused
+    computation.
 
     Attributes: `weight` (N, K) and `bias` (N,) or None, frozen; `lora_A` (R, K) and `lora_B` (N, R), trained;
     `scaling`, a float; `lora_dropout`, a probability; `merged`. N is out_features, K in_features, R the rank.
-    Input (..., K) in the weight's dtype, output (..., N). lora_A starts Kaiming-uniform as in PEFT, lora_B at zero, so
-    a new layer computes exactly what its base computes.
+    Input (..., K) in the weight's dtype, output (..., N). lora_A starts Kaiming-uniform as in PEFT, lora_B at
+    zero, so a new layer computes exactly what its base computes.
 
-    The state dict speaks of the layer as it is unmerged: `weight` (in the layout of the layer it was made from),
+    The state dict speaks of the layer as it is unmerged: `weight` (in the layout of the layer it was made
+        from),
     `bias`, `lora_A`, `lora_B`, under the same names whether the layer is merged or not.
 
     Args:
@@ -90,13 +92,14 @@ class FusedLoRALinear(nn.Module):
     ) -> FusedLoRALinear:
         """The layer over an existing `nn.Linear` or transformers' `Conv1D`, sharing its weight and bias.
 
-        Nothing is copied: an `nn.Linear`'s own parameters are taken over (and so frozen in `linear` too); a `Conv1D`
-        keeps its weight as (K, N), and `weight` is the transposed view (N, K) of the same memory. The adapter starts on
-        the weight's device. The other arguments are as for the class.
+        Nothing is copied: an `nn.Linear`'s own parameters are taken over (and so frozen in `linear` too); a
+            `Conv1D`
+        keeps its weight as (K, N), and `weight` is the transposed view (N, K) of the same memory. The adapter
+        starts on the weight's device. The other arguments are as for the class.
 
         Raises:
-            TypeError: `linear` is another kind of module, or its weight is not a plain floating-point parameter
-                (quantised or parametrised weights are not supported).
+            TypeError: `linear` is another kind of module, or its weight is not a plain floating-point
+                parameter (quantised or parametrised weights are not supported).
         """
         weight, bias, transposed = base_parameters(linear)
         layer = cls.__new__(cls)
@@ -155,7 +158,14 @@ class FusedLoRALinear(nn.Module):
         if self._base is not None:
             return F.linear(x, self.weight, self.bias)
         return lora_linear(
-            x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.lora_dropout, self.training
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.bias,
+            self.scaling,
+            self.lora_dropout,
+            self.training,
         )
 
     @property
@@ -165,12 +175,14 @@ class FusedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put `base + scaling * lora_B @ lora_A` in the place of `weight`; forward is then one plain linear layer.
+        """Put `base + scaling * lora_B @ lora_A` in the place of `weight`; forward is then one plain linear
+        layer.
 
-        The base weight itself is left untouched and kept beside the merged one until `unmerge` puts it back, so that
-        coming back is exact in every dtype and a weight that is shared with another module (a tied embedding) keeps its
-        value there. A merged layer therefore holds one weight more. It does not train: the adapter gets no gradient.
-        The sum is formed in float32 (float64 for a float64 layer) and rounded once. Merging twice does nothing.
+        The base weight itself is left untouched and kept beside the merged one until `unmerge` puts it back,
+        so that coming back is exact in every dtype and a weight that is shared with another module (a tied
+        embedding) keeps its value there. A merged layer therefore holds one weight more. It does not train:
+        the adapter gets no gradient. The sum is formed in float32 (float64 for a float64 layer) and rounded
+        once. Merging twice does nothing.
 
         Raises:
             ValueError: the sum is not finite where the base weight was; the layer is left unmerged.
@@ -179,9 +191,9 @@ class FusedLoRALinear(nn.Module):
             return
         base = self.weight
         wide = torch.promote_types(torch.float32, torch.promote_types(base.dtype, self.lora_A.dtype))
-        merged = torch.addmm(
-            base.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling
-        ).to(base.dtype)
+        merged = torch.addmm(base.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling).to(
+            base.dtype
+        )
         if not base.is_meta and bool((torch.isfinite(base) & ~torch.isfinite(merged)).any()):
             raise ValueError(f"the merged weight is not finite in {base.dtype}; the layer is left unmerged")
         self._keep_base(base)
@@ -260,15 +272,23 @@ class EagerLoRALinear(FusedLoRALinear):
         if self._base is not None:
             return F.linear(x, self.weight, self.bias)
         return reference.lora_linear(
-            x, self.weight, self.lora_A, self.lora_B, self.bias, self.scaling, self.lora_dropout, self.training
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.bias,
+            self.scaling,
+            self.lora_dropout,
+            self.training,
         )
 
 
 def base_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
-    """(weight as (N, K), bias, whether the module stores it as (K, N)) of an `nn.Linear` or transformers' `Conv1D`.
+    """(weight as (N, K), bias, whether the module stores it as (K, N)) of an `nn.Linear` or transformers'
+    `Conv1D`.
 
-    Raises TypeError for any other module, and for weights that are not plain floating-point parameters. transformers is
-    never imported: a `Conv1D` can only be met once it has been.
+    Raises TypeError for any other module, and for weights that are not plain floating-point parameters.
+    transformers is never imported: a `Conv1D` can only be met once it has been.
     """
     kind = type(linear).__name__
     transposed = is_conv1d(linear)

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -74,10 +74,7 @@ def plan(model: nn.Module, config: AdapterConfig) -> Plan:
         if _is_peft_layer(module):
             raise ValueError(f"model already has PEFT layers ({name}); use fastlora.peft.patch(model) for those")
 
-    saved = {}
-    for name, module in modules.items():
-        if config.saves(name) and not _inside(name, saved):
-            saved[name] = module
+    saved = saved_modules(model, config)
     if config.modules_to_save and not saved and config.modules_to_save != TASK_HEADS.get(config.task_type):
         raise ValueError(_nothing_matches("modules_to_save", config.modules_to_save, modules))
 
@@ -102,6 +99,21 @@ def plan(model: nn.Module, config: AdapterConfig) -> Plan:
     return Plan(targets, saved, config)
 
 
+def matched(config: AdapterConfig, names: Iterable[str], saved: Iterable[str]) -> set[str]:
+    """Those of `names` that `config` makes LoRA layers of, by name alone."""
+    is_target, is_excluded = matcher(config.target_modules), matcher(config.exclude_modules)
+    return {name for name in names if is_target(name) and not is_excluded(name) and not _inside(name, saved)}
+
+
+def saved_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules of `model` that `config` trains in full, by name; of nested ones the outermost."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if config.saves(name) and not _inside(name, found):
+            found[name] = module
+    return found
+
+
 def names(argument: str, value: Iterable[str]) -> tuple[str, ...]:
     """`value` as a tuple of names, checked; `argument` is what an error calls it."""
     if isinstance(value, str) or not isinstance(value, Iterable):
@@ -123,10 +135,13 @@ def names_or_pattern(argument: str, value: Iterable[str] | str) -> tuple[str, ..
     return "all-linear" if value.lower() == "all-linear" else value
 
 
-def _matches(wanted: tuple[str, ...] | str, name: str) -> bool:
+def matcher(wanted: tuple[str, ...] | str) -> Callable[[str], bool]:
+    """Whether a name is among `wanted`: PEFT's rule for target_modules and exclude_modules."""
     if isinstance(wanted, str):
-        return bool(wanted) and re.fullmatch(wanted, name) is not None
-    return any(name == end or name.endswith(f".{end}") for end in wanted)
+        pattern = re.compile(wanted)
+        return lambda name: bool(wanted) and pattern.fullmatch(name) is not None
+    whole, ends = frozenset(wanted), tuple(f".{end}" for end in wanted)
+    return lambda name: name in whole or name.endswith(ends)
 
 
 def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConfig) -> list[str]:
@@ -141,12 +156,16 @@ def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: AdapterConf
             )
         found = [name for name in found if name not in skipped]
     else:
-        found = [name for name in modules if name and _matches(config.target_modules, name)]
-        if isinstance(config.target_modules, tuple):
-            idle = [end for end in config.target_modules if not any(_matches((end,), name) for name in modules)]
-            if idle and found:
+        is_target = matcher(config.target_modules)
+        found = [name for name in modules if name and is_target(name)]
+        if found and isinstance(config.target_modules, tuple):
+            parts = [name.split(".") for name in modules]
+            ends = {".".join(part[i:]) for part in parts for i in range(len(part))}
+            idle = [name for name in config.target_modules if name not in ends]
+            if idle:
                 warn_once(("idle", tuple(idle)), f"target_modules: nothing is named {', '.join(map(repr, idle))}")
-    return [name for name in found if not _matches(config.exclude_modules, name)]
+    is_excluded = matcher(config.exclude_modules)
+    return [name for name in found if not is_excluded(name)]
 
 
 def _output_heads(model: nn.Module, task_type: str | None) -> list[nn.Module]:
