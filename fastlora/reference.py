@@ -50,4 +50,4 @@ def lora_linear(
     elif training and dropout_p > 0.0:
         update = F.dropout(update, dropout_p)
     update = F.linear(F.linear(update, lora_A), lora_B) * scaling
-    return base + update.to(base.dtype)
+    return (base + update).to(base.dtype)

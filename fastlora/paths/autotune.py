@@ -23,8 +23,8 @@ from fastlora import env
 from fastlora._version import __version__
 from fastlora.errors import warn_once
 from fastlora.paths import registry, table
+from fastlora.paths.check import admit
 from fastlora.paths.problem import Problem
-from fastlora.paths.selfcheck import admit
 
 FALLBACK = "torch"
 FIELDS = ("M", "N", "K", "R", "dtype", "dropout")  # of a row, in the order of `table.bucket`

@@ -1,0 +1,108 @@
+"""What "correct" means, in one function: `violations`.
+
+Truth is `fastlora.reference.lora_linear` in float64. A result may err at most twice as much as the eager reference
+in the same dtype, plus two units of precision of the same expression taken on absolute values (what cancellation may
+cost); in its largest element, and in norm. The unit is that of x's dtype, the coarsest in the expression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastlora import reference
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call, dy of shape (..., N) for its backward, and the dropout mask to compare with."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    scaling: float = 1.0
+    dropout_p: float = 0.0
+    mask: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same call with `function` applied to each tensor but the mask."""
+        tensors = {n: getattr(self, n) for n in ("x", "weight", "lora_A", "lora_B", "bias", "dy")}
+        return replace(self, **{n: None if t is None else function(t) for n, t in tensors.items()})
+
+
+def draw(
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, *, adapter_dtype: torch.dtype | None = None, bias: bool = True,
+    scaling: float = 2.0, device: torch.device | str = "cpu", seed: int = 0,
+) -> Inputs:  # fmt: skip
+    """Inputs of a trained layer's scale from a seed: every value of order one, so that each term shows in Y."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, dtype=dtype, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(device=device, dtype=dtype)
+
+    adapter = adapter_dtype or dtype
+    return Inputs(
+        x=normal(M, K),
+        weight=normal(N, K, scale=K**-0.5),
+        lora_A=normal(R, K, dtype=adapter, scale=K**-0.5),
+        lora_B=normal(N, R, dtype=adapter, scale=R**-0.5),
+        bias=normal(N) if bias else None,
+        dy=normal(M, N),
+        scaling=scaling,
+    )
+
+
+def run(function: Callable[..., Tensor], inputs: Inputs, **keywords) -> dict[str, Tensor]:
+    """Forward and backward of `function`, a `lora_linear`, with gradients for all but the weight: Y, dX, dA, dB, dbias."""
+    leaves = [
+        None if t is None else t.detach().requires_grad_()
+        for t in (inputs.x, inputs.lora_A, inputs.lora_B, inputs.bias)
+    ]
+    x, lora_A, lora_B, bias = leaves
+    y = function(x, inputs.weight, lora_A, lora_B, bias, inputs.scaling, inputs.dropout_p, **keywords)
+    y.backward(inputs.dy.to(y.dtype))
+    gradients = {
+        f"d{name}": leaf.grad for name, leaf in zip(("X", "A", "B", "bias"), leaves, strict=True) if leaf is not None
+    }
+    return {"Y": y.detach(), **gradients}
+
+
+def violations(got: dict[str, Tensor], inputs: Inputs) -> list[str]:
+    """Every way in which `got`, what `run` returned, breaks the rule; empty when it is correct.
+
+    NaN and infinity must stand where the eager reference has them, and are left out of the figures.
+    """
+    eager = run(reference.lora_linear, inputs, mask=inputs.mask)
+    truth = run(reference.lora_linear, inputs.map(Tensor.double), mask=inputs.mask)
+    sizes = replace(inputs.map(lambda t: t.double().abs()), scaling=abs(inputs.scaling))
+    absolute = run(reference.lora_linear, sizes, mask=inputs.mask)
+    info = torch.finfo(inputs.x.dtype)
+    found = []
+    for name, value in got.items():
+        if value.shape != eager[name].shape or value.dtype != eager[name].dtype:
+            found.append(
+                f"{name} is {value.dtype}{tuple(value.shape)}, not {eager[name].dtype}{tuple(eager[name].shape)}"
+            )
+            continue
+        finite = eager[name].isfinite()
+        if not torch.equal(value.isnan(), eager[name].isnan()) or not torch.equal(value.isfinite(), finite):
+            wrong = int((value.isfinite() != finite).sum())
+            found.append(f"{name} has NaN or infinity where the reference has not, or the reverse ({wrong} elements)")
+            continue
+        error, error_eager = (torch.where(finite, v.double() - truth[name], 0.0) for v in (value, eager[name]))
+        allowed = torch.where(finite, 2.0 * (info.eps * absolute[name] + info.smallest_normal * info.eps), 0.0)
+        for measure, size in (("largest element", _largest), ("norm", torch.linalg.vector_norm)):
+            limit = 2.0 * size(error_eager) + size(allowed)
+            if not size(error) <= limit:
+                found.append(f"{name}: error {size(error):.3g} in its {measure}, over the limit of {limit:.3g}")
+    return found
+
+
+def _largest(t: Tensor) -> Tensor:
+    return t.abs().max() if t.numel() else t.new_zeros(())

@@ -1,0 +1,265 @@
+"""`lora_linear`: the layer as a function, its autograd, and the registered ops that a compiler sees.
+
+What is kept for backward, and why only that: `x` (the caller's own tensor), because dA = dSᵀ·drop(x) needs it, and
+S = scaling·drop(x)·lora_Aᵀ of shape (M, R), because dB = dYᵀ·S needs it. With dropout also a seed of 8 bytes, from
+which backward regenerates forward's mask. The weights are the caller's parameters. Nothing as large as y is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from fastlora import paths, reference
+from fastlora.errors import warn_once
+
+_PLAIN = frozenset({Tensor, Parameter})
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    path: str | None = None,
+) -> Tensor:
+    """`x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T`, fused, with a hand-written backward.
+
+    Equivalent to `fastlora.reference.lora_linear`. Gradients flow to lora_A, lora_B, to x and bias when they ask, and
+    never to weight. Under autocast x, weight and bias are cast to its dtype; the adapters keep theirs.
+
+    Args:
+        x: (..., K); float64, float32, float16 or bfloat16; any strides.
+        weight: (N, K), x's dtype, frozen.
+        lora_A: (R, K); x's dtype or another (float32 under a 16-bit base, say); its gradient has its own dtype.
+        lora_B: (N, R); as lora_A.
+        bias: (N,) in x's dtype, or None.
+        scaling: multiplies the update: a float, or a tensor of one element (no gradient flows to it).
+        dropout_p: probability, in [0, 1], that an element of x is dropped from the update; resolved to 1/65536.
+        training: False turns dropout off.
+        path: forces one of `fastlora.paths()`; None (and no FASTLORA_PATH) chooses by measurement.
+
+    Returns:
+        (..., N) in x's dtype; a fresh tensor, never a view.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype or shape; the message names it.
+        RuntimeError: the forced path cannot run here; the message says why.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+    """
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = lora_B * scaling.detach().to(lora_B.dtype), 1.0
+    if not training:
+        dropout_p = 0.0
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check(x, weight, lora_A, lora_B, bias, dropout_p)
+
+    if torch.compiler.is_compiling():
+        seed = torch.randint(2**63 - 1, (), device=x.device) if dropout_p > 0.0 else None
+        return _forward_op(x, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed, path or "")[0]
+    if (
+        not (type(x) in _PLAIN and type(weight) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN)
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path)
+
+    run = paths.select(x, weight, lora_A, dropout_p, path)
+    if torch.is_grad_enabled():
+        if weight.requires_grad:
+            warn_once(
+                "weight asks for a gradient",
+                "fastlora.lora_linear: weight.requires_grad is True, but weight is frozen here and gets no gradient; "
+                "call weight.requires_grad_(False), or fastlora.reference.lora_linear to train it",
+            )
+            weight = weight.detach()
+        if lora_A.requires_grad or lora_B.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad):
+            return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scaling, dropout_p, run)
+    seed = run.draw(x, dropout_p) if dropout_p > 0.0 else None
+    return run.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)[0]
+
+
+def _check(x, weight, lora_A, lora_B, bias, dropout_p) -> None:
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they need (..., K) and (N, K)"
+        )
+    N, K = weight.shape
+    if lora_A.dim() != 2 or lora_A.shape[1] != K or lora_A.shape[0] == 0:
+        raise ValueError(f"lora_A has shape {tuple(lora_A.shape)}; it needs (R, K) with K = {K} and R >= 1")
+    if lora_B.shape != (N, lora_A.shape[0]):
+        raise ValueError(f"lora_B has shape {tuple(lora_B.shape)}; it needs (N, R) = {(N, lora_A.shape[0])}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it needs (N,) = {(N,)}")
+    dtype = x.dtype
+    if not (dtype.is_floating_point and lora_A.dtype.is_floating_point and lora_B.dtype.is_floating_point):
+        raise TypeError(f"x is {dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}; all need a floating dtype")
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        other = "weight" if weight.dtype != dtype else "bias"
+        raise TypeError(
+            f"{other} is {(weight if other == 'weight' else bias).dtype} but x is {dtype}; they need one dtype "
+            "(or an autocast region)"
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; it needs to be in [0, 1]")
+
+
+def _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path):
+    """Tensor subclasses and function transforms: the reference serves them, as autograd would."""
+    what = (
+        "a function transform (vmap, grad, jvp) is active"
+        if torch._C._are_functorch_transforms_active()
+        else "a tensor subclass was passed: "
+        + ", ".join(sorted({type(t).__name__ for t in (x, weight, lora_A, lora_B) if type(t) not in _PLAIN}))
+    )
+    if path is not None:
+        raise RuntimeError(f"path {path!r} cannot run here: {what}")
+    warn_once(("as written", what), f"fastlora.lora_linear runs fastlora.reference.lora_linear, since {what}")
+    return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, dropout_p, run):
+        seed = run.draw(x, dropout_p) if dropout_p > 0.0 else None
+        y, S = run.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+        need_x, _, need_A, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_A else None, weight if need_x else None, lora_A, lora_B, S, seed)
+        ctx.call = (scaling, dropout_p, run, x.shape)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+        scaling, dropout_p, run, x_shape = ctx.call
+        need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        dy = dy.reshape(-1, dy.shape[-1])
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                dx, dA, dB = run.backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
+        else:
+            dx, dA, dB = run.backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
+        return (
+            dx.view(x_shape) if need_x else None,
+            None,
+            dA.to(lora_A.dtype) if need_A else None,
+            dB.to(lora_B.dtype) if need_B else None,
+            dy.sum(0) if need_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+# What a compiler sees. The ops choose their path when they run, so that one graph serves every M. A dispatcher call
+# costs several times what the Function above costs, so eager mode never takes this road.
+
+
+@torch.library.custom_op("fastlora::forward", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    path: str,
+) -> tuple[Tensor, Tensor]:
+    run = paths.select(x, weight, lora_A, dropout_p, path or None)
+    return run.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+
+
+@_forward_op.register_fake
+def _(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path):
+    M = x.shape[:-1].numel()
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((M, lora_A.shape[0]))
+
+
+@torch.library.custom_op("fastlora::backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    path: str,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = paths.select(x, weight, lora_A, dropout_p, path or None)
+    dx, dA, dB = run.backward(
+        dy.reshape(-1, dy.shape[-1]),
+        x if need_A else None,
+        weight if need_x else None,
+        lora_A,
+        lora_B,
+        S,
+        scaling,
+        dropout_p,
+        seed,
+        need_B,
+    )
+    return (
+        dx.view(x.shape) if need_x else x.new_empty(0),
+        dA.to(lora_A.dtype).contiguous() if need_A else lora_A.new_empty(0),
+        dB.to(lora_B.dtype).contiguous() if need_B else lora_B.new_empty(0),
+    )
+
+
+@_backward_op.register_fake
+def _(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, path, need_x, need_A, need_B):
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        lora_A.new_empty(lora_A.shape if need_A else 0),
+        lora_B.new_empty(lora_B.shape if need_B else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, lora_A, lora_B, _, scaling, dropout_p, seed, path = inputs
+    ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], seed)
+    ctx.call = (scaling, dropout_p, path)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _op_backward(ctx, dy, _):
+    x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+    scaling, dropout_p, path = ctx.call
+    need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+    dx = dA = dB = None
+    if need_x or need_A or need_B:
+        dx, dA, dB = torch.ops.fastlora.backward(
+            dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, path, need_x, need_A, need_B
+        )
+    return (
+        dx if need_x else None,
+        None,
+        dA if need_A else None,
+        dB if need_B else None,
+        dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_context)

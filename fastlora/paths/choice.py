@@ -1,0 +1,136 @@
+"""Which path runs one call, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastlora import env
+from fastlora.errors import warn_once
+from fastlora.paths import check, registry, table
+from fastlora.paths import torch as torch_path
+from fastlora.paths.problem import Problem
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The path that runs, by name, and the reason in a sentence."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation(Choice):
+    """What `explain` says; `str()` of it is the sentence."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+_selected: dict[tuple, ModuleType] = {}
+
+
+def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: str | None) -> ModuleType:
+    """The path module for one call: `path` or FASTLORA_PATH when given, else the choice. Cheap: this runs every call.
+
+    Raises:
+        RuntimeError: the path asked for cannot run here.
+    """
+    if path is None:
+        path = env.forced_path()
+        if path is None and x.is_cpu:
+            return torch_path
+    N, K = weight.shape
+    dropout = dropout_p > 0.0
+    key = (path, x.shape[:-1], N, K, lora_A.shape[0], x.dtype, lora_A.dtype, x.device, dropout)
+    chosen = _selected.get(key)
+    if chosen is None:
+        problem = Problem(x.shape[:-1].numel(), N, K, lora_A.shape[0], x.dtype, lora_A.dtype, x.device, dropout)
+        chosen = registry.load(_forced(problem, path) if path else choose(problem).path)
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if len(_selected) >= 4096:  # a server with every length under the sun
+                _selected.clear()
+            _selected[key] = chosen
+    return chosen
+
+
+def choose(problem: Problem) -> Choice:
+    """The path for `problem` when nobody names one. Never raises for an unknown device: `torch` serves everywhere."""
+    device = problem.device
+    if problem.M == 0:
+        return Choice("torch", "M is 0: nothing to compute")
+    if device.type == "cpu":
+        return Choice("torch", "the tensors are on the CPU, where ATen's GEMMs are the fastest we have")
+    measured = table.lookup(problem)
+    if measured is None:
+        return Choice(
+            "torch",
+            f"no measurements for {table.device_class(device)}, so the safe default; FASTLORA_AUTOTUNE=1 measures",
+        )
+    name, source = measured
+    if name == "torch":
+        return Choice("torch", f"measured fastest ({source})")
+    obstacle = _obstacle(name, problem)
+    if obstacle:
+        warn_once(
+            ("choice", name, obstacle),
+            f"fastlora: path {name!r} would be fastest ({source}) but 'torch' runs instead: {obstacle}",
+        )
+        return Choice("torch", f"{name!r} cannot run: {obstacle}")
+    return Choice(name, f"measured fastest ({source})")
+
+
+def explain(layer, x: Tensor) -> Explanation:
+    """Which path `layer(x)` runs, and why.
+
+    Args:
+        layer: a `FusedLoRALinear`, or anything with `weight`, `lora_A` and `lora_B` tensors; a layer may answer for
+            itself with a method `explain(x)`.
+        x: (..., K), as it would be passed.
+
+    Raises:
+        TypeError: layer is not a LoRA layer of ours.
+    """
+    own = getattr(layer, "explain", None)
+    if callable(own):
+        return own(x)
+    if not isinstance(getattr(layer, "lora_A", None), Tensor):
+        raise TypeError(f"layer is {type(layer).__name__}; it needs to be a FusedLoRALinear or a patched PEFT layer")
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    (N, K), dropout = layer.weight.shape, bool(layer.training and layer.lora_dropout > 0.0)
+    problem = Problem(x.shape[:-1].numel(), N, K, layer.lora_A.shape[0], dtype, layer.lora_A.dtype, x.device, dropout)
+    forced = env.forced_path()
+    if forced is None:
+        return Explanation(*vars(choose(problem)).values())
+    return Explanation(_forced(problem, forced), "FASTLORA_PATH asks for it")
+
+
+def paths(device: torch.device | str | None = None) -> dict[str, str]:
+    """Each path, and whether it is usable on `device` (default: the GPU if there is one): `"usable"`, or why not."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return {
+        name: registry.load(name).unavailable(device) or check.admit(name, device) or "usable"
+        for name in registry.NAMES
+    }
+
+
+def _forced(problem: Problem, path: str) -> str:
+    if path not in registry.NAMES:
+        registry.load(path)
+    if problem.M == 0:
+        return "torch"
+    obstacle = _obstacle(path, problem)
+    if obstacle:
+        raise RuntimeError(f"path {path!r} cannot run here: {obstacle}")
+    return path
+
+
+def _obstacle(name: str, problem: Problem) -> str | None:
+    module = registry.load(name)
+    return module.unavailable(problem.device) or module.unsupported(problem) or check.admit(name, problem.device)

@@ -1,0 +1,28 @@
+"""Path `onepass`: one forward kernel reads each tile of X once for X·Wᵀ and X·Aᵀ. For small, launch-bound layers."""
+
+from __future__ import annotations
+
+from fastlora.paths.triton_common import backward, draw, dropout_of, exact, rows, unavailable, unsupported
+
+__all__ = ["NAME", "backward", "draw", "forward", "unavailable", "unsupported"]
+
+NAME = "onepass"
+
+
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
+    """x (..., K) -> y (..., N), a fresh tensor, and S (M, R) in x's dtype."""
+    from fastlora.kernels import onepass
+
+    x2 = rows(x)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    _, S = onepass.onepass_forward(
+        x2,
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        exact(scaling, dropout_p),
+        dropout_of(dropout_p, seed),
+        out=y.view(x2.shape[0], -1),
+    )
+    return y, S

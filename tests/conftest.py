@@ -1,0 +1,29 @@
+"""Fixtures that every room's tests share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # for `import accuracy`
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with the real data sets, or a skip: FASTLORA_TEST_DATA, else `shared/data` beside the checkout."""
+    folder = Path(os.environ.get("FASTLORA_TEST_DATA") or ROOT.parent / "shared" / "data")
+    if not (folder / "imdb" / "train.parquet").is_file():
+        pytest.skip("no real data here: set FASTLORA_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache, and none inherits a forced path."""
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    for name in ("FASTLORA_PATH", "FASTLORA_DATA", "FASTLORA_AUTOTUNE"):
+        monkeypatch.delenv(name, raising=False)

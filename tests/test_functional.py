@@ -1,0 +1,323 @@
+"""`lora_linear` on the CPU: the error rule, autograd, dropout, and what is kept for backward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import accuracy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora.paths import check
+from fastlora.paths import torch as torch_path
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def with_mask(inputs, dropout_p, seed):
+    """The inputs with the mask that the next call after `torch.manual_seed(seed)` draws, as the reference needs it."""
+    torch.manual_seed(seed)
+    M, K = inputs.x.reshape(-1, inputs.x.shape[-1]).shape
+    token = torch_path.draw(inputs.x, dropout_p)
+    mask = check.mask_of(torch_path, token, M, K, dropout_p).view(inputs.x.shape)
+    torch.manual_seed(seed)
+    return replace(inputs, dropout_p=dropout_p, mask=mask)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every empty buffer starts as NaN, so that an element which nothing writes cannot pass."""
+    real, real_like, real_new = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poison(t):
+        return t.fill_(float("nan")) if t.dtype.is_floating_point else t
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(real(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(real_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(real_new(*a, **k)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("R", [1, 2, 3, 8, 16, 33, 64, 128])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_error_rule(poisoned, dtype, R, dropout_p):
+    inputs = accuracy.draw(37, 53, 71, R, dtype, seed=R)
+    if dropout_p:
+        inputs = with_mask(inputs, dropout_p, seed=R)
+    accuracy.check(fastlora.lora_linear, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_adapters_over_a_16_bit_base(dtype):
+    inputs = accuracy.draw(64, 48, 40, 8, dtype, adapter_dtype=torch.float32)
+    got = accuracy.check(fastlora.lora_linear, inputs)
+    assert got["dA"].dtype is got["dB"].dtype is torch.float32
+    assert got["Y"].dtype is dtype
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lead=st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    N=st.integers(1, 40),
+    K=st.integers(1, 40),
+    R=st.integers(1, 20),
+    dtype=st.sampled_from((*DTYPES, torch.float64)),
+    bias=st.booleans(),
+    layout=st.sampled_from(["plain", "transposed", "expanded", "sliced", "stepped"]),
+    scaling=st.sampled_from([1.0, 0.0, -2.5, 16.0]),
+)
+def test_any_shape_stride_and_dtype(lead, N, K, R, dtype, bias, layout, scaling):
+    inputs = accuracy.draw(torch.Size(lead).numel(), N, K, R, dtype, bias=bias, scaling=scaling)
+    x = inputs.x.view(*lead, K)
+    if layout == "transposed" and len(lead) >= 2:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "expanded" and len(lead) >= 1 and lead[0]:
+        x = x[:1].expand(*lead, K)
+    elif layout == "sliced":
+        x = torch.cat([x, x], -1)[..., K // 2 : K // 2 + K]
+    elif layout == "stepped":
+        x = torch.stack([x, x], -1).flatten(-2)[..., ::2]
+    # `run` makes leaves by detach, which keeps the strides
+    accuracy.check(fastlora.lora_linear, replace(inputs, x=x, dy=inputs.dy.view(*lead, N)))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck_in_float64(dropout_p):
+    inputs = accuracy.draw(5, 4, 6, 3, torch.float64)
+    leaves = [t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B, inputs.bias)]
+
+    def function(x, lora_A, lora_B, bias):
+        torch.manual_seed(3)  # one mask for all the evaluations
+        return fastlora.lora_linear(x, inputs.weight, lora_A, lora_B, bias, 0.7, dropout_p)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+def test_keeps_only_x_and_S():
+    inputs = accuracy.draw(32, 24, 40, 4, torch.float32)
+    x = inputs.x.requires_grad_()
+    A, B = inputs.lora_A.requires_grad_(), inputs.lora_B.requires_grad_()
+    for dropout_p in (0.0, 0.5):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            fastlora.lora_linear(x, inputs.weight, A, B, inputs.bias, 2.0, dropout_p)
+        own = {t.data_ptr() for t in (x, inputs.weight, A, B)}
+        extra = [t for t in kept if t.data_ptr() not in own]
+        sizes = sorted(tuple(t.shape) for t in extra)
+        assert sizes == ([(), (32, 4)] if dropout_p else [(32, 4)])
+        assert x.data_ptr() in {t.data_ptr() for t in kept}
+
+
+def test_gradients_only_where_asked():
+    inputs = accuracy.draw(8, 5, 6, 2, torch.float32)
+    for wanted in ("x", "lora_A", "lora_B", "bias"):
+        tensors = {n: getattr(inputs, n).clone() for n in ("x", "lora_A", "lora_B", "bias")}
+        tensors[wanted].requires_grad_()
+        y = fastlora.lora_linear(tensors["x"], inputs.weight, tensors["lora_A"], tensors["lora_B"], tensors["bias"])
+        y.backward(inputs.dy)
+        assert [n for n, t in tensors.items() if t.grad is not None] == [wanted]
+        expected = accuracy.run(fastlora.reference.lora_linear, replace(inputs, scaling=1.0))
+        name = {"x": "dX", "lora_A": "dA", "lora_B": "dB", "bias": "dbias"}[wanted]
+        torch.testing.assert_close(tensors[wanted].grad, expected[name])
+
+
+def test_weight_gets_no_gradient_and_says_so():
+    inputs = accuracy.draw(8, 5, 6, 2, torch.float32)
+    weight = inputs.weight.requires_grad_()
+    with pytest.warns(UserWarning, match="weight.requires_grad is True"):
+        y = fastlora.lora_linear(inputs.x, weight, inputs.lora_A.requires_grad_(), inputs.lora_B)
+    y.sum().backward()
+    assert weight.grad is None and inputs.lora_A.grad is not None
+
+
+def test_no_gradient_modes():
+    inputs = accuracy.draw(8, 5, 6, 2, torch.float32)
+    expected = fastlora.reference.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B)
+    A = inputs.lora_A.requires_grad_()
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            y = fastlora.lora_linear(inputs.x, inputs.weight, A, inputs.lora_B)
+        assert not y.requires_grad
+        torch.testing.assert_close(y.clone(), expected)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6), (2, 1, 3, 6), (0, 6), (2, 0, 6)])
+def test_output_is_no_view_and_takes_in_place_ops(shape):
+    inputs = accuracy.draw(1, 5, 6, 2, torch.float32)
+    x = torch.randn(shape, requires_grad=True)
+    y = fastlora.lora_linear(x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias)
+    assert y.shape == (*shape[:-1], 5) and not y._is_view()
+    y.mul_(2).add_(1)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_double_backward_is_a_clear_error():
+    inputs = accuracy.draw(4, 5, 6, 2, torch.float32)
+    x = inputs.x.requires_grad_()
+    y = fastlora.lora_linear(x, inputs.weight, inputs.lora_A, inputs.lora_B)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+def test_gradients_accumulate_and_graphs_are_retained():
+    inputs = accuracy.draw(4, 5, 6, 2, torch.float32)
+    A = inputs.lora_A.requires_grad_()
+    y = fastlora.lora_linear(inputs.x, inputs.weight, A, inputs.lora_B)
+    y.backward(inputs.dy, retain_graph=True)
+    once = A.grad.clone()
+    y.backward(inputs.dy)
+    torch.testing.assert_close(A.grad, 2 * once)
+
+
+def test_dropout_obeys_the_generator_and_differs_between_calls():
+    inputs = accuracy.draw(16, 12, 20, 4, torch.float32)
+    args = (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, None, 2.0, 0.5)
+    torch.manual_seed(7)
+    first, second = fastlora.lora_linear(*args), fastlora.lora_linear(*args)
+    torch.manual_seed(7)
+    again = fastlora.lora_linear(*args)
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    off = fastlora.lora_linear(*args, training=False)
+    assert torch.equal(off, fastlora.lora_linear(*args[:6]))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_recomputes_the_same_mask(reentrant):
+    inputs = accuracy.draw(16, 12, 20, 4, torch.float32)
+    A, x = inputs.lora_A.requires_grad_(), inputs.x.requires_grad_()
+
+    def layer(x):
+        return fastlora.lora_linear(x, inputs.weight, A, inputs.lora_B, None, 2.0, 0.5)
+
+    grads = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
+        A.grad = x.grad = None
+        torch.manual_seed(11)
+        call(x).backward(inputs.dy)
+        grads.append((A.grad, x.grad))
+    assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_mask_statistics(p):
+    keep, scale = torch_path.keep_mask(torch.tensor(12345), 1000, 1000, p, torch.float32)
+    kept = 65536 - round(p * 65536)
+    assert set(keep.unique().tolist()) == {0.0, 1.0} and scale == 1 / (1 - p)
+    sigma = (p * (1 - p) / 1e6) ** 0.5
+    assert abs(keep.mean().item() - kept / 65536) < 5 * sigma
+    for axis in (0, 1):  # no row or column stands out: 5 sigma over 1000 of them
+        assert (keep.mean(axis) - kept / 65536).abs().max().item() < 5.5 * (p * (1 - p) / 1000) ** 0.5
+
+
+def test_mask_without_the_host_has_the_same_statistics():
+    bits = torch_path._splitmix64(torch.tensor(99), 250_000).view(torch.int16).view(1000, 1000)
+    keep = (bits >= round(0.1 * 65536) - 32768).double()
+    assert abs(keep.mean().item() - 0.9) < 5 * (0.09 / 1e6) ** 0.5
+    assert abs((keep[:, 1:] * keep[:, :-1]).mean().item() - 0.81) < 1e-3
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 1.0])
+def test_dropout_at_its_ends(p):
+    inputs = replace(accuracy.draw(6, 5, 7, 2, torch.float32), dropout_p=p)
+    torch.manual_seed(0)
+    got = accuracy.run(fastlora.lora_linear, inputs)
+    mask = torch.full((6, 7), p < 1)
+    assert not accuracy.violations(
+        got, replace(inputs, mask=mask) if p < 1 else replace(inputs, mask=mask, dropout_p=0)
+    )
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(adapter_dtype):
+    inputs = accuracy.draw(32, 24, 40, 4, torch.float32)
+    x, A, B = (t.clone().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = fastlora.lora_linear(x, inputs.weight, A, B, inputs.bias, 2.0)
+        assert y.dtype is torch.bfloat16
+        y.backward(inputs.dy.bfloat16())  # inside the region: backward must not be cast again
+    assert x.grad.dtype is A.grad.dtype is B.grad.dtype is torch.float32
+    low = inputs.map(torch.Tensor.bfloat16)
+    low = replace(low, lora_A=inputs.lora_A, lora_B=inputs.lora_B)
+    got = {"Y": y.detach(), "dX": x.grad.bfloat16(), "dA": A.grad, "dB": B.grad}
+    assert not accuracy.violations(got, low)
+
+
+def test_backward_inside_a_foreign_autocast_region_keeps_float32():
+    inputs = accuracy.draw(32, 24, 40, 4, torch.float32)
+    plain = accuracy.run(fastlora.lora_linear, inputs)
+    x = inputs.x.clone().requires_grad_()
+    y = fastlora.lora_linear(x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, inputs.scaling)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y.backward(inputs.dy)
+    assert torch.equal(x.grad, plain["dX"])
+
+
+def test_scaling_as_a_tensor():
+    inputs = accuracy.draw(8, 5, 6, 2, torch.float32)
+    for scaling in (torch.tensor(0.5), torch.tensor([0.5], dtype=torch.float64)):
+        got = accuracy.run(fastlora.lora_linear, replace(inputs, scaling=scaling))
+        assert not accuracy.violations(got, replace(inputs, scaling=0.5))
+
+
+def test_results_repeat_bit_for_bit():
+    inputs = accuracy.draw(200, 64, 96, 8, torch.float32)
+    first, second = (accuracy.run(fastlora.lora_linear, inputs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_inf_and_nan_come_out_where_eager_puts_them():
+    for value in (float("inf"), float("-inf"), float("nan")):
+        inputs = accuracy.draw(6, 5, 7, 2, torch.float32)
+        for tensor in ("x", "weight", "lora_A", "lora_B", "bias", "dy"):
+            changed = replace(inputs, **{tensor: getattr(inputs, tensor).clone()})
+            getattr(changed, tensor).view(-1)[3] = value
+            accuracy.check(fastlora.lora_linear, changed)
+
+
+def test_function_transforms_work():
+    inputs = accuracy.draw(4, 5, 6, 2, torch.float32)
+
+    def loss(A, x):
+        return fastlora.lora_linear(x, inputs.weight, A, inputs.lora_B, None, 2.0).sum()
+
+    with pytest.warns(UserWarning, match="function transform"):
+        per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(inputs.lora_A, inputs.x)
+    A = inputs.lora_A.requires_grad_()
+    fastlora.reference.lora_linear(inputs.x, inputs.weight, A, inputs.lora_B, None, 2.0).sum().backward()
+    torch.testing.assert_close(per_row.sum(0), A.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": torch.zeros(4, 7)}, ValueError, "x has shape (4, 7)"),
+        ({"weight": torch.zeros(5)}, ValueError, "weight (5,)"),
+        ({"lora_A": torch.zeros(2, 7)}, ValueError, "lora_A has shape (2, 7)"),
+        ({"lora_A": torch.zeros(0, 6), "lora_B": torch.zeros(5, 0)}, ValueError, "R >= 1"),
+        ({"lora_B": torch.zeros(2, 5)}, ValueError, "lora_B has shape (2, 5)"),
+        ({"bias": torch.zeros(6)}, ValueError, "bias has shape (6,)"),
+        ({"x": torch.zeros(4, 6, dtype=torch.int64)}, TypeError, "torch.int64"),
+        ({"x": torch.zeros(4, 6, dtype=torch.bfloat16)}, TypeError, "weight is torch.float32"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p is -0.1"),
+        ({"path": "fast"}, ValueError, "path is 'fast'"),
+        ({"path": "cuda"}, RuntimeError, "path 'cuda' cannot run here"),
+        ({"path": "split"}, RuntimeError, "TRITON_INTERPRET=1"),
+    ],
+)
+def test_mistakes_are_named(change, error, words):
+    arguments = {
+        "x": torch.zeros(4, 6),
+        "weight": torch.zeros(5, 6),
+        "lora_A": torch.zeros(2, 6),
+        "lora_B": torch.zeros(5, 2),
+    }
+    with pytest.raises(error) as caught:
+        fastlora.lora_linear(**{**arguments, **change})
+    assert words in str(caught.value)
