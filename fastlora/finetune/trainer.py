@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.finetune.batches import Batch, Batches
+from fastlora.errors import UserError
+from fastlora.finetune import parallel
+from fastlora.finetune.batches import Batches
 from fastlora.finetune.checkpoint import pack, read_checkpoint, unpack, write_checkpoint
+from fastlora.finetune.step import PRECISIONS, Step, StepSettings, autocast, tally
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["PRECISIONS", "Clock", "Plan", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Plan:
         clip: largest norm of the gradient; None does not clip.
         accumulate: batches whose gradients are summed into one optimiser step.
         precision: "float32", or "bfloat16" or "float16" for autocast.
+        graph: on CUDA, capture the step once as a graph and replay it.
+        compile: pass the model through torch.compile.
         checkpoint: the checkpoint's path; None keeps none.
         checkpoint_every: write it every so many optimiser steps, besides each epoch's end.
         progress: show a progress bar.
@@ -39,6 +43,8 @@ class Plan:
     clip: float | None = None
     accumulate: int = 1
     precision: str = "float32"
+    graph: bool = False
+    compile: bool = False
     checkpoint: Path | None = None
     checkpoint_every: int | None = None
     progress: bool = True
@@ -54,8 +60,10 @@ class Trainer:
         plan: how long and how.
         device: the model's.
         scheduler: stepped at each epoch's end.
+        world: the processes that train together; the first one's start is everyone's.
 
     Attributes:
+        step: takes one optimiser step on a list of batches; `step.plain` says why it is no CUDA graph, if it is none.
         history: a row per evaluation: epoch (a fraction within an epoch), step, train_loss, train_accuracy,
             valid_loss, valid_accuracy, learning_rate, seconds (of training so far, evaluation left out).
         epoch, position, steps: epochs done, batches done in this epoch, optimiser steps done in all.
@@ -72,17 +80,18 @@ class Trainer:
         plan: Plan,
         device: torch.device,
         scheduler=None,
+        world: parallel.World = parallel.ALONE,
     ):
         self.model, self.optimiser, self.scheduler = model, optimiser, scheduler
         self.train, self.valid, self.plan, self.device = train, valid, plan, device
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.world = world
+        self.step = Step(model, optimiser, StepSettings(plan.clip, plan.precision, plan.graph, plan.compile), world)
+        parallel.same_everywhere(self.step.trained, world)
         self.history: list[dict] = []
         self.epoch = self.position = self.steps = 0
         self.seconds = 0.0
         self.sums = torch.zeros(2, device=device, dtype=torch.float64)  # loss and correct rows since the last row
         self.rows = 0  # and the rows they are over
-        self._cast = PRECISIONS[plan.precision]
-        self._scaler = torch.amp.GradScaler(device.type) if plan.precision == "float16" else None
 
     def fit(self, on_row: Callable[[dict], None] | None = None) -> list[dict]:
         """Train to the plan's last epoch from wherever the trainer stands; returns `history`."""
@@ -101,8 +110,9 @@ class Trainer:
         batches = self.train.epoch(self.epoch, self.position)
         clock = Clock(self.device)
         while group := list(islice(batches, plan.accumulate)):
-            self.sums += self.step(group)
-            self.rows += sum(len(batch[-1]) for batch in group)
+            rows = sum(self.train.rows(self.position + i) for i in range(len(group)))
+            self.sums += self.step(group, rows)
+            self.rows += rows
             self.position += len(group)
             self.steps += 1
             bar.update(len(group))
@@ -117,46 +127,19 @@ class Trainer:
                     self.save()
                 clock.lap()
 
-    def step(self, group: list[Batch]) -> Tensor:
-        """One optimiser step on the batches of `group`; returns float64 (2,): summed loss, correct rows."""
-        rows = sum(len(batch[-1]) for batch in group)
-        self.optimiser.zero_grad(set_to_none=True)
-        sums = None
-        for batch in group:
-            *inputs, labels = batch
-            with self._autocast():
-                logits = self.model(*inputs)
-            loss = F.cross_entropy(logits.float(), labels)
-            part = loss if len(group) == 1 else loss * (len(labels) / rows)
-            (part if self._scaler is None else self._scaler.scale(part)).backward()
-            found = tally(loss.detach(), logits.detach(), labels)
-            sums = found if sums is None else sums + found
-        if self._scaler is not None:
-            self._scaler.unscale_(self.optimiser)
-        if self.plan.clip is not None:
-            nn.utils.clip_grad_norm_(self.trained, self.plan.clip)
-        if self._scaler is None:
-            self.optimiser.step()
-        else:
-            self._scaler.step(self.optimiser)
-            self._scaler.update()
-        return sums
-
     @torch.no_grad()
     def evaluate(self, batches: Batches) -> tuple[float, float]:
         """(mean cross-entropy, accuracy between 0 and 1) over `batches`, the model in evaluation mode."""
         training = self.model.training
         self.model.eval()
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
-        rows = 0
-        for *inputs, labels in batches.epoch():
-            with self._autocast():
+        for *inputs, labels in batches.shared():
+            with autocast(self.device, self.plan.precision):
                 logits = self.model(*inputs)
             sums += tally(F.cross_entropy(logits.float(), labels), logits, labels)
-            rows += len(labels)
         self.model.train(training)
-        loss, correct = sums.tolist()
-        return loss / rows, correct / rows
+        loss, correct = parallel.add(sums, self.world).tolist()
+        return loss / batches.size, correct / batches.size
 
     def _record(self, epoch: float, bar, on_row) -> None:
         (loss, correct), rows = self.sums.tolist(), self.rows
@@ -174,13 +157,16 @@ class Trainer:
             on_row(row)
 
     def save(self) -> None:
-        """Write the checkpoint, if the plan keeps one."""
+        """Write the checkpoint, if the plan keeps one: all processes call, the first one writes."""
         if self.plan.checkpoint is None:
             return
         tensors, state = pack(self.model, self.optimiser, self.scheduler, self.device)
+        for name in _generators(tensors):
+            tensors[name] = parallel.gather(tensors[name], self.world, self.device)
         state |= {key: getattr(self, key) for key in self._COUNTS}
-        state |= {"scaler": self._scaler and self._scaler.state_dict()}
-        write_checkpoint(self.plan.checkpoint, tensors | {"sums": self.sums}, state)
+        state |= {"scaler": self.step.scaler.state_dict()}
+        if self.world.first:
+            write_checkpoint(self.plan.checkpoint, tensors | {"sums": self.sums}, state)
 
     def resume(self) -> bool:
         """Go back to the plan's checkpoint; False when there is none. UserError when it is damaged or another's."""
@@ -188,22 +174,23 @@ class Trainer:
         if path is None or not path.exists():
             return False
         tensors, state = read_checkpoint(path)
+        for name in _generators(tensors):
+            if len(tensors[name]) != self.world.size:
+                raise UserError(f"{path}: a checkpoint of {len(tensors[name])} processes, these are {self.world.size}")
+            tensors[name] = tensors[name][self.world.rank]
         unpack(path, self.model, self.optimiser, self.scheduler, self.device, tensors, state)
         for key in self._COUNTS:
             setattr(self, key, state[key])
         self.sums.copy_(tensors["sums"])
-        if self._scaler is not None:
-            self._scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            self.step.scaler.load_state_dict(state["scaler"])
         return True
-
-    def _autocast(self):
-        return torch.autocast(self.device.type, self._cast) if self._cast else nullcontext()
 
     def _bar(self):
         from tqdm import tqdm
 
         return tqdm(total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{self.plan.epochs}",
-                    unit="batch", disable=None if self.plan.progress else True, mininterval=0.2)
+                    unit="batch", disable=None if self.plan.progress and self.world.first else True, mininterval=0.2)
 
 
 class Clock:
@@ -222,7 +209,6 @@ class Clock:
         return passed
 
 
-def tally(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """float64 (2,): the batch's summed loss and its correct rows; on the device, nothing waits for it."""
-    correct = (logits.argmax(-1) == labels).sum()
-    return torch.stack([loss * len(labels), correct]).double()
+def _generators(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of the generators' states among a checkpoint's tensors: each process has its own."""
+    return [name for name in tensors if name.startswith("generator.")]

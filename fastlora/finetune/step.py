@@ -1,0 +1,169 @@
+"""One optimiser step: forward, loss, backward, update; run plainly, or captured once as a CUDA graph and replayed.
+
+A step of a small model on a GPU is bound by launches: hundreds of kernels of a few microseconds, each launched from
+Python. A CUDA graph launches them all at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora.errors import warn_once
+from fastlora.finetune import parallel
+from fastlora.finetune.batches import Batch
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WARM_UP = 3  # plain steps of a shape before its capture: libraries set themselves up, kernels are compiled
+MAX_GRAPHS = 32  # shapes captured; each keeps the memory of its activations
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is taken.
+
+    Attributes:
+        clip: largest norm of the gradient; None does not clip.
+        precision: "float32", or "bfloat16" or "float16" for autocast.
+        graph: capture the step as a CUDA graph where that can be done.
+        compile: pass the model's forward through torch.compile, in one graph.
+    """
+
+    clip: float | None = None
+    precision: str = "float32"
+    graph: bool = False
+    compile: bool = False
+
+
+class Step:
+    """`step(group)` takes one optimiser step on a group of batches; float64 (2,): summed loss, correct rows.
+
+    Args:
+        model: logits (batch, classes) of a batch's inputs; trained by cross-entropy, the mean over the group's rows.
+        optimiser: over the trained parameters.
+        settings: how.
+        world: the processes that train together; each is given its own part of every batch.
+
+    Attributes:
+        plain: why steps are not captured as CUDA graphs, or None when they are.
+        scaler: float16's loss scaling, switched off for other precisions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        settings: StepSettings,
+        world: parallel.World = parallel.ALONE,
+    ):
+        self.optimiser, self.settings, self.world = optimiser, settings, world
+        self.trained = [p for group in optimiser.param_groups for p in group["params"]]
+        self.device = self.trained[0].device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
+        self._forward = torch.compile(model, fullgraph=True) if settings.compile else model
+        self.plain = why_plain(self.device, settings, world)
+        if self.plain is None:
+            self._stream = torch.cuda.Stream(self.device)
+            self._seen: Counter = Counter()
+            self._graphs: dict[tuple, _Captured] = {}
+            for group in optimiser.param_groups:
+                group["capturable"] = True
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
+
+    def __call__(self, group: Sequence[Batch], rows: int | None = None) -> Tensor:
+        """One step on `group`; `rows` counts the group's rows in all processes, None says that these are all."""
+        rows = sum(len(batch[-1]) for batch in group) if rows is None else rows
+        if self.plain is not None:
+            return self._run(group, rows)
+        key = tuple(tuple(value.shape) for batch in group for value in batch)
+        if key in self._graphs:
+            return self._graphs[key].replay(group)
+        self._seen[key] += 1
+        if self._seen[key] > WARM_UP and len(self._graphs) < MAX_GRAPHS:
+            try:
+                self._graphs[key] = _Captured(self, group, rows)
+                return self._graphs[key].replay(group)
+            except RuntimeError as error:
+                self.plain = f"capture failed: {str(error).splitlines()[0]}"
+                warn_once(("capture", self.plain), f"training steps run without a CUDA graph: {self.plain}")
+                return self._run(group, rows)
+        # Warm-up and capture share one side stream, so that what libraries keep per stream is there at capture.
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            sums = self._run(group, rows)
+        current.wait_stream(self._stream)
+        return sums
+
+    def _run(self, group: Sequence[Batch], rows: int) -> Tensor:
+        self.optimiser.zero_grad(set_to_none=True)
+        sums = None
+        for batch in group:
+            if len(batch[-1]) == 0:  # the last batch may have fewer rows than there are processes
+                continue
+            *inputs, labels = batch
+            with autocast(self.device, self.settings.precision):
+                logits = self._forward(*inputs)
+            loss = F.cross_entropy(logits.float(), labels)
+            part = loss if len(labels) == rows else loss * (len(labels) / rows)
+            self.scaler.scale(part).backward()
+            found = tally(loss.detach(), logits.detach(), labels)
+            sums = found if sums is None else sums + found
+        if self.world.size > 1:
+            sums = torch.zeros(2, device=self.device, dtype=torch.float64) if sums is None else sums
+            parallel.add_gradients(self.trained)
+            parallel.add(sums, self.world)
+        self.scaler.unscale_(self.optimiser)
+        if self.settings.clip is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        return sums
+
+
+class _Captured:
+    """A step of one shape as a CUDA graph, with the buffers that it reads its batches from."""
+
+    def __init__(self, step: Step, group: Sequence[Batch], rows: int):
+        self.inputs = [tuple(value.clone() for value in batch) for batch in group]
+        self.graph = torch.cuda.CUDAGraph()
+        step.optimiser.zero_grad(set_to_none=True)  # the gradients then live in the graph's own memory
+        with torch.cuda.graph(self.graph, stream=step._stream):
+            self.sums = step._run(self.inputs, rows)
+
+    def replay(self, group: Sequence[Batch]) -> Tensor:
+        for mine, theirs in zip(self.inputs, group, strict=True):
+            for buffer, value in zip(mine, theirs, strict=True):
+                buffer.copy_(value, non_blocking=True)
+        self.graph.replay()  # dropout's seeds are drawn inside, by the device's generator: new masks at each replay
+        return self.sums.clone()
+
+
+def why_plain(device: torch.device, settings: StepSettings, world: parallel.World = parallel.ALONE) -> str | None:
+    """Why a step cannot be captured as a CUDA graph, or None when it can."""
+    if not settings.graph:
+        return "plain steps were asked for"
+    if device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, this one is {device.type}"
+    if settings.precision == "float16":
+        return "float16's loss scaling decides on the host whether to skip a step"
+    if world.size > 1:
+        return "the processes exchange gradients within the step"
+    return None
+
+
+def autocast(device: torch.device, precision: str):
+    """torch.autocast to a key of `PRECISIONS`; it keeps no casts from one step to another, as graphs demand."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
+def tally(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """float64 (2,): the batch's summed loss and its correct rows; on the device, nothing waits for it."""
+    correct = (logits.argmax(-1) == labels).sum()
+    return torch.stack([loss * len(labels), correct]).double()
