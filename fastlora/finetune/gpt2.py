@@ -34,7 +34,7 @@ class GPT2Config:
 # nearly uniform reads the message as a bag of words, which LoRA then sharpens.
 CONFIGS = {
     "gpt2": GPT2Config(),
-    "nano": GPT2Config(width=128, heads=4, layers=2, context=256, token_std=1.0, position_std=0.02),
+    "nano": GPT2Config(width=256, heads=4, layers=2, context=256, token_std=1.0, position_std=0.02),
 }
 
 

@@ -117,7 +117,7 @@ def test_wrong_weights_leave_the_model_alone(tmp_path):
     refused("71 outputs")
     save_file(tensors | {"h.0.ln_1.bias": torch.full((24,), torch.nan)}, path)
     refused("not finite")
-    with pytest.raises(UserError, match="holds no model.safetensors"):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         gpt2_weights.find(tmp_path / "nothing")
 
 

@@ -52,7 +52,7 @@ def test_vocabulary_of_another_checksum(data_dir, tmp_path):
     folder = tmp_path / "gpt2"
     folder.mkdir()
     (folder / "encoder.json").write_bytes((data_dir / "gpt2" / "encoder.json").read_bytes())
-    with pytest.raises(UserError, match="vocab.bpe"):
+    with pytest.raises(UserError, match=r"vocab\.bpe"):
         spam_data.gpt2_encoding(tmp_path)
     whole = (data_dir / "gpt2" / "vocab.bpe").read_bytes()
     (folder / "vocab.bpe").write_bytes(whole[:-1])
@@ -66,7 +66,7 @@ def test_no_vocabulary_and_no_network(tmp_path, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
-    with pytest.raises(UserError, match="no encoder.json and vocab.bpe"):
+    with pytest.raises(UserError, match=r"no encoder\.json and vocab\.bpe"):
         spam_data.gpt2_encoding(tmp_path)
 
 
