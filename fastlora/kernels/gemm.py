@@ -176,84 +176,88 @@ def gemm_tma_kernel(
 
 
 class Plan(NamedTuple):
-    """What one shape, layout and device need at every launch, decided once."""
+    """What one shape and layout need at every launch, decided once: which kernel, its grid, sizes, strides, constexprs."""
 
+    kernel: Any
+    grid: tuple[int]
     tile: Tile
-    launch: Any
+    descriptors: tuple[tuple[list[int], list[int], list[int]], ...]  # shape, strides, block of x, w and y; none: pointers
     numbers: tuple[int, ...]
     constants: dict[str, Any]
-    w_by_n: bool
 
 
-def tensor_maps(dtype: torch.dtype, strides: tuple[int, ...], N: int, addresses: int) -> bool:
-    """Whether x (strides[:2]), w (strides[2:]) and a contiguous y of N columns fit tensor descriptors: 16-byte rows."""
-    stride_xm, stride_xk, stride_wk, stride_wn = strides
+def _fit_descriptors(dtype: torch.dtype, strides: tuple[int, ...], N: int, addresses: int) -> bool:
+    """Whether x (strides[:2]), w (strides[2:4]) and a contiguous y of N columns have rows of whole 16-byte pieces."""
+    stride_xm, stride_xk, stride_wk, stride_wn = strides[:4]
     rows = stride_xm | N | (stride_wn if stride_wk == 1 else stride_wk)
-    unit = stride_xk == 1 and 1 in (stride_wk, stride_wn) and 0 not in strides
+    unit = stride_xk == 1 and 1 in (stride_wk, stride_wn) and 0 not in strides[:4]
     return unit and (rows * dtype.itemsize | addresses) % 16 == 0
 
 
-def launch_constants(tile: Tile, K: int, R: int, has_bias: bool, dropout: bool, w_by_n: bool, precision: str) -> dict:
-    """The constexprs and compiler options of a launch; the compile matrix uses them as they are."""
+@lru_cache(maxsize=4096)
+def make_plan(
+    target: Target, count: int, kind: str, dtype: torch.dtype, M: int, N: int, K: int, R: int, strides: tuple[int, ...],
+    addresses: int, has_bias: bool, dropout: bool, precision: str, tile: Tile | None,
+) -> Plan:  # fmt: skip
+    """The plan on a `target` of `count` multiprocessors; a pure function.
+
+    `strides` are those of x, w, bias, s and u in turn; `addresses` is 0 when x, w and y all start at multiples of 16 bytes.
+    """
+    stride_xm, _, stride_wk, stride_wn = strides[:4]
+    fit = _fit_descriptors(dtype, strides, N, addresses)
+    w_by_n = stride_wk == 1 and (stride_wn != 1 or N == 1)  # W's rows in memory are those of (N, K)
+    w_row = stride_wn if w_by_n else stride_wk
+    if tile is None:
+        aligned = fit and (stride_xm | N | K | w_row) % 16 == 0
+        tile = gemm_tile(
+            target, kind, M, N, K, R, dtype, aligned, dropout=dropout, precision=precision,
+            tma=fit and target.has_tma, multiprocessors=count,
+        )  # fmt: skip
+    elif tile.tma and not fit:
+        raise ValueError(f"a tile with tma needs rows of 16-byte pieces: strides {strides[:4]} of x and w, {N} columns of y")
+    block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     block_r = min(padded_rank(R), 32)
     constants = {
         "HAS_BIAS": has_bias, "DROPOUT": dropout, "WAIT": False,
-        "RANK_STEPS": -(-R // block_r), "BLOCK_R": block_r, "INPUT_PRECISION": precision,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m,
+        "RANK_STEPS": triton.cdiv(R, block_r), "BLOCK_R": block_r, "INPUT_PRECISION": precision,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": tile.group_m,
     }  # fmt: skip
-    if tile.tma:  # dropout's update comes first in a tile and would keep a flattened loop from being pipelined
-        constants |= {"W_BY_N": w_by_n, "FLATTEN": not dropout}
-    else:
-        constants["EVEN_K"] = K % tile.block_k == 0
-    return constants | tile.options
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    grid = (min(tiles, count) if tile.persistent else tiles,)
+    if not tile.tma:
+        constants |= {"EVEN_K": K % block_k == 0, **tile.options}
+        return Plan(gemm_kernel, grid, tile, (), (M, N, K, R, *strides, N), constants)
+    # With dropout the update opens each tile, and a flattened loop would not be pipelined.
+    constants |= {"W_BY_N": w_by_n, "FLATTEN": not dropout, **tile.options}
+    w_map = ([N, K], [w_row, 1], [block_n, block_k]) if w_by_n else ([K, N], [w_row, 1], [block_k, block_n])
+    x_map, y_map = ([M, K], [stride_xm, 1], [block_m, block_k]), ([M, N], [N, 1], [block_m, block_n // 2])
+    return Plan(gemm_tma_kernel, grid, tile, (x_map, w_map, y_map), (M, N, K, R, *strides[4:]), constants)
 
 
-@lru_cache(maxsize=4096)
-def _plan(kind, device, dtype, M, N, K, R, strides, addresses, has_bias, dropout, precision, tile) -> Plan:
-    target = target_of(device)
-    stride_xm, stride_xk, stride_wk, stride_wn = strides[:4]
-    mapped = tensor_maps(dtype, strides[:4], N, addresses)
-    by_n = stride_wk == 1 and not (stride_wn == 1 and N > 1)
-    if tile is None:
-        aligned = mapped and (stride_xm | N | K | (stride_wn if by_n else stride_wk)) % 16 == 0
-        tile = gemm_tile(
-            target, kind, M, N, K, R, dtype, aligned, dropout=dropout, precision=precision,
-            tma=mapped and target.has_tma, multiprocessors=multiprocessors(device),
-        )  # fmt: skip
-    elif tile.tma and not mapped:
-        raise ValueError(f"a tile with tma needs 16-byte aligned rows; x and w have strides {strides[:4]}, y {N} columns")
-    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
-    kernel = gemm_tma_kernel if tile.tma else gemm_kernel
-    grid = (min(tiles, multiprocessors(device)) if tile.persistent else tiles,)
-    numbers = (M, N, K, R, *strides[4:]) if tile.tma else (M, N, K, R, *strides, N)
-    constants = launch_constants(tile, K, R, has_bias, dropout, by_n, precision)
-    return Plan(tile, kernel[grid], numbers, constants, by_n)
+def arguments(plan: Plan, x, w, bias, s, u, y, dropout: Dropout | None) -> tuple:
+    """The positional arguments of a launch of `plan.kernel`."""
+    seed, threshold = (None, 0) if dropout is None else (dropout.seed, dropout.threshold)
+    if not plan.descriptors:
+        return (x, w, bias, s, u, y, seed, threshold, *plan.numbers)
+    maps = (TensorDescriptor(base, *layout) for base, layout in zip((x, w, y), plan.descriptors, strict=True))
+    return (*maps, bias, s, u, seed, threshold, *plan.numbers)
 
 
 def _gemm(kind, x, w, bias, s, u, dropout, out, tile) -> Tensor:
     """Y (M, N) = x (M, K) w (K, N) + bias (N,) + keep_scaled * (s (M, R) u (R, N))."""
     M, K = x.shape
     R, N = u.shape
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device) if out is None else out
+    device, dtype = x.device, x.dtype
+    target = target_of(device)
+    y = torch.empty((M, N), dtype=dtype, device=device) if out is None else out
     strides = (*x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *s.stride(), *u.stride())
     addresses = (x.data_ptr() | w.data_ptr() | y.data_ptr()) % 16
-    precision = "ieee" if x.dtype != torch.float32 else input_precision(x.dtype, target_of(x.device))
-    dropped = dropout is not None
-    plan = _plan(
-        kind, x.device, x.dtype, M, N, K, R, strides, addresses, bias is not None, dropped, precision, tile
-    )
-    seed, threshold = (dropout.seed, dropout.threshold) if dropped else (None, 0)
-    if not plan.tile.tma:
-        plan.launch(x, w, bias, s, u, y, seed, threshold, *plan.numbers, **plan.constants)
-        return y
-    tile = plan.tile
-    x_desc = TensorDescriptor(x, [M, K], [x.stride(0), 1], [tile.block_m, tile.block_k])
-    if plan.w_by_n:
-        w_desc = TensorDescriptor(w, [N, K], [w.stride(1), 1], [tile.block_n, tile.block_k])
-    else:
-        w_desc = TensorDescriptor(w, [K, N], [w.stride(0), 1], [tile.block_k, tile.block_n])
-    y_desc = TensorDescriptor(y, [M, N], [N, 1], [tile.block_m, tile.block_n // 2])
-    plan.launch(x_desc, w_desc, y_desc, bias, s, u, seed, threshold, *plan.numbers, **plan.constants)
+    precision = input_precision(dtype, target) if dtype == torch.float32 else "ieee"
+    plan = make_plan(
+        target, multiprocessors(device), kind, dtype, M, N, K, R, strides, addresses,
+        bias is not None, dropout is not None, precision, tile,
+    )  # fmt: skip
+    plan.kernel[plan.grid](*arguments(plan, x, w, bias, s, u, y, dropout), **plan.constants)
     return y
 
 
