@@ -22,8 +22,8 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
+def _own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache, and none inherits a forced path."""
-    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     for name in ("FASTLORA_PATH", "FASTLORA_DATA", "FASTLORA_AUTOTUNE"):
         monkeypatch.delenv(name, raising=False)

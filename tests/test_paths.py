@@ -1,0 +1,185 @@
+"""The choice of a path: pure, explained, never silent; and the gate that a kernel must pass before a GPU runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.errors import FastLoRAWarning
+from fastlora.paths import Problem, check, choice, choose, registry, table
+
+GPU = torch.device("cuda", 0)
+PROBLEM = Problem(8192, 4096, 4096, 16, torch.bfloat16, torch.bfloat16, GPU, False)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU that torch has never seen: what the choice asks of the device, answered; no kernel runs."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary GPU 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    monkeypatch.setattr(check, "_verdicts", {})
+    table._rows.cache_clear()
+    yield tmp_path
+    table._rows.cache_clear()
+
+
+def measured(folder, path, **changes):
+    row = {"M": 8192, "N": 4096, "K": 4096, "R": 16, "dtype": "bfloat16", "dropout": False, "path": path, **changes}
+    (folder / "imaginary-gpu-9000.json").write_text(json.dumps({"rows": [row]}))
+
+
+def test_names():
+    assert set(fastlora.paths()) == {"torch", "onepass", "split", "cuda"}
+    assert fastlora.paths("cpu")["torch"] == "usable"
+    assert "TRITON_INTERPRET=1" in fastlora.paths("cpu")["split"]
+
+
+def test_a_cpu_runs_torch():
+    chosen = choose(PROBLEM._replace(device=torch.device("cpu")))
+    assert chosen.path == "torch" and "CPU" in chosen.reason
+
+
+def test_an_unknown_gpu_gets_the_safe_default(gpu):
+    chosen = choose(PROBLEM)
+    assert chosen.path == "torch" and "imaginary-gpu-9000" in chosen.reason
+
+
+def test_a_measured_path_runs_once_it_has_passed_its_check(gpu, monkeypatch):
+    measured(gpu, "split")
+    examined = []
+    monkeypatch.setattr(check, "examine", lambda name, device: examined.append(name))
+    assert choose(PROBLEM).path == choose(PROBLEM).path == "split"
+    assert choose(PROBLEM._replace(M=5000)).path == "split"  # the same bucket
+    assert choose(PROBLEM._replace(M=4096)).path == "torch"  # another, which nobody measured
+    assert examined == ["split"]
+
+
+def test_a_path_that_fails_its_check_is_disabled_with_a_warning(gpu, monkeypatch):
+    measured(gpu, "split")
+    monkeypatch.setattr(check, "examine", lambda name, device: "dA: error 7 in its norm, over the limit of 1")
+    with pytest.warns(FastLoRAWarning, match="failed its self-check"):
+        chosen = choose(PROBLEM)
+    assert chosen.path == "torch" and "dA: error 7" in chosen.reason
+    with pytest.raises(RuntimeError, match="path 'split' cannot run here: dA: error 7"):
+        choice._forced(PROBLEM, "split")
+
+
+def test_the_verdict_is_kept_per_machine_and_a_damaged_one_is_not_trusted(gpu, monkeypatch):
+    examined = []
+    monkeypatch.setattr(check, "examine", lambda name, device: examined.append(name))
+    for _ in range(2):  # a second process starts with nothing in memory
+        monkeypatch.setattr(check, "_verdicts", {})
+        assert check.admit("onepass", GPU) is None
+    assert examined == ["onepass"]
+    check._store("onepass", GPU).write_text("{")
+    monkeypatch.setattr(check, "_verdicts", {})
+    assert check.admit("onepass", GPU) is None and examined == ["onepass", "onepass"]
+    before = check._store("onepass", GPU)
+    monkeypatch.setattr(check, "_driver", lambda device: "a newer one")
+    assert check._store("onepass", GPU) != before
+
+
+def test_no_check_while_a_graph_is_captured(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "call fastlora.selfcheck()" in check.admit("split", GPU)
+    assert check._verdicts == {}
+
+
+def test_a_read_only_cache_costs_only_time(gpu, monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("FASTLORA_CACHE", str(blocked))
+    monkeypatch.setattr(check, "examine", lambda name, device: None)
+    with pytest.warns(FastLoRAWarning, match="could not be kept"):
+        assert check.admit("onepass", GPU) is None
+
+
+def test_selfcheck_runs_the_torch_path_for_real():
+    verdicts = fastlora.selfcheck("cpu")
+    assert verdicts["torch"] == "ok" and "TRITON_INTERPRET" in verdicts["split"]
+
+
+@pytest.mark.parametrize("operation", ["mm", "addmm_"])
+def test_selfcheck_finds_a_broken_torch_path(monkeypatch, operation):
+    owner = torch if operation == "mm" else torch.Tensor
+    real = getattr(owner, operation)
+    monkeypatch.setattr(owner, operation, lambda *a, **k: real(*a, **k).mul_(1.01))
+    assert "error" in check.examine("torch", torch.device("cpu"))
+
+
+def test_forced_by_the_environment(monkeypatch):
+    layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8)
+    monkeypatch.setenv("FASTLORA_PATH", "split")
+    with pytest.raises(RuntimeError, match="path 'split' cannot run here"):
+        layer(x)
+    monkeypatch.setenv("FASTLORA_PATH", "torch")
+    assert layer(x).shape == (3, 6)
+    assert str(fastlora.explain(layer, x)) == "torch: FASTLORA_PATH asks for it"
+    monkeypatch.setenv("FASTLORA_PATH", "warp")
+    with pytest.raises(ValueError, match="'warp'"):
+        layer(x)
+
+
+def test_explain():
+    layer = fastlora.FusedLoRALinear(8, 6, r=2)
+    said = fastlora.explain(layer, torch.randn(3, 8))
+    assert said.path == "torch" and "CPU" in said.reason
+    assert fastlora.explain(layer, torch.randn(0, 8)).reason.startswith("M is 0")
+    with pytest.raises(TypeError, match="Linear"):
+        fastlora.explain(torch.nn.Linear(8, 6), torch.randn(3, 8))
+
+
+def test_every_path_answers_the_same_questions():
+    for name in registry.NAMES:
+        module = registry.load(name)
+        assert name == module.NAME
+        assert {"unavailable", "unsupported"} <= vars(module).keys()
+
+
+BROKEN_KERNEL = """
+import torch
+from fastlora.paths import check
+import fastlora.kernels.s as s
+cpu = torch.device("cpu")
+assert check.examine("split", cpu) is None, check.examine("split", cpu)
+honest = s.s_forward
+s.s_forward = lambda x, A, scaling, dropout: honest(x, A, scaling * 1.01, dropout)
+print(check.examine("split", cpu))
+check.needs_check = lambda name, device: name != "torch"
+try:
+    import fastlora
+    fastlora.lora_linear(*[torch.ones(8, 8)] * 4, path="split")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_kernel_broken_on_purpose_is_found_and_refused(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTLORA_CACHE": str(tmp_path)}
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BROKEN_KERNEL], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found, refused = done.stdout.splitlines()
+    assert "error" in found and "over the limit" in found
+    assert refused.startswith("path 'split' cannot run here") and found in refused
+
+
+LIGHT_IMPORT = """
+import sys, fastlora, torch
+assert not {"triton", "peft", "transformers", "pandas"} & set(sys.modules), "a heavy import"
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_import_asks_no_gpu_and_loads_no_triton():
+    subprocess.run([sys.executable, "-c", LIGHT_IMPORT], check=True)
