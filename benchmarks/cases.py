@@ -112,7 +112,9 @@ def gpu_jobs() -> list[Job]:
     jobs = [Job(case, TRAIN, 0, everything) for case in headline]
     jobs += [Job(case, TRAIN, 1, captured) for case in lorafusion()]
     for dropout in (0.1, 0.0):
-        jobs += [Job(case, TRAIN, 2, captured) for dtype in ("bfloat16", "float32") for case in classifier(dtype, dropout)]
+        jobs += [
+            Job(case, TRAIN, 2, captured) for dtype in ("bfloat16", "float32") for case in classifier(dtype, dropout)
+        ]
         jobs += [Job(case, TRAIN, 4, captured) for case in llama("llama3-8b", dropout, (512, 2048, 8192))]
         jobs += [Job(case, TRAIN, 6, captured) for case in llama("llama3-70b", dropout, (512, 2048, 8192))]
         jobs += [Job(case, TRAIN, 8, captured) for case in classifier("float16", dropout)]

@@ -75,8 +75,12 @@ def interleave(
 def summary(seconds: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile of samples in seconds, and how many there were."""
     ordered = sorted(seconds)
-    return {"median": _quantile(ordered, 0.5), "p20": _quantile(ordered, 0.2), "p80": _quantile(ordered, 0.8),
-            "samples": len(ordered)}
+    return {
+        "median": _quantile(ordered, 0.5),
+        "p20": _quantile(ordered, 0.2),
+        "p80": _quantile(ordered, 0.8),
+        "samples": len(ordered),
+    }
 
 
 def ratio(seconds: list[float], over: list[float]) -> dict[str, float]:
@@ -168,8 +172,9 @@ def _cpu_sample(fn: Callable[[], object], calls: int) -> float:
 
 def _calls_per_sample(fn: Callable[[], object], sample: Callable, least: float) -> int:
     fn()
-    sample(fn, 1)
-    seconds = min(sample(fn, 1), sample(fn, 1))
+    seconds = min(sample(fn, 1) for _ in range(3))
+    if seconds < 10 * least:  # a disturbed probe would leave too few calls in a sample
+        seconds = min([seconds, *(sample(fn, 1) for _ in range(5))])
     return max(1, min(1000, round(least / max(seconds, 1e-9))))
 
 
@@ -186,8 +191,12 @@ def _cores() -> int:
 
 def _cpu_facts() -> dict:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"cores": _cores(), "threads": torch.get_num_threads(), "load_before": load,
-            "capability": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "load_before": load,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def _cuda_facts(device: torch.device) -> dict:

@@ -28,7 +28,9 @@ def draw(payload: dict, path: Path) -> Path | None:
     _overhead(overhead, groups)
     _speedup(speedup, groups)
     data = payload["metadata"]
-    figure.suptitle(f"{data['device_name']}, torch {data['versions'].get('torch')}, forward+backward, {data['date'][:10]}")
+    figure.suptitle(
+        f"{data['device_name']}, torch {data['versions'].get('torch')}, forward+backward, {data['date'][:10]}"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -48,7 +50,12 @@ def _roofline(axes, groups: dict, ceilings: dict | None) -> None:
         for dtype in sorted(used):
             top = ceilings["flops_per_s"][dtype] / 1e12
             knee = top / slope
-            axes.plot([low, knee, max(axes.get_xlim()[1], 4 * knee)], [low * slope, top, top], linewidth=1, label=f"measured ceiling, {dtype}")
+            axes.plot(
+                [low, knee, max(axes.get_xlim()[1], 4 * knee)],
+                [low * slope, top, top],
+                linewidth=1,
+                label=f"measured ceiling, {dtype}",
+            )
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte moved", ylabel="TFLOP/s", title="Roofline")
     axes.legend(fontsize=7)
 
@@ -63,9 +70,21 @@ def _overhead(axes, groups: dict) -> None:
         if by_m:
             rows = sorted(by_m)
             axes.plot(rows, [_median(by_m[m]) for m in rows], marker="o", markersize=4, label=name, color=COLOURS[name])
-            axes.scatter([m for m in rows for _ in by_m[m]], [v for m in rows for v in by_m[m]], s=5, color=COLOURS[name], alpha=0.4)
+            axes.scatter(
+                [m for m in rows for _ in by_m[m]],
+                [v for m in rows for v in by_m[m]],
+                s=5,
+                color=COLOURS[name],
+                alpha=0.4,
+            )
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xscale="log", yscale="symlog", xlabel="tokens M", ylabel="overhead over the bare linear, %", title="Overhead against M")
+    axes.set(
+        xscale="log",
+        yscale="symlog",
+        xlabel="tokens M",
+        ylabel="overhead over the bare linear, %",
+        title="Overhead against M",
+    )
     axes.legend(fontsize=7)
 
 

@@ -98,7 +98,13 @@ def table(groups: dict[str, dict[str, Row]], mode: str = PLAIN) -> str:
         if "fastlora-float32" in present:
             cells.append(_over(group.get("fastlora-float32")))
         mine = group.get("fastlora")
-        cells += [f"**{_over(mine)}**", mine.get("path", "–") if mine else "–", _predicted(mine), _spread(mine), _gain(mine)]
+        cells += [
+            f"**{_over(mine)}**",
+            mine.get("path", "–") if mine else "–",
+            _predicted(mine),
+            _spread(mine),
+            _gain(mine),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -111,7 +117,10 @@ def means(rows: list[Row]) -> str:
             found.setdefault((row["direction"], row["mode"], row["dtype"]), []).append(row["over_eager"]["median"])
     if not found:
         return ""
-    lines = ["| direction | calls | dtype | cases | eager ÷ fastlora, geometric mean | worst |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    lines = [
+        "| direction | calls | dtype | cases | eager ÷ fastlora, geometric mean | worst |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
     for (direction, mode, dtype), ratios in found.items():
         mean = math.exp(-sum(map(math.log, ratios)) / len(ratios))
         lines.append(f"| {direction} | {mode} | {dtype} | {len(ratios)} | {mean:.2f} | {1 / max(ratios):.2f} |")
@@ -139,7 +148,9 @@ def lost(rows: list[Row]) -> str:
     if not found:
         return f"No measured shape at which a rival is more than {LOST_BEYOND - 1:.0%} faster."
     lines = [f"Shapes at which a rival is more than {LOST_BEYOND - 1:.0%} faster:", ""]
-    lines += [f"- {row['case']}, {row['direction']}, {row['mode']}: {best} is {over:.2f}× faster" for row, best, over in found]
+    lines += [
+        f"- {row['case']}, {row['direction']}, {row['mode']}: {best} is {over:.2f}× faster" for row, best, over in found
+    ]
     return "\n".join(lines)
 
 
@@ -179,7 +190,9 @@ def write_readme(path: Path, loaded: list[tuple[Path, dict]]) -> None:
 def slower_than_eager(rows: list[Row]) -> list[Row]:
     """fastlora's own rows at which even the quick fifth of rounds is slower than eager."""
     return [
-        row for row in rows if ours(row["contender"]) and row["contender"] == "fastlora" and row.get("over_eager", {"p20": 0})["p20"] > 1
+        row
+        for row in rows
+        if ours(row["contender"]) and row["contender"] == "fastlora" and row.get("over_eager", {"p20": 0})["p20"] > 1
     ]
 
 

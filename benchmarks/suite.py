@@ -15,7 +15,10 @@ from benchmarks.cases import COMPILED, Job
 from benchmarks.runner import run_job
 
 SECONDS_PER_JOB = {"cuda": 0.7, "cpu": 2.5}  # of timing, the building of contenders not counted
-SECONDS_PER_COMPILED_JOB = {"cuda": 45.0, "cpu": 60.0}  # a compiler may take this long: no such job starts with less left
+SECONDS_PER_COMPILED_JOB = {
+    "cuda": 45.0,
+    "cpu": 60.0,
+}  # a compiler may take this long: no such job starts with less left
 
 
 def run(
@@ -31,7 +34,12 @@ def run(
     which `budget_s` did not suffice.
     """
     end = time.perf_counter() + budget_s
-    payload = {"kind": "suite", "metadata": measure.metadata(device), "left_out": [job.name for job in jobs], "rows": []}
+    payload = {
+        "kind": "suite",
+        "metadata": measure.metadata(device),
+        "left_out": [job.name for job in jobs],
+        "rows": [],
+    }
     measure.warm_clocks(device)
     ceilings = model.measure_ceilings(device)
     payload["ceilings"] = asdict(ceilings)

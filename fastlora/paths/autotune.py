@@ -73,14 +73,15 @@ def fastest(seconds: dict[str, float]) -> str:
 def time_paths(problem: Problem) -> dict[str, float]:
     """Median seconds of forward and backward for each path that can run `problem`, on random data, in turns.
 
-    Draws from a generator of its own, so that the caller's random numbers stay what they were.
+    The caller's random numbers stay what they were.
     """
     candidates = {}
     for name in registry.NAMES:
         path = registry.load(name)
         if not (path.unavailable(problem.device) or path.unsupported(problem) or admit(name, problem.device)):
             candidates[name] = path
-    with torch.no_grad(), torch.autocast(problem.device.type, enabled=False):
+    gpus = [problem.device] if problem.device.type == "cuda" else []
+    with torch.no_grad(), torch.autocast(problem.device.type, enabled=False), torch.random.fork_rng(gpus):
         tensors = _draw(problem)
         steps = {name: _step(path, problem, *tensors) for name, path in candidates.items()}
         clock = _cuda_seconds if problem.device.type == "cuda" else _host_seconds
@@ -171,27 +172,22 @@ def _lock(file: Path) -> Iterator[bool]:
 
 
 def _draw(problem: Problem) -> tuple[Tensor, ...]:
+    """x, weight, lora_A, lora_B and dy of a problem, from a generator of their own."""
     M, N, K, R, dtype, adapter_dtype, device, _ = problem
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape, dtype=dtype):
         return torch.randn(*shape, device=device, generator=generator).to(dtype)
 
-    seed = torch.ones((), dtype=torch.int64, device=device)
-    return (
-        normal(M, K),
-        normal(N, K),
-        normal(R, K, dtype=adapter_dtype),
-        normal(N, R, dtype=adapter_dtype),
-        normal(M, N),
-        seed,
-    )
+    adapters = normal(R, K, dtype=adapter_dtype), normal(N, R, dtype=adapter_dtype)
+    return normal(M, K), normal(N, K), *adapters, normal(M, N)
 
 
-def _step(path, problem: Problem, x, weight, lora_A, lora_B, dy, seed) -> Callable[[], None]:
-    p, seed = (0.1, seed) if problem.dropout else (0.0, None)
+def _step(path, problem: Problem, x, weight, lora_A, lora_B, dy) -> Callable[[], None]:
+    p = 0.1 if problem.dropout else 0.0
 
     def step() -> None:
+        seed = path.draw(x, p) if p else None
         _, S = path.forward(x, weight, lora_A, lora_B, None, 2.0, p, seed)
         path.backward(dy, x, weight, lora_A, lora_B, S, 2.0, p, seed, True)
 
