@@ -64,7 +64,8 @@ def verdict(found: list[Change]) -> str:
     for one in sorted(found, key=lambda one: -one.ratio):
         mark = "  REGRESSION" if one.regression else ""
         lines.append(
-            f"{one.key:<84} {one.before * 1e6:8.1f}us {one.after * 1e6:8.1f}us  {one.ratio:.3f} ({one.low:.3f}-{one.high:.3f}){mark}"
+            f"{one.key:<84} {one.before * 1e6:8.1f}us {one.after * 1e6:8.1f}us"
+            f"  {one.ratio:.3f} ({one.low:.3f}-{one.high:.3f}){mark}"
         )
     slower = sum(one.regression for one in found)
     lines.append(f"{len(found)} rows compared, {slower} slower past the noise")

@@ -158,7 +158,7 @@ def _peft(case: Case, sets: list[Inputs], adapter_float32: bool) -> list[Call]:
 
 
 class _Optimised(torch.autograd.Function):
-    """What a careful user writes: two GEMMs, `addmm_` in place, no weight gradient, S kept; dropout's mask is stored."""
+    """What a careful user writes: two GEMMs, `addmm_` in place, no weight gradient, S kept, the mask stored."""
 
     @staticmethod
     def call(x, weight, lora_A, lora_B, bias, scaling, dropout_p):

@@ -52,10 +52,10 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Time each callable in rounds, every contender once per round in a shuffled order: {name: seconds per call}.
 
-    Whatever drifts (clocks, neighbours, temperature) falls on all alike, and sample `i` of every contender comes from the
-    same round, so that ratios may be taken round by round. Runs until `budget_s` seconds have passed and at least `min_rounds`
-    rounds are done, at most `max_rounds`. A sample is the mean over as many calls as its clock needs: events on CUDA, with the
-    device idle at its start, the host's clock elsewhere. Warm-up calls come first and are not counted.
+    Whatever drifts (clocks, neighbours, temperature) falls on all alike, and sample `i` of every contender comes from
+    the same round, so that ratios may be taken round by round. Runs until `budget_s` seconds have passed and at least
+    `min_rounds` rounds are done, at most `max_rounds`. A sample is the mean over as many calls as its clock needs:
+    events on CUDA, with the device idle at its start, the host's clock elsewhere. Warm-up calls are not counted.
     """
     device = default_device() if device is None else torch.device(device)
     end = time.perf_counter() + budget_s
@@ -101,7 +101,7 @@ def warm_clocks(device: str | torch.device, seconds: float = 0.5) -> None:
 
 
 def write_results(name: str, payload: dict, folder: str | Path | None = None) -> Path:
-    """Write `payload` as JSON to benchmarks/results/<device>/<date>[-<name>].json, whole or not at all; return the path.
+    """Write `payload` to benchmarks/results/<device>/<date>[-<name>].json, whole or not at all; return the path.
 
     `payload["metadata"]` is added when missing. `folder` replaces benchmarks/results/<device>.
     """

@@ -1,8 +1,9 @@
 """The traffic model: which passes over memory an implementation makes, and how long they must take.
 
-A pass is one kernel: the bytes it reads and writes once, and its floating-point operations. It takes as long as the slower of
-the two at the device's measured ceilings, and an implementation as long as its passes. Tensors as large as X (M, K) or Y (M, N)
-decide; those of rank R are counted too. A read that a cache serves is not seen here: a row faster than its prediction says so.
+A pass is one kernel: the bytes it reads and writes once, and its floating-point operations. It takes as long as the
+slower of the two at the device's measured ceilings, and an implementation as long as its passes. Tensors as large as
+X (M, K) or Y (M, N) decide; those of rank R are counted too. A read that a cache serves is not seen here: a row faster
+than its prediction says so.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def predict(case: Case, contender: str, direction: str, ceilings: Ceilings) -> P
 
 
 def useful_flops(case: Case, direction: str, lora: bool = True) -> float:
-    """Operations of the function itself, whoever computes it: two per multiply-add, the frozen weight's gradient left out."""
+    """Operations of the function itself, whoever computes it: two per multiply-add; no gradient for the frozen weight."""
     base, rank = 2.0 * case.M * case.N * case.K, 2.0 * case.M * case.R * (case.N + case.K)
     if direction == TRAIN:
         return 2 * base + (3 * rank if lora else 0.0)

@@ -61,7 +61,7 @@ def _roofline(axes, groups: dict, ceilings: dict | None) -> None:
 
 
 def _overhead(axes, groups: dict) -> None:
-    """Time over the bare linear, less one, against M; one line for each contender, the median of the cases with that M."""
+    """Time over the bare linear, less one, against M: a line for each contender, the median over cases of that M."""
     for name in ("eager", "peft", "optimised", "lorafusion", "fastlora"):
         by_m: dict[int, list[float]] = {}
         for group in groups.values():

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 from benchmarks.cases import COMPILED, FORWARD, GRAPH, PLAIN, TRAIN
-from benchmarks.contenders import ours
 from benchmarks.measure import RESULTS, ROOT
 from fastlora.errors import UserError
 
@@ -49,13 +48,15 @@ def newest(results: Path = RESULTS) -> list[Path]:
 
 
 def tables(payload: dict, path: Path) -> str:
-    """Everything in a result file as Markdown: a table for each direction and mode, means, and the shapes that are lost."""
+    """Everything in a result file as Markdown: tables by direction and mode, means, and the shapes that are lost."""
     parts = [provenance(payload, path)]
     for direction in (TRAIN, FORWARD):
         for mode in (PLAIN, COMPILED, GRAPH):
             groups = grouped(payload["rows"], direction, mode)
             if groups:
-                parts.append(f"**{direction}, {mode}** (times over the bare linear)\n\n{table(groups, mode)}")
+                parts.append(f"**{direction}, {mode}** (times over the bare linear)\n\n{table(groups)}")
+            if groups and mode == PLAIN:
+                parts.append(costs(groups))
     parts.append(means(payload["rows"]))
     parts.append(lost(payload["rows"]))
     return "\n\n".join(part for part in parts if part)
@@ -71,6 +72,9 @@ def provenance(payload: dict, path: Path) -> str:
     commit = (data["commit"] or "unknown")[:10] + (" with uncommitted changes" if data["uncommitted_changes"] else "")
     shown = Path(path).resolve()
     shown = shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else shown.name
+    busy = data.get("load_before") or 0.0
+    if busy > 0.5 * data.get("cores", 1):
+        device += f" (BUSY: a load of {busy:.1f} when it began)"
     left = f"; {len(payload['left_out'])} jobs left out for want of time" if payload["left_out"] else ""
     return f"{device}; {versions}; commit {commit}; {data['date'][:10]}; raw: `{shown}`{left}."
 
@@ -84,8 +88,8 @@ def grouped(rows: list[Row], direction: str, mode: str) -> dict[str, dict[str, R
     return {case: group for case, group in groups.items() if "bare" in group and len(group) > 1}
 
 
-def table(groups: dict[str, dict[str, Row]], mode: str = PLAIN) -> str:
-    """A Markdown table: the floor in microseconds, every contender over it, the prediction and what it means over eager."""
+def table(groups: dict[str, dict[str, Row]]) -> str:
+    """A Markdown table: the floor in microseconds, every contender over it, the prediction, and the gain over eager."""
     present = {name for group in groups.values() for name in group}
     columns = [name for name in (*RIVALS, "torch", "onepass", "split", "cuda") if name in present]
     heads = ["case", "bare, µs", *columns]
@@ -109,6 +113,22 @@ def table(groups: dict[str, dict[str, Row]], mode: str = PLAIN) -> str:
     return "\n".join(lines)
 
 
+def costs(groups: dict[str, dict[str, Row]]) -> str:
+    """A Markdown table of what fastlora's and eager's calls cost besides time, and the rates they reach."""
+    lines = [
+        "| case | TFLOP/s | GB/s | peak memory, MiB | eager's | launches | predicted | eager's |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    for case, group in groups.items():
+        mine, eager = group.get("fastlora"), group.get("eager", {})
+        if mine:
+            memory = (_mib(row.get("peak_memory_bytes")) for row in (mine, eager))
+            launches = (mine.get("launches", "–"), mine.get("predicted_launches", "–"), eager.get("launches", "–"))
+            rates = f"{mine['tflops']:.2f}", f"{mine['bytes_per_s'] / 1e9:.0f}"
+            lines.append("| " + " | ".join(map(str, (case, *rates, *memory, *launches))) + " |")
+    return "\n".join(lines)
+
+
 def means(rows: list[Row]) -> str:
     """Geometric means of eager's time over fastlora's, by direction, mode and dtype."""
     found: dict[tuple, list[float]] = {}
@@ -128,7 +148,7 @@ def means(rows: list[Row]) -> str:
 
 
 def losses(rows: list[Row]) -> list[tuple[Row, str, float]]:
-    """Where fastlora is slower than a rival in the same mode: (fastlora's row, who is fastest, fastlora's time over his)."""
+    """Where fastlora is slower than a rival in the same mode: (fastlora's row, who is fastest, our time over his)."""
     found = []
     for direction in (TRAIN, FORWARD):
         for mode in (PLAIN, COMPILED, GRAPH):
@@ -187,18 +207,28 @@ def write_readme(path: Path, loaded: list[tuple[Path, dict]]) -> None:
     path.write_text(f"{head}{BEGIN}\n\n{readme_section(loaded)}\n\n{END}{tail}", encoding="utf-8")
 
 
-def slower_than_eager(rows: list[Row]) -> list[Row]:
-    """fastlora's own rows at which even the quick fifth of rounds is slower than eager."""
-    return [
-        row
-        for row in rows
-        if ours(row["contender"]) and row["contender"] == "fastlora" and row.get("over_eager", {"p20": 0})["p20"] > 1
+def short(rows: list[Row], most: int = 24) -> str:
+    """The first measured training steps as plain text, best mode first: what a terminal's last screen can hold."""
+    mode = GRAPH if any(row["mode"] == GRAPH for row in rows) else PLAIN
+    groups = grouped(rows, TRAIN, mode)
+    lines = [
+        f"forward+backward, {mode}: times over the bare linear",
+        f"{'case':<44}{'bare us':>9}{'eager':>7}{'ours':>7}{'pred.':>7}  path",
     ]
+    for case, group in list(groups.items())[:most]:
+        mine = group.get("fastlora")
+        times = f"{_over(group.get('eager')):>7}{_over(mine):>7}{_predicted(mine):>7}"
+        lines.append(f"{case:<44}{group['bare']['median'] * 1e6:9.0f}{times}  {mine['path'] if mine else '-'}")
+    return "\n".join(lines)
 
 
 def _cores(payload: dict) -> str:
     cores = payload["metadata"].get("cores")
     return f", {cores} cores" if cores else ""
+
+
+def _mib(size: float | None) -> str:
+    return "–" if size is None else f"{size / 2**20:.1f}"
 
 
 def _over(row: Row | None) -> str:

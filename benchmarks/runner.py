@@ -129,7 +129,7 @@ def _capture(made: list[contenders.Call], train: bool) -> torch.cuda.CUDAGraph:
 
 
 def _rates(job: Job, entry: Entry, path: str, seconds: float, ceilings: model.Ceilings | None) -> dict:
-    """Operations and bytes per second, and what the traffic model expects of whoever does the work (`path` for fastlora)."""
+    """Operations and bytes per second, and what the traffic model expects of who does the work (`path` for us)."""
     worker = path if entry.name.startswith("fastlora") else entry.name
     worker = f"{worker}+{entry.mode}" if entry.mode == COMPILED else worker
     flops = model.useful_flops(job.case, job.direction, lora=entry.name != "bare")

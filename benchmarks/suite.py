@@ -30,8 +30,8 @@ def run(
 ) -> tuple[Path, dict]:
     """Measure `jobs` and return the file written and its content.
 
-    The file is rewritten whole after every job, so that an interrupted run leaves what it has; `left_out` names the jobs for
-    which `budget_s` did not suffice.
+    The file is rewritten whole after every job, so that an interrupted run leaves what it has; `left_out` names the
+    jobs for which `budget_s` did not suffice.
     """
     end = time.perf_counter() + budget_s
     payload = {

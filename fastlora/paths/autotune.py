@@ -1,6 +1,6 @@
-"""FASTLORA_AUTOTUNE=1: measure the usable paths once per bucket of shapes, and remember the fastest in the cache folder.
+"""FASTLORA_AUTOTUNE=1: measure the usable paths once per bucket of shapes, and remember the fastest.
 
-One JSON file per device, torch, Triton and fastlora version, in the format of the committed tables. It is read once per
+One JSON file in the cache folder per device, torch, Triton and fastlora version, in the format of the committed tables. It is read once per
 process, and again under the lock before anything is measured, so that of several processes that meet a new shape one
 measures and the others read; it is replaced whole, so that no reader sees half of it.
 """
@@ -41,8 +41,8 @@ def lookup(problem: Problem, measure: Callable[[Problem], dict[str, float]] | No
     Args:
         measure: seconds of each usable path for a problem; default `time_paths`.
 
-    While a CUDA graph is captured nothing can be measured, and while another process measures for longer than LOCK_WAIT_S
-    nothing is waited for: then `torch`, which is not remembered. When measuring fails, `torch` too, which is.
+    While a CUDA graph is captured nothing can be measured, and another process that measures is waited for no longer
+    than LOCK_WAIT_S: then `torch`, which is not remembered. When measuring fails, `torch` too, which is.
     """
     file = store(problem.device)
     key = table.bucket(problem)
@@ -150,7 +150,7 @@ def _read_once(file: Path) -> dict[tuple, str]:
 
 @contextlib.contextmanager
 def _lock(file: Path) -> Iterator[bool]:
-    """Hold the file's lock, a file beside it; yields False when another process keeps it for longer than LOCK_WAIT_S."""
+    """Hold the file's lock, a file beside it; yields False when another process keeps it beyond LOCK_WAIT_S."""
     try:
         import fcntl
     except ImportError:  # no such lock on Windows: two processes may both measure, and the file stays whole
