@@ -1,0 +1,72 @@
+"""The flags that every program shares, checked where they are read."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from fastlora.errors import UserError
+
+
+def whole(least: int, most: int = 2**31 - 1):
+    """An argparse type: a whole number from `least` to `most`."""
+
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
+        return value
+
+    return whole_number
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above zero")
+    return value
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """The flags of every `fastlora train` program. Those without a default leave the choice to the program (None)."""
+    parser.add_argument("--data", default="auto", metavar="DIR|sample|auto",
+                        help="data folder; a small made-up sample; or FASTLORA_DATA, the cache, the network (default)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--impl", choices=("fused", "eager"), default="fused", help="the LoRA layer (default fused)")
+    parser.add_argument("--epochs", type=whole(1), metavar="N", help="passes over the training data")
+    parser.add_argument("--rank", type=whole(1, 1024), metavar="R", help="rank of the update")
+    parser.add_argument("--alpha", type=positive, metavar="X", help="lora_alpha: the update is scaled by alpha / rank")
+    parser.add_argument("--batch-size", type=whole(1), metavar="N")
+    parser.add_argument("--lr", type=positive, metavar="X", help="learning rate")
+    parser.add_argument("--seed", type=whole(0, 2**40), default=0, metavar="N")
+    parser.add_argument("--device", default="auto", metavar="cpu|cuda[:N]|auto", help="default: cuda if there")
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --output")
+    parser.add_argument("--train-samples", type=whole(2), metavar="N", help="train on the first N rows only")
+    parser.add_argument("--test-samples", type=whole(1), metavar="N", help="test on the first N rows only")
+
+
+def pick_device(name: str):
+    """The torch device of `--device`; UserError when it is unknown or not here."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such kind of device; cpu, cuda or cuda:0 are known") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu and cuda are supported")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    return device

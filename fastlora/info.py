@@ -1,0 +1,21 @@
+"""`fastlora info`: versions, devices, the paths usable here and why not, the data found."""
+
+from __future__ import annotations
+
+import torch
+
+import fastlora
+from fastlora import env
+from fastlora.finetune.locate import found
+from fastlora.finetune.report import versions
+
+
+def info() -> str:
+    """The lines that `fastlora info` prints."""
+    lines = [f"{name:<10} {version}" for name, version in versions().items()]
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines += [f"{'GPU':<10} {name}" for name in devices or ["none"]]
+    lines += [f"{'CPU':<10} {torch.get_num_threads()} threads"]
+    lines += ["", "paths"] + [f"  {name:<8} {state}" for name, state in fastlora.paths().items()]
+    lines += ["", f"data (cache: {env.cache_dir()})"] + [f"  {name:<8} {place}" for name, place in found().items()]
+    return "\n".join(lines)
