@@ -121,6 +121,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         wanted = _wanted_shapes(targets, saved, config, layers)
         copies = _base_copies(file, targets)
         _check_names_and_shapes(file, wanted, copies)
+        file.check_sum()
         _check_base_copies(file, copies)
         adapter_dtype = _adapter_dtype(file, targets, layers)
         tensors = {key: _read_finite(file, key) for key in wanted}

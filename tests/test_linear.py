@@ -366,7 +366,7 @@ class TestModule:
             layer.load_state_dict(FusedLoRALinear(5, 3, r=4).state_dict())
         with pytest.raises(RuntimeError, match="size mismatch for weight"):
             layer.load_state_dict(FusedLoRALinear(3, 3, r=2).state_dict())
-        with pytest.raises(RuntimeError, match="Missing key.*lora_A"):
+        with pytest.raises(RuntimeError, match=r"Missing key.*lora_A"):
             layer.load_state_dict(nn.Linear(5, 3).state_dict())
 
     def test_a_base_checkpoint_loads_by_its_own_names(self):
