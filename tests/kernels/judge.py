@@ -1,0 +1,69 @@
+"""The error rule for one product of a kernel, and the layouts that every kernel must take."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+
+def judge(got, function, *operands, dtype) -> None:
+    """Hold `got` against `function(*operands)` by the rule of fastlora.accuracy; `dtype` is the coarsest operand's.
+
+    Truth is the function in float64; the error may be twice that of the function in the operands' own dtypes (mixed ones
+    promoted), plus two units of precision of the function of absolute values, in the largest element and in norm.
+    """
+    wide = operands[0].dtype
+    for operand in operands[1:]:
+        wide = torch.promote_types(wide, operand.dtype)
+    eager = function(*(t.to(wide) for t in operands)).to(got.dtype)
+    truth = function(*(t.double() for t in operands))
+    absolute = function(*(t.double().abs() for t in operands))
+    assert got.shape == truth.shape
+    assert got.isfinite().all()
+    error, error_eager = got.double() - truth, eager.double() - truth
+    allowed = 2.0 * torch.finfo(dtype).eps * absolute
+    for size in (lambda t: t.abs().max(), torch.linalg.vector_norm):
+        assert size(error) <= 2.0 * size(error_eager) + size(allowed)
+
+
+def strided(t: torch.Tensor, layout: str) -> torch.Tensor:
+    """The values of a 2-D tensor, lying in memory as `layout` says, with NaN around them."""
+    rows, columns = t.shape
+    if layout == "plain":
+        return t.contiguous()
+    if layout == "transposed":
+        return t.t().contiguous().t()
+    if layout == "stepped":
+        base = torch.full((rows, 2 * columns), math.nan, dtype=t.dtype)
+        view = base[:, ::2]
+    elif layout == "sliced":
+        base = torch.full((rows + 2, columns + 5), math.nan, dtype=t.dtype)
+        view = base[1:-1, 3:-2]
+    else:
+        raise ValueError(layout)
+    view.copy_(t)
+    return view
+
+
+LAYOUTS = ("plain", "transposed", "stepped", "sliced")
+RANKS = (1, 2, 3, 8, 16, 33, 64, 128)
+DTYPES = (torch.float32, torch.float16)
+
+
+def draw(*shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed + 7 * sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every empty buffer starts as NaN, so that an element which nothing writes, or which is read unwritten, shows."""
+    real = torch.empty
+
+    def empty(*args, **keywords):
+        t = real(*args, **keywords)
+        return t.fill_(math.nan) if t.dtype.is_floating_point else t
+
+    monkeypatch.setattr(torch, "empty", empty)

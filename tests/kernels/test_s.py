@@ -1,0 +1,70 @@
+"""S = scaling * drop(x) Aᵀ against the error rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from judge import DTYPES, LAYOUTS, RANKS, draw, judge, poisoned, strided  # noqa: F401
+
+from fastlora.kernels.dropout import Dropout, keep_mask
+from fastlora.kernels.s import s_forward
+
+SEED = 2**33 + 5
+
+
+def product(scaling, mask, p):
+    def s(x, lora_A):
+        return scaling * (x if mask is None else x * mask / (1 - p)) @ lora_A.T
+
+    return s
+
+
+def check(x, lora_A, scaling=2.0, p=0.0):
+    dropout = Dropout(p, torch.tensor([SEED])) if p else None
+    mask = keep_mask(dropout, *x.shape) if p else None
+    S = s_forward(x, lora_A, scaling, dropout)
+    assert S.dtype is x.dtype and S.is_contiguous()
+    judge(S, product(float(scaling), mask, p), x, lora_A, dtype=x.dtype)
+    return S
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("R", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_rule(poisoned, dtype, R, p):
+    check(draw(45, 83, dtype=dtype), draw(R, 83, dtype=dtype, seed=1), p=p)
+
+
+@pytest.mark.parametrize("M, K", [(1, 1), (1, 500), (33, 8), (100, 64), (17, 1030)])
+def test_ragged_sizes_and_splits_of_k(poisoned, M, K):
+    check(draw(M, K, dtype=torch.float32), draw(5, K, dtype=torch.float32, seed=1), p=0.5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(poisoned, layout):
+    x, lora_A = draw(37, 70, dtype=torch.float16), draw(4, 70, dtype=torch.float16, seed=1)
+    plain = check(x, lora_A, p=0.25)
+    assert torch.equal(check(strided(x, layout), strided(lora_A, layout), p=0.25), plain)
+
+
+def test_float32_adapter_and_scaling_on_the_device(poisoned):
+    x, lora_A = draw(37, 70, dtype=torch.float16), draw(4, 70, dtype=torch.float32, seed=1)
+    assert torch.equal(check(x, lora_A, torch.tensor(0.75)), check(x, lora_A, 0.75))
+
+
+def test_repeats_bit_for_bit(poisoned):
+    x, lora_A = draw(20, 700, dtype=torch.float32), draw(8, 700, dtype=torch.float32, seed=1)
+    assert torch.equal(check(x, lora_A, p=0.25), check(x, lora_A, p=0.25))
+
+
+def test_offsets_past_two_to_the_31():
+    stride = 2**30 + 24
+    x = torch.empty(3 * stride, dtype=torch.float16).as_strided((3, 40), (stride, 1))  # pages are mapped when touched
+    x.copy_(draw(3, 40, dtype=torch.float16))
+    check(x, draw(2, 40, dtype=torch.float16, seed=1))
+    check(x.t(), draw(2, 3, dtype=torch.float16, seed=1))
+
+
+def test_everything_dropped_is_zero(poisoned):
+    x, lora_A = draw(9, 20, dtype=torch.float32), draw(3, 20, dtype=torch.float32)
+    assert not s_forward(x, lora_A, 1.0, Dropout(1.0, torch.tensor([SEED]))).any()
