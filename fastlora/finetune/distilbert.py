@@ -1,0 +1,234 @@
+"""`fastlora train distilbert`: the Hugging Face tutorial, complete: a transformer, PEFT's LoRA, the Trainer.
+
+Tokenise, classify sequences, `get_peft_model`, `Trainer`, curves, save, load, predict. With `--impl fused` the one line
+`fastlora.peft.patch(model)` comes after `get_peft_model`; with `--impl eager` everything is stock PEFT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import fastlora.peft
+from fastlora.errors import UserError
+from fastlora.finetune import report as reports
+from fastlora.finetune.data import random_split, read_texts
+from fastlora.finetune.files import REPORT, run_folder
+from fastlora.finetune.hub_trainer import CHECKPOINTS, TokenDataset, make_trainer
+from fastlora.finetune.locate import locate
+from fastlora.finetune.options import pick_device, positive, whole
+from fastlora.finetune.plots import plot_history
+
+HELP = "sentiment of film reviews with DistilBERT (or any sequence classifier of transformers), PEFT and the Trainer"
+LABELS = ("negative", "positive")
+MODEL = "distilbert-base-uncased"
+TARGETS = {"distilbert": ["q_lin"], "bert": ["query", "value"]}  # by model_type; PEFT's own table for the others
+DEFAULTS = {"epochs": 2, "rank": 4, "alpha": 32.0, "batch_size": 32, "lr": 1e-3}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained and how; lora_dropout as `dropout`, lengths in tokens."""
+
+    model: str
+    target_modules: tuple[str, ...]
+    max_length: int
+    dropout: float
+    epochs: int
+    rank: int
+    alpha: float
+    batch_size: int
+    lr: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this program alone."""
+    parser.add_argument("--model", default=MODEL, metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
+    parser.add_argument("--max-length", type=whole(8, 65536), default=512, metavar="N",
+                        help="tokens a review is cut at (default 512)")
+    parser.add_argument("--dropout", type=_probability, default=0.01, metavar="P", help="lora_dropout (default 0.01)")
+    parser.add_argument("--target-modules", nargs="+", metavar="NAME",
+                        help="the layers to adapt (default: by architecture; q_lin for DistilBERT)")
+    parser.add_argument("--show-tokens", action="store_true", help="print the tokens of the first review")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Fine-tune, test, save, load and predict, leaving everything in `args.output`; `args` as the flags."""
+    device = pick_device(args.device)
+    if device.type == "cuda" and "RANK" not in os.environ:
+        torch.cuda.set_device(device)
+    recipe = _recipe(args)
+    settings = {"task": "distilbert", "data": args.data, "impl": args.impl, **vars(recipe), "seed": args.seed,
+                "device": device.type, "train_samples": args.train_samples, "test_samples": args.test_samples}
+    first = int(os.environ.get("RANK", "0")) == 0  # of the processes that train together, one writes
+    held = run_folder(args.output, settings, args.resume) if first else contextlib.nullcontext()
+    with held:
+        if args.resume and (args.output / REPORT).exists():
+            print(f"{args.output}: the run is finished already")
+            return
+        texts = _texts(locate(args.data, "imdb"), args)
+        set_seed(args.seed)
+        tokenizer, model = _load(recipe.model)
+        if args.show_tokens and first:
+            _show(tokenizer, texts["train"][0][0], recipe.max_length)
+        data = {name: TokenDataset(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
+        model = get_peft_model(model, _lora_config(recipe))
+        if args.impl == "fused":
+            fastlora.peft.patch(model)
+        counts = parameters(model)
+        if first:
+            print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
+        trainer = make_trainer(model, tokenizer, data, args, recipe, device)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(args) if args.resume else None)
+        test = trainer.predict(data["test"], metric_key_prefix="test").metrics
+        if first:
+            _leave(args, recipe, data, model, trainer, counts, test["test_accuracy"])
+            print(f"test accuracy {test['test_accuracy']:.2%} on {len(data['test']):,} reviews; trained "
+                  f"{trainer.seconds:.1f} s; everything is in {args.output}")
+            few = texts["test"][0][:3]
+            for text, (label, probability) in zip(few, load_predictor(args.output)(few), strict=True):
+                print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
+
+
+def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
+    """A function that labels reviews, (label, probability) each, from a finished run's folder.
+
+    Raises UserError when the run is not finished or damaged, or the model that it adapts is not to be had.
+    """
+    report = reports.read_report(run)
+    try:
+        name, max_length, impl = report["model"], int(report["max_length"]), report["impl"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{run / REPORT}: damaged, it names no model or max_length") from None
+    tokenizer, model = _load(name)
+    try:
+        model = PeftModel.from_pretrained(model, run)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{run}: the adapter cannot be loaded ({_line(error)})") from None
+    if impl == "fused":
+        fastlora.peft.patch(model)
+    model.eval()
+
+    @torch.inference_mode()
+    def predict(texts: list[str]) -> list[tuple[str, float]]:
+        batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        chances, classes = model(**batch).logits.float().softmax(-1).max(-1)
+        return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
+
+    return predict
+
+
+def parameters(model) -> dict[str, int]:
+    """The report's counts: what trains, everything, the adapter's, and its layers' weights."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    return {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "adapter_parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
+        "full_layer_parameters": sum(layer.get_base_layer().weight.numel() for layer in layers),
+    }
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    folder = Path(args.model).expanduser()
+    name = str(folder.resolve()) if folder.is_dir() else args.model
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name)
+    targets = args.target_modules or TARGETS.get(config.model_type) or PEFT_TARGETS.get(config.model_type)
+    if not targets:
+        raise UserError(f"--model {args.model}: no default target modules for a {config.model_type!r}; "
+                        "name them by --target-modules")
+    longest = getattr(config, "max_position_embeddings", None) or args.max_length
+    given = {key: getattr(args, key) if getattr(args, key) is not None else value for key, value in DEFAULTS.items()}
+    return Recipe(name, tuple(targets), min(args.max_length, longest), args.dropout, **given)
+
+
+def _lora_config(recipe: Recipe) -> LoraConfig:
+    return LoraConfig(task_type=TaskType.SEQ_CLS, r=recipe.rank, lora_alpha=recipe.alpha,
+                      lora_dropout=recipe.dropout, target_modules=list(recipe.target_modules))
+
+
+def _load(name: str):
+    labels = dict(enumerate(LABELS))
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=len(LABELS), id2label=labels, label2id={label: i for i, label in labels.items()}
+        )
+    if tokenizer.pad_token is None:
+        raise UserError(f"--model {name}: its tokenizer has no padding token")
+    return tokenizer, model
+
+
+@contextlib.contextmanager
+def _loading(name: str):
+    try:
+        yield
+    except (OSError, ValueError) as error:  # what transformers raises for a name, a network or a file
+        raise UserError(f"--model {name}: cannot be loaded ({_line(error)})") from None
+
+
+def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], list[int]]]:
+    texts, labels = read_texts(folder / "imdb/train.parquet", len(LABELS), args.train_samples)
+    if len(texts) < 2:
+        raise UserError(f"{folder}/imdb/train.parquet: at least 2 reviews are needed, to train and to validate")
+    parts = zip(("train", "valid"), random_split(len(texts), args.seed), strict=True)
+    chosen = {name: ([texts[i] for i in rows], [labels[i] for i in rows]) for name, rows in
+              ((name, rows.tolist()) for name, rows in parts)}
+    return {**chosen, "test": read_texts(folder / "imdb/test.parquet", len(LABELS), args.test_samples)}
+
+
+def _show(tokenizer, text: str, max_length: int) -> None:
+    encoded = tokenizer(text, truncation=True, max_length=max_length)
+    for name, values in (("text", text), ("tokens", tokenizer.convert_ids_to_tokens(encoded["input_ids"])),
+                         ("input_ids", encoded["input_ids"]), ("attention_mask", encoded["attention_mask"])):
+        print(f"{name}: {values}")
+
+
+def _last_checkpoint(args: argparse.Namespace) -> str | None:
+    folder = args.output / CHECKPOINTS
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def _leave(args, recipe: Recipe, data, model, trainer, counts, accuracy: float) -> None:
+    """Write everything that the finished run leaves; the report last, since it says that the run is finished."""
+    folder, history = args.output, trainer.history()
+    model.save_pretrained(folder)
+    reports.write_history(folder, history)
+    plot_history(folder / "curves.png", history, f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test")
+    layers = fastlora.peft.report(model)
+    how = sorted(set(map(str, layers.values())))
+    if args.impl == "fused":
+        print(f"{layers.fused_calls:,} fused calls ({', '.join(how)}), {layers.fallback_calls:,} by PEFT's own forward")
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    reports.write_report(folder, {
+        "task": "distilbert", "impl": args.impl, "path": ", ".join(how) if args.impl == "fused" else "eager",
+        "device": reports.device_name(trainer.args.device), "dataset": args.data, **vars(recipe),
+        "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
+        "adapter_bytes": size, "train_seconds": round(trainer.seconds, 3),
+        "tokens_per_second": round(data["train"].tokens * recipe.epochs / max(trainer.seconds, 1e-9)),
+        "peak_memory_bytes": reports.peak_memory(trainer.args.device),
+        "valid_accuracy": trainer.best(), "test_accuracy": accuracy, "fused_calls": layers.fused_calls,
+        "fallback_calls": layers.fallback_calls, "seed": args.seed, "versions": reports.versions()})
+
+
+def _probability(text: str) -> float:
+    value = 0.0 if text.strip() in ("0", "0.0") else positive(text)
+    if value >= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
+    return value
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
