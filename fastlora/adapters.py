@@ -280,6 +280,8 @@ def _adapter_dtype(file: TensorFile, targets: dict, layers: dict) -> torch.dtype
             if not dtype.is_floating_point:
                 raise AdapterError(f"{file.path}: {key} has dtype {dtype}, which is not floating point")
             held.append((key, dtype, getattr(module, part).dtype if name in layers else module.weight.dtype))
+    if not layers and all(dtype is torch.float32 for _, dtype, _ in held):
+        return torch.float32
     for wide in (None, torch.float32):
         lost = [item for item in held if not _fits(item[1], wide or item[2])]
         if not lost:
