@@ -60,13 +60,31 @@ def dropped_update(
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """keep / (1 - p) * (S U) for one tile, float32 [BLOCK_M, BLOCK_N]."""
+    """keep / (1 - p) * (S U) for one tile, float32 [BLOCK_M, BLOCK_N]; in halves, so that the mask's registers are few."""
+    left = dropped_half(
+        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+        RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
+    )  # fmt: skip
+    right = dropped_half(
+        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n + BLOCK_N // 2, M, N, R,
+        stride_sm, stride_sr, stride_ur, stride_un,
+        RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
+    )  # fmt: skip
+    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK_M, BLOCK_N])
+
+
+@triton.jit
+def dropped_half(
+    s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     update = add_update(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32), s_ptr, u_ptr, start_m, start_n, M, N, R,
         stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
     )  # fmt: skip
     keep = keep_tile(tl.load(seed_ptr), start_m + tl.arange(0, BLOCK_M), start_n, threshold, BLOCK_N)
-    return tl.where(keep, update * keep_scale(threshold), 0.0)
+    return update * tl.where(keep, keep_scale(threshold), 0.0)  # a product, so that infinity dropped is NaN, as in eager
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -140,17 +158,10 @@ def gemm_tma_kernel(
         start_m, start_n = tile_origin(tile_id, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if DROPOUT:
-            left = dropped_update(
+            acc = dropped_update(
                 s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R,
-                stride_sm, stride_sr, stride_ur, stride_un,
-                RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
+                stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            right = dropped_update(
-                s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n + BLOCK_N // 2, M, N, R,
-                stride_sm, stride_sr, stride_ur, stride_un,
-                RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
-            )  # fmt: skip
-            acc = tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK_M, BLOCK_N])
         for step in range(steps):
             start_k = step * BLOCK_K
             x = x_desc.load([start_m, start_k])
@@ -216,7 +227,7 @@ def make_plan(
     elif tile.tma and not fit:
         raise ValueError(f"a tile with tma needs rows of 16-byte pieces: strides {strides[:4]} of x and w, {N} columns of y")
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
-    block_r = min(padded_rank(R), 32)
+    block_r = min(padded_rank(R), target.rank_block)
     constants = {
         "HAS_BIAS": has_bias, "DROPOUT": dropout, "WAIT": False,
         "RANK_STEPS": triton.cdiv(R, block_r), "BLOCK_R": block_r, "INPUT_PRECISION": precision,
@@ -227,8 +238,10 @@ def make_plan(
     if not tile.tma:
         constants |= {"EVEN_K": K % block_k == 0, **tile.options}
         return Plan(gemm_kernel, grid, tile, (), (M, N, K, R, *strides, N), constants)
-    # With dropout the update opens each tile, and a flattened loop would not be pipelined.
-    constants |= {"W_BY_N": w_by_n, "FLATTEN": not dropout, **tile.options}
+    # One flat loop over tiles and K loads the next tile while this one is stored. Not with dropout, whose update opens a
+    # tile: that loop would not be pipelined. Not on sm_100: triton 3.6 fails on its tensor memory there.
+    flatten = target.arch == 90 and not dropout
+    constants |= {"W_BY_N": w_by_n, "FLATTEN": flatten, **tile.options}
     w_map = ([N, K], [w_row, 1], [block_n, block_k]) if w_by_n else ([K, N], [w_row, 1], [block_k, block_n])
     x_map, y_map = ([M, K], [stride_xm, 1], [block_m, block_k]), ([M, N], [N, 1], [block_m, block_n // 2])
     return Plan(gemm_tma_kernel, grid, tile, (x_map, w_map, y_map), (M, N, K, R, *strides[4:]), constants)

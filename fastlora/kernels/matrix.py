@@ -7,7 +7,7 @@ and stack of each thread, shared memory, the instructions used. The claims, of w
 
 - it compiles;
 - it keeps everything in registers (CUDA: no stack; HIP: no spilled vector registers);
-- its shared memory is within the architecture's limit;
+- its shared memory, and on sm_100 its tensor memory, is within the architecture's limit;
 - where the specimen says so, sm_90 multiplies by `wgmma`.
 """
 
@@ -43,6 +43,7 @@ KERNELS = ("gemm", "s", "grads", "onepass", "dropout")
 MODULES = {"gemm": "fastlora.kernels.gemm_specimens"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TENSOR_MEMORY_LIMIT = 512  # columns of sm_100; the compiler says what it needs and leaves the refusal to the launch
 _items: list[tuple[str, Specimen]] = []
 QUICK_TARGETS = (Target("cuda", 80), Target("cuda", 90))
 
@@ -141,6 +142,8 @@ def examine(item: tuple[str, Specimen]) -> Report:
             failures.append(f"spills {spilled} {'bytes' if target.backend == 'cuda' else 'registers'}")
         if shared > target.shared_limit:
             failures.append(f"takes {shared} bytes of shared memory, {target.shared_limit} there are")
+        if getattr(binary.metadata, "tmem_size", 0) > TENSOR_MEMORY_LIMIT:
+            failures.append(f"takes {binary.metadata.tmem_size} columns of tensor memory, {TENSOR_MEMORY_LIMIT} there are")
         if specimen.wgmma and not wgmma:
             failures.append("has no wgmma")
     cut = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}{' tma' if tile.tma else ''}"

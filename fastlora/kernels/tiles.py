@@ -43,7 +43,7 @@ class Target:
 
     @property
     def family(self) -> Target:
-        """The target of the tables that stands for this one: itself, or the nearest older relative with no more shared memory."""
+        """The target whose tables serve this one: itself, or the nearest older relative with no more shared memory."""
         if self.arch in SHARED_LIMIT or self.backend == "interpreter":
             return self
         if self.backend == "hip":
@@ -67,6 +67,11 @@ class Target:
     def has_tma(self) -> bool:
         """Tensor memory accelerator and programmatic dependent launch: sm_90 and newer."""
         return self.backend == "cuda" and int(self.arch) >= 90
+
+    @property
+    def rank_block(self) -> int:
+        """Columns of the rank that the GEMM multiplies at once: few, to spare registers; sm_100 accumulates elsewhere."""
+        return 128 if self.backend == "cuda" and self.family.arch == 100 else 32
 
     @property
     def has_bfloat16(self) -> bool:
@@ -97,7 +102,7 @@ TARGETS = tuple(Target("hip" if isinstance(arch, str) else "cuda", arch) for arc
 INTERPRETER = Target("interpreter", 0)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _target_of_index(index: int) -> Target:
     if torch.version.hip:
         return Target("hip", torch.cuda.get_device_properties(index).gcnArchName.split(":")[0])
@@ -118,7 +123,7 @@ def target_of(device: torch.device) -> Target:
     raise RuntimeError(f"Triton kernels need a CUDA or ROCm device, or TRITON_INTERPRET=1; the tensor is on {device}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _multiprocessors_of_index(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 

@@ -1,0 +1,216 @@
+"""The GEMM with the rank-R update in the interpreter, forward and dX, by the error rule; and the choice of its tile."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from judge import DTYPES, LAYOUTS, RANKS, draw, judge, strided
+
+from fastlora.kernels.dropout import Dropout, keep_mask
+from fastlora.kernels.gemm import gemm_dx, gemm_forward, make_plan
+from fastlora.kernels.gemm_tiles import INTERPRETER_TMA_TILE, TABLE, gemm_tile
+from fastlora.kernels.tiles import TARGETS, Target, Tile
+
+TMA = INTERPRETER_TMA_TILE
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that a launcher allocates holds NaN until a kernel writes it."""
+    empty = torch.empty
+
+    def poison(*args, **kwargs):
+        fresh = empty(*args, **kwargs)
+        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+def seeded(p):
+    return None if p is None else Dropout(p, torch.tensor([0x1234_5678_9ABC]))
+
+
+def check_forward(x, weight, bias, S, lora_B, **keywords):
+    def formula(x, weight, S, lora_B, bias=None):
+        y = x @ weight.T + S @ lora_B.T
+        return y if bias is None else y + bias
+
+    y = gemm_forward(x, weight, bias, S, lora_B, **keywords)
+    assert y.dtype == x.dtype and y.is_contiguous()
+    judge(y, formula, x, weight, S, lora_B, *([] if bias is None else [bias]), dtype=x.dtype)
+
+
+def check_dx(dy, weight, dS, lora_A, dropout=None, **keywords):
+    M, K = dy.shape[0], weight.shape[1]
+    factor = 1.0
+    if dropout is not None:
+        kept = 65536 - dropout.threshold
+        factor = keep_mask(dropout, M, K) * (65536 / kept if kept else 0.0)
+
+    def formula(dy, weight, dS, lora_A):
+        return dy @ weight + (dS @ lora_A) * torch.as_tensor(factor, dtype=dy.dtype)
+
+    dx = gemm_dx(dy, weight, dS, lora_A, dropout, **keywords)
+    assert dx.dtype == dy.dtype and dx.is_contiguous()
+    judge(dx, formula, dy, weight, dS, lora_A, dtype=dy.dtype)
+
+
+def operands(M, N, K, R, dtype, adapter_dtype=None):
+    adapter = adapter_dtype or dtype
+    return {
+        "x": draw(M, K, dtype=dtype, seed=1),
+        "weight": draw(N, K, dtype=dtype, seed=2),
+        "bias": draw(N, dtype=dtype, seed=3),
+        "S": draw(M, R, dtype=dtype, seed=4),
+        "lora_B": draw(N, R, dtype=adapter, seed=5),
+        "lora_A": draw(R, K, dtype=adapter, seed=6),
+        "dy": draw(M, N, dtype=dtype, seed=7),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("R", RANKS)
+def test_every_rank(R, dtype):
+    t = operands(35, 45, 50, R, dtype)
+    check_forward(t["x"], t["weight"], t["bias"], t["S"], t["lora_B"])
+    for p in (None, 0.4):
+        check_dx(t["dy"], t["weight"], t["S"], t["lora_A"], seeded(p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 70, 33), (33, 1, 65), (64, 64, 64), (31, 97, 5), (100, 32, 17)])
+def test_ragged_sizes(M, N, K, dtype):
+    t = operands(M, N, K, 4, dtype)
+    check_forward(t["x"], t["weight"], None, t["S"], t["lora_B"])
+    check_dx(t["dy"], t["weight"], t["S"], t["lora_A"], seeded(0.25))
+
+
+@pytest.mark.parametrize("R", [3, 16, 40])
+@pytest.mark.parametrize("M, N, K", [(40, 72, 48), (8, 24, 104), (97, 32, 32)])
+def test_descriptors(M, N, K, R):
+    for dtype, by_row in itertools.product(DTYPES, (True, False)):
+        t = operands(M, N, K, R, dtype)
+        weight = t["weight"] if by_row else t["weight"].t().contiguous().t()
+        check_forward(t["x"], weight, t["bias"], t["S"], t["lora_B"], tile=TMA)
+        for p in (None, 0.4):
+            check_dx(t["dy"], weight, t["S"], t["lora_A"], seeded(p), tile=TMA)
+
+
+@pytest.mark.parametrize("N, K, offset", [(33, 32, 0), (32, 33, 0), (32, 32, 1)])
+def test_descriptors_refuse_rows_that_are_not_16_byte_pieces(N, K, offset):
+    t = operands(8, N, K, 2, torch.float16)
+    x = torch.zeros(8 * K + offset, dtype=torch.float16)[offset:].view(8, K)
+    with pytest.raises(ValueError, match="16-byte"):
+        gemm_forward(x, t["weight"], None, t["S"], t["lora_B"], tile=TMA)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_strides(layout):
+    t = {name: strided(v, layout) if v.dim() == 2 else v for name, v in operands(34, 37, 41, 5, torch.float32).items()}
+    bias = torch.stack([t["bias"], torch.full_like(t["bias"], math.nan)], 1)[:, 0]
+    check_forward(t["x"], t["weight"], bias, t["S"], t["lora_B"])
+    check_dx(t["dy"], t["weight"], t["S"], t["lora_A"], seeded(0.5))
+
+
+def test_expanded_gradient():
+    t = operands(20, 24, 40, 2, torch.float32)
+    check_dx(torch.ones(()).expand(20, 24), t["weight"], t["S"], t["lora_A"])
+
+
+def test_float32_adapters_beside_half_tensors():
+    t = operands(33, 40, 48, 9, torch.float16, torch.float32)
+    for tile in (None, TMA):
+        check_forward(t["x"], t["weight"], t["bias"], t["S"], t["lora_B"], tile=tile)
+        check_dx(t["dy"], t["weight"], t["S"], t["lora_A"], seeded(0.3), tile=tile)
+
+
+def test_all_dropped_and_none_dropped():
+    t = operands(17, 16, 24, 2, torch.float32)
+    bare = gemm_dx(t["dy"], t["weight"], torch.zeros_like(t["S"]), t["lora_A"])
+    assert torch.equal(gemm_dx(t["dy"], t["weight"], t["S"], t["lora_A"], seeded(1.0)), bare)
+    check_dx(t["dy"], t["weight"], t["S"], t["lora_A"], seeded(0.0))
+
+
+def test_mask_does_not_depend_on_the_tile():
+    M, N, K, R = 70, 32, 96, 4
+    whole = {n: torch.randint(-3, 4, v.shape).float() for n, v in operands(M, N, K, R, torch.float32).items()}
+    args = whole["dy"], whole["weight"], whole["S"], whole["lora_A"], seeded(0.5)
+    results = [
+        gemm_dx(*args, tile=tile)
+        for tile in (None, TMA, Tile(16, 64, 16, 4, 1), Tile(64, 16, 64, 4, 1), Tile(128, 128, 32, 4, 1, group_m=1))
+    ]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_out_and_repetition_bit_for_bit():
+    t = operands(40, 33, 64, 8, torch.float16)
+    args = t["x"], t["weight"], t["bias"], t["S"], t["lora_B"]
+    out = torch.empty(40, 33, dtype=torch.float16)
+    assert gemm_forward(*args, out=out) is out
+    assert torch.equal(out, gemm_forward(*args))
+    args = t["dy"], t["weight"], t["S"], t["lora_A"], seeded(0.3)
+    assert torch.equal(gemm_dx(*args), gemm_dx(*args))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "S", "lora_B", "dy", "lora_A"])
+def test_offsets_past_two_to_the_31(name):
+    """Rows 2**27 elements apart: the last of 17 and more starts at 2**31. The pages between are never touched."""
+    t = operands(18, 19, 20, 17, torch.float16)
+    small = t[name]
+    far = torch.empty_strided(small.shape, (1 << 27, 1), dtype=small.dtype)
+    far.copy_(small)
+    near = dict(t)
+    t[name] = far
+    if name in ("x", "weight", "S", "lora_B"):
+        args = [[d[n] for n in ("x", "weight", "bias", "S", "lora_B")] for d in (t, near)]
+        assert torch.equal(gemm_forward(*args[0]), gemm_forward(*args[1]))
+    if name in ("dy", "weight", "S", "lora_A"):
+        args = [[d[n] for n in ("dy", "weight", "S", "lora_A")] for d in (t, near)]
+        assert torch.equal(gemm_dx(*args[0]), gemm_dx(*args[1]))
+
+
+SHAPES = [(1, 4096, 4096), (64, 100, 128), (960, 768, 768), (4096, 2304, 768), (8192, 4096, 4096), (100000, 50257, 768)]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_tile_is_one_of_the_table(target, dtype):
+    listed = {tile for tiles in TABLE[target.arch].values() for tile in tiles}
+    for (M, N, K), aligned, dropout, tma in itertools.product(SHAPES, *[(True, False)] * 3):
+        tile = gemm_tile(target, "dx", M, N, K, 16, dtype, aligned, dropout=dropout, tma=tma)
+        assert tile in listed
+        assert tile.tma is False or tma
+
+
+def test_few_rows_get_a_low_tile_and_many_a_large_one():
+    for target in TARGETS:
+        few, many = (gemm_tile(target, "forward", M, 4096, 4096, 16, torch.float16, True) for M in (16, 16384))
+        assert few.block_m < many.block_m
+        assert few.block_m * few.block_n < many.block_m * many.block_n
+
+
+def test_unknown_gpus_get_a_relatives_tile():
+    for unknown, known in [(87, 80), (103, 100), (121, 120), (70, 75), ("gfx90a", "gfx942"), ("gfx1100", "gfx942")]:
+        backend = "hip" if isinstance(unknown, str) else "cuda"
+        args = "forward", 4096, 4096, 4096, 16, torch.float16, True
+        assert gemm_tile(Target(backend, unknown), *args) == gemm_tile(Target(backend, known), *args)
+
+
+def plan(target, N=4096, strides=(4096, 1, 1, 4096, 1, 16, 1, 1, 16), dtype=torch.float16, addresses=0, dropout=False):
+    args = 132, "forward", dtype, 8192, N, 4096, 16, strides, addresses, True, dropout, "ieee", None
+    return make_plan(target, *args)
+
+
+def test_hopper_takes_descriptors_where_rows_are_16_byte_pieces():
+    hopper = Target("cuda", 90)
+    assert plan(hopper).tile.tma and plan(hopper).grid == (132,) and plan(hopper).constants["FLATTEN"]
+    assert plan(hopper, dropout=True).tile.tma and not plan(hopper, dropout=True).constants["FLATTEN"]
+    assert plan(hopper, strides=(4096, 1, 4096, 1, 1, 16, 1, 1, 16)).constants["W_BY_N"] is False
+    assert not plan(hopper, N=4097).tile.tma
+    assert not plan(hopper, addresses=2).tile.tma
+    assert not plan(hopper, strides=(1, 8192, 1, 4096, 1, 16, 1, 1, 16)).tile.tma
+    assert not plan(hopper, strides=(0, 1, 1, 4096, 1, 16, 1, 1, 16)).tile.tma
+    assert not plan(Target("cuda", 80)).tile.tma
