@@ -54,7 +54,7 @@ def predict(case: Case, contender: str, direction: str, ceilings: Ceilings) -> P
 
 
 def useful_flops(case: Case, direction: str, lora: bool = True) -> float:
-    """Operations of the function itself, whoever computes it: two per multiply-add; no gradient for the frozen weight."""
+    """Operations of the function itself, whoever computes it; no gradient for the frozen weight."""
     base, rank = 2.0 * case.M * case.N * case.K, 2.0 * case.M * case.R * (case.N + case.K)
     if direction == TRAIN:
         return 2 * base + (3 * rank if lora else 0.0)

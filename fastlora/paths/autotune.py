@@ -1,8 +1,8 @@
 """FASTLORA_AUTOTUNE=1: measure the usable paths once per bucket of shapes, and remember the fastest.
 
-One JSON file in the cache folder per device, torch, Triton and fastlora version, in the format of the committed tables. It is read once per
-process, and again under the lock before anything is measured, so that of several processes that meet a new shape one
-measures and the others read; it is replaced whole, so that no reader sees half of it.
+One JSON file in the cache folder for each device, torch, Triton and fastlora version, in the format of the committed
+tables. It is read once per process, and again under the lock before anything is measured, so that of several processes
+that meet a new shape one measures and the others read; it is replaced whole, so that no reader sees half of it.
 """
 
 from __future__ import annotations
