@@ -1,8 +1,8 @@
 """`lora_linear`: the layer as a function, its autograd, and the registered ops that a compiler sees.
 
 What is kept for backward, and why only that: `x` (the caller's own tensor), because dA = dSᵀ·drop(x) needs it, and
-S = scaling·drop(x)·lora_Aᵀ of shape (M, R), because dB = dYᵀ·S needs it. With dropout also a seed of 8 bytes, from
-which backward regenerates forward's mask. The weights are the caller's parameters. Nothing as large as y is kept.
+S = drop(x)·lora_Aᵀ of shape (M, R), scaled where the path scales it, because dB = dYᵀ·S needs it. With dropout also a
+seed of 8 bytes, from which backward regenerates forward's mask. The weights are the caller's parameters. Nothing as large as y is kept.
 """
 
 from __future__ import annotations
@@ -58,18 +58,17 @@ def lora_linear(
         lora_B, scaling = lora_B * scaling.detach().to(lora_B.dtype), 1.0
     if not training:
         dropout_p = 0.0
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, lora_A, lora_B, bias, dropout_p)
-
     if torch.compiler.is_compiling():
         seed = torch.randint(2**63 - 1, (), device=x.device) if dropout_p > 0.0 else None
         return _forward_op(x, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed, path or "")[0]
     if (
-        not (type(x) in _PLAIN and type(weight) in _PLAIN and type(lora_A) in _PLAIN and type(lora_B) in _PLAIN)
+        type(x) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or type(lora_A) not in _PLAIN
+        or type(lora_B) not in _PLAIN
         or torch._C._are_functorch_transforms_active()
     ):
         return _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path)
@@ -77,19 +76,47 @@ def lora_linear(
     run = paths.select(x, weight, lora_A, dropout_p, path)
     if torch.is_grad_enabled():
         if weight.requires_grad:
-            warn_once(
-                "weight asks for a gradient",
-                "fastlora.lora_linear: weight.requires_grad is True, but weight is frozen here and gets no gradient; "
-                "call weight.requires_grad_(False), or fastlora.reference.lora_linear to train it",
-            )
-            weight = weight.detach()
+            weight = _freeze(weight)
         if lora_A.requires_grad or lora_B.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad):
             return _LoRALinear.apply(x, weight, lora_A, lora_B, bias, scaling, dropout_p, run)
     seed = run.draw(x, dropout_p) if dropout_p > 0.0 else None
     return run.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)[0]
 
 
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast would hand to F.linear on x's device; it leaves float64 alone."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype is torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _freeze(weight: Tensor) -> Tensor:
+    warn_once(
+        "weight asks for a gradient",
+        "fastlora.lora_linear: weight.requires_grad is True, but weight is frozen here and gets no gradient; "
+        "call weight.requires_grad_(False), or fastlora.reference.lora_linear to train it",
+    )
+    return weight.detach()
+
+
 def _check(x, weight, lora_A, lora_B, bias, dropout_p) -> None:
+    """One expression when all is well: this runs every call."""
+    if (
+        weight.dim() == lora_A.dim() == lora_B.dim() == 2
+        and x.dim()
+        and (x.shape[-1], *lora_B.shape) == (weight.shape[1], weight.shape[0], lora_A.shape[0])
+        and lora_A.shape[1] == weight.shape[1]
+        and lora_A.shape[0]
+        and x.dtype is weight.dtype
+        and x.is_floating_point()
+        and lora_A.is_floating_point()
+        and lora_B.is_floating_point()
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype is x.dtype))
+        and 0.0 <= dropout_p <= 1.0
+    ):
+        return
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they need (..., K) and (N, K)"
@@ -101,17 +128,13 @@ def _check(x, weight, lora_A, lora_B, bias, dropout_p) -> None:
         raise ValueError(f"lora_B has shape {tuple(lora_B.shape)}; it needs (N, R) = {(N, lora_A.shape[0])}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it needs (N,) = {(N,)}")
-    dtype = x.dtype
-    if not (dtype.is_floating_point and lora_A.dtype.is_floating_point and lora_B.dtype.is_floating_point):
-        raise TypeError(f"x is {dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}; all need a floating dtype")
-    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        other = "weight" if weight.dtype != dtype else "bias"
-        raise TypeError(
-            f"{other} is {(weight if other == 'weight' else bias).dtype} but x is {dtype}; they need one dtype "
-            "(or an autocast region)"
-        )
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it needs to be in [0, 1]")
+    for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; it needs a floating dtype")
+    name, other = ("weight", weight) if weight.dtype is not x.dtype else ("bias", bias)
+    raise TypeError(f"{name} is {other.dtype} but x is {x.dtype}; they need one dtype (or an autocast region)")
 
 
 def _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path):
@@ -139,27 +162,34 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
-        scaling, dropout_p, run, x_shape = ctx.call
-        need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        # under create_graph=True: first-order gradients, and an error for who differentiates them
+        return _once_differentiable_backward(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx, dy):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(dy.device.type):
+        with torch.autocast(dy.device.type, enabled=False):
+            return _backward(ctx, dy)
+    x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+    scaling, dropout_p, run, x_shape = ctx.call
+    need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+    if dy.dim() != 2:
         dy = dy.reshape(-1, dy.shape[-1])
-        if torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
-                dx, dA, dB = run.backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
-        else:
-            dx, dA, dB = run.backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
-        return (
-            dx.view(x_shape) if need_x else None,
-            None,
-            dA.to(lora_A.dtype) if need_A else None,
-            dB.to(lora_B.dtype) if need_B else None,
-            dy.sum(0) if need_bias else None,
-            None,
-            None,
-            None,
-        )
+    dx, dA, dB = run.backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
+    return (
+        dx.view(x_shape) if need_x else None,
+        None,
+        (dA if dA.dtype is lora_A.dtype else dA.to(lora_A.dtype)) if need_A else None,
+        (dB if dB.dtype is lora_B.dtype else dB.to(lora_B.dtype)) if need_B else None,
+        dy.sum(0) if need_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+_once_differentiable_backward = once_differentiable(_backward)
 
 
 # What a compiler sees. The ops choose their path when they run, so that one graph serves every M. A dispatcher call

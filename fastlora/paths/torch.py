@@ -1,13 +1,17 @@
 """Path `torch`: ATen's own GEMMs with nothing computed twice. What CPUs run, and the floor under every other path.
 
-Forward:   Y = X Wᵀ + bias;  S = scaling·drop(X)·Aᵀ;  Y += S·Bᵀ in place.
-Backward:  dS = scaling·dY·B;  dB = (Sᵀ·dY)ᵀ;  dA = dSᵀ·drop(X);  dX = dY·W;  dX += drop'(dS·A) in place.
+Forward:   Y = X Wᵀ + bias;  S = drop(X)·Aᵀ;  Y += s·S·Bᵀ in place.
+Backward:  dB = s·(Sᵀ·dY)ᵀ;  dS = dY·B;  dA = s·dSᵀ·drop(X);  dX = dY·W;  dX += s·drop'(dS·A) in place.
+
+The scaling s rides on each GEMM as its alpha: no pass of its own, and S cannot overflow in 16 bits for a large s.
 
 With dropout the mask is made twice from one seed: 16 random bits an element, on a CPU several times cheaper than
 `Tensor.bernoulli_`.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +55,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> tuple[
         scaling = scaling * scale
     else:
         S = torch.mm(x2, lora_A.t())
-    if scaling != 1.0:
-        S.mul_(scaling)
-    y2.addmm_(S, lora_B.t())
+    _add_product(y2, S, lora_B.t(), scaling)
     return y, S
 
 
@@ -64,33 +66,50 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     """
     if (dy.stride(1) != 1 and dy.stride(0) != 1) or 0 in dy.stride():
         dy = dy.contiguous()  # y.sum().backward() hands out an expanded scalar, and three GEMMs would each copy it
+    keep = None
+    if dropout_p > 0.0:
+        keep, scale = keep_mask(seed, dy.shape[0], lora_A.shape[1], dropout_p, dy.dtype)
+        scaling = scaling * scale
     dx = dA = dB = None
     if need_B:
-        dB = torch.mm(S.t(), dy).t()
+        dB = _product(S.t(), dy, scaling).t()
     if weight is None and x is None:
         return dx, dA, dB
     if lora_B.dtype is not dy.dtype:
         lora_B = lora_B.to(dy.dtype)
-    if dropout_p > 0.0:
-        keep, scale = keep_mask(seed, dy.shape[0], lora_A.shape[1], dropout_p, dy.dtype)
-        scaling = scaling * scale
-    else:
-        keep = None
     dS = torch.mm(dy, lora_B)
-    if scaling != 1.0:
-        dS.mul_(scaling)
     if x is not None:
         x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        dA = torch.mm(dS.t(), x if keep is None else x * keep)
+        dA = _product(dS.t(), x if keep is None else x * keep, scaling)
     if weight is not None:
         if lora_A.dtype is not dy.dtype:
             lora_A = lora_A.to(dy.dtype)
         dx = torch.mm(dy, weight)
         if keep is None:
-            dx.addmm_(dS, lora_A)
+            _add_product(dx, dS, lora_A, scaling)
         else:
-            dx.addcmul_(torch.mm(dS, lora_A), keep)
+            dx.addcmul_(torch.mm(dS, lora_A), keep, value=scaling)
     return dx, dA, dB
+
+
+def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * (a @ b), rounded once and without a pass of its own for the factor."""
+    if scaling == 0.0:  # BLAS would not look at a and b then, and lose their NaN
+        return torch.mm(a, b).mul_(0.0)
+    return torch.addmm(_nothing(a.dtype, a.device), a, b, beta=0, alpha=scaling)
+
+
+def _add_product(y: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
+    """y += scaling * (a @ b)."""
+    if scaling == 0.0:
+        y.add_(torch.mm(a, b).mul_(0.0))
+    else:
+        y.addmm_(a, b, alpha=scaling)
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
 
 
 def draw(x: Tensor, dropout_p: float) -> Tensor:
