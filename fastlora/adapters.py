@@ -37,13 +37,13 @@ PREFIX = "base_model.model."
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save: Iterable[str] | None = None) -> None:
-    """Write the LoRA layers of `model`, and its modules that are trained in full, as an adapter that PEFT can
-    load.
+    """Write the LoRA layers of `model`, and its modules that are trained in full, as an adapter that PEFT loads.
 
-    An adapter already in `directory` is replaced; its other files are not touched. Each file is whole or not
-    there at all. Layers put in by hand, without `inject`, are saved as well. A model in
-    DistributedDataParallel or `torch.compile` is saved as the model inside. Merged layers are saved as if
-    unmerged.
+    An adapter already in `directory` is replaced; its other files are not touched. Each file is whole or not there at
+    all. Layers put in by hand, without `inject`, are saved as well. A model in DistributedDataParallel or
+    `torch.compile` is saved as the model inside. Merged layers are saved as if unmerged. A `scaling` set outright is
+    saved as the lora_alpha that gives it, to the last bit or, where no alpha does, to the one next to it. Trainable
+    parameters that are not part of the adapter are named in a warning.
 
     Args:
         model: a model with `FusedLoRALinear` layers.
@@ -71,6 +71,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save
         if any(isinstance(part, FusedLoRALinear) for part in module.modules()):
             raise ValueError(f"modules_to_save matches {name!r}, which is or holds a LoRA layer")
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
+    _name_what_is_left_out(model, layers, tensors)
     for key, tensor in tensors.items():
         _check_writable(key, tensor)
 
@@ -84,9 +85,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Read an adapter written by `save_adapter` or by PEFT into `model`, and return the model.
 
     A model without LoRA layers gets them first, as the adapter's configuration says; everything else is
-    frozen, as by `inject`. Adapters are kept in the weight's dtype if that loses nothing, else in float32. A
-    model that has LoRA layers must have them where the adapter has, of the same rank; they take over its
-    scaling.
+    frozen, as by `inject`. They are kept in float32 if the file has float32, else in the weight's dtype. A model that
+    has LoRA layers must have them where the adapter has, of the same rank; they take over its scaling.
 
     Everything is checked before anything is changed: that both files are whole, that all tensors and no
         others are
@@ -205,6 +205,18 @@ def _alpha_for(scaling: float, r: int, use_rslora: bool) -> float:
     alpha = scaling * (math.sqrt(r) if use_rslora else r)
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return min(near, key=lambda candidate: abs(_scaling(candidate, r, use_rslora) - scaling))
+
+
+def _name_what_is_left_out(model: nn.Module, layers: dict, tensors: dict) -> None:
+    adapters = {id(parameter) for layer in layers.values() for parameter in (layer.lora_A, layer.lora_B)}
+    left_out = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in adapters and PREFIX + name not in tensors
+    ]
+    if left_out:
+        more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        warn_once(("left out", *left_out), f"trainable but not in the saved adapter: {left_out[0]}{more}")
 
 
 def _check_writable(key: str, tensor: object) -> None:

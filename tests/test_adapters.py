@@ -138,6 +138,9 @@ class TestRoundTrip:
         model = small()
         model.fc1 = FusedLoRALinear.from_linear(model.fc1, r=2, scaling=0.1)
         model.fc2 = FusedLoRALinear.from_linear(model.fc2, r=3, scaling=1.5, use_rslora=True)
+        with pytest.warns(fastlora.errors.FastLoRAWarning, match=r"not in the saved adapter: embed\.weight"):
+            save_adapter(model, tmp_path)
+        model.embed.requires_grad_(False)
         shaken(model)
         save_adapter(model, tmp_path)
         other = load_adapter(small(), tmp_path).eval()
@@ -146,6 +149,7 @@ class TestRoundTrip:
 
     def test_modules_named_when_saving(self, tmp_path):
         model = small()
+        model.embed.requires_grad_(False)
         model.fc1 = FusedLoRALinear.from_linear(model.fc1, r=2)
         nn.init.ones_(model.fc2.weight)
         save_adapter(model, tmp_path, modules_to_save=["fc2"])
