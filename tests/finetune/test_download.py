@@ -1,0 +1,309 @@
+"""Downloads against a server on the loopback that cuts, stalls, lies, corrupts and replaces."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import http.server
+import io
+import multiprocessing
+import random
+import re
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fastlora.errors import WorkError
+from fastlora.finetune import convert, download, locate
+
+CONTENT = random.Random(0).randbytes(300_000)
+SUM = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` by path. `plan` says what to do with each request in turn; when it is used up, serve well.
+
+    ("cut", n): close after n bytes; ("stall", n): send n bytes and then nothing; an int: that status;
+    ("flip", n): the byte n of the content inverted; "no range": ignore a Range header.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {"/file.bin": CONTENT}
+        self.plan: list = []
+        self.ranges: list = []
+        self.stop_stalling = threading.Event()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, content = self.server, self.server.files[self.path]
+        what = server.plan.pop(0) if server.plan else None
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(asked[1]) if asked else 0
+        server.ranges.append(start)
+        if isinstance(what, int):
+            self.send_error(what)
+            return
+        kind, number = what if isinstance(what, tuple) else (what, 0)
+        if start >= len(content):
+            self.send_error(416)
+            return
+        if kind == "flip":
+            content = content[:number] + bytes([content[number] ^ 255]) + content[number + 1 :]
+        if asked and kind != "no range":
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            start = 0
+            self.send_response(200)
+        body = content[start:]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:number] if kind in ("cut", "stall") else body)
+        if kind == "stall":
+            self.wfile.flush()
+            server.stop_stalling.wait(20)
+        self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.stop_stalling.set()
+        server.shutdown()
+
+
+def remote(server, path="/file.bin", sha256=SUM, size=300_000):
+    return download.Remote(f"http://127.0.0.1:{server.server_port}{path}", sha256, size)
+
+
+def fetch(server, folder, **given):
+    return download.download(remote(server, **given), folder, pause=0.01)
+
+
+def test_whole_file(server, tmp_path):
+    path = fetch(server, tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.bin"]
+
+
+def test_a_file_already_there_is_not_fetched_again_unless_damaged(server, tmp_path):
+    path = fetch(server, tmp_path)
+    fetch(server, tmp_path)
+    assert server.ranges == [0]
+    path.write_bytes(CONTENT[:-1])
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_cut_transfers_go_on_where_they_stopped(server, tmp_path):
+    server.plan = [("cut", 70_000), ("cut", 1), ("cut", 100_000)]
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [0, 70_000, 70_001, 170_001]
+
+
+def test_a_later_call_goes_on_from_what_a_killed_one_left(server, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(CONTENT[:123_456])
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [123_456]
+
+
+def test_a_server_without_ranges_sends_all_again(server, tmp_path):
+    server.plan = [("cut", 70_000), "no range"]
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_stalled_transfer_times_out_and_goes_on(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.plan = [("stall", 50_000)]
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [0, 50_000]
+
+
+def test_a_busy_server_is_asked_again(server, tmp_path):
+    server.plan = [503, 429, 500]
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_no_progress_gives_up_with_one_line(server, tmp_path):
+    server.plan = [503] * 50
+    with pytest.raises(WorkError, match=r"cannot be fetched \(the server says 503.*--data DIR") as caught:
+        fetch(server, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert len(server.ranges) == download.ATTEMPTS
+
+
+def test_a_refusal_is_not_repeated(server, tmp_path):
+    server.plan = [404]
+    with pytest.raises(WorkError, match="404"):
+        fetch(server, tmp_path)
+    assert server.ranges == [0]
+
+
+def test_nobody_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ATTEMPTS", 2)
+    with pytest.raises(WorkError, match="cannot be fetched"):
+        download.download(download.Remote("http://127.0.0.1:9/x", SUM, 10), tmp_path, pause=0.01)
+
+
+def test_corrupted_content_is_thrown_away(server, tmp_path):
+    server.plan = [("flip", 1234)]
+    with pytest.raises(WorkError, match="damaged on its way or replaced"):
+        fetch(server, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_replaced_between_two_transfers_starts_again(server, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(b"old" * 20_000)
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.ranges == [60_000, 0]
+
+
+def test_replaced_for_good_is_refused(server, tmp_path):
+    server.files["/file.bin"] = bytes(len(CONTENT))
+    with pytest.raises(WorkError, match="sha256"):
+        fetch(server, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [CONTENT + b"more", CONTENT[:1000]])
+def test_another_length_is_refused(server, tmp_path, content):
+    server.files["/file.bin"] = content
+    with pytest.raises(WorkError):
+        fetch(server, tmp_path)
+    assert not (tmp_path / "file.bin").exists()
+
+
+def test_a_full_disk_ends_in_an_os_error_and_keeps_what_came(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_receive", _full)
+    with pytest.raises(OSError, match="No space"):
+        fetch(server, tmp_path)
+
+
+def _full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def _sources(server, monkeypatch, name, **contents):
+    parts = []
+    for file, content in contents.items():
+        path = "/" + file.replace("__", ".")
+        server.files[path] = content
+        parts.append(remote(server, path, hashlib.sha256(content).hexdigest(), len(content)))
+    monkeypatch.setitem(download.SOURCES, name, tuple(parts))
+
+
+def test_ag_news_from_its_tables(server, tmp_path, monkeypatch):
+    rows = b'"3","Wall St.","Short-sellers, again"\n"1","A ""b""","c"\n'
+    _sources(server, monkeypatch, "ag_news", train__csv=rows, test__csv=rows)
+    download.fetch("ag_news", tmp_path)
+    frame = pd.read_parquet(tmp_path / "ag_news" / "test.parquet")
+    assert frame.text.tolist() == ["Wall St. Short-sellers, again", 'A "b" c']
+    assert frame.label.tolist() == [2, 0]
+    assert not locate.missing(tmp_path, "ag_news")
+    assert list((tmp_path / "downloads").iterdir()) == []
+
+
+def test_imdb_from_its_archive_reads_only_reviews(server, tmp_path, monkeypatch):
+    names = {"aclImdb/train/neg/0_2.txt": "bad", "aclImdb/train/pos/0_9.txt": "good é",
+             "aclImdb/test/pos/7_10.txt": "x",
+             "aclImdb/train/unsup/0_0.txt": "none",
+             "aclImdb/test/neg/1_1.txt": "y", "../aclImdb/test/neg/2_1.txt": "z"}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, text in names.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    _sources(server, monkeypatch, "imdb", aclImdb__tar__gz=buffer.getvalue())
+    download.fetch("imdb", tmp_path / "in")
+    train, test = (pd.read_parquet(tmp_path / "in" / "imdb" / f"{part}.parquet") for part in ("train", "test"))
+    assert dict(zip(train.text, train.label, strict=True)) == {"bad": 0, "good é": 1}
+    assert dict(zip(test.text, test.label, strict=True)) == {"x": 1, "y": 0}
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_spam_from_its_archive_equals_the_published_split(data_dir, server, tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.write(data_dir / "spam" / "SMSSpamCollection.tsv", "SMSSpamCollection")
+    _sources(server, monkeypatch, "spam", sms__zip=buffer.getvalue())
+    download.fetch("spam", tmp_path)
+    for part in ("train", "valid", "test"):
+        ours, theirs = (pd.read_parquet(folder / "spam" / f"{part}.parquet") for folder in (tmp_path, data_dir))
+        pd.testing.assert_frame_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["imdb", "spam"])
+def test_an_archive_of_something_else_is_one_line(tmp_path, name):
+    (tmp_path / "x").write_bytes(b"not an archive")
+    with pytest.raises(WorkError, match="not the archive"):
+        convert.CONVERTERS[name]([tmp_path / "x"], tmp_path / "out")
+
+
+def _fetch_in_process(folder, parts, start):
+    download.SOURCES["ag_news"] = parts
+    start.wait()
+    download.fetch("ag_news", folder)
+
+
+def test_eight_at_once_fetch_once(server, tmp_path, monkeypatch):
+    # Each thread opens the lock file for itself, so that they exclude each other as processes do.
+    rows = b'"3","Wall St.","Short-sellers"\n' * 1000
+    _sources(server, monkeypatch, "ag_news", train__csv=rows, test__csv=rows)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: download.fetch("ag_news", tmp_path), range(8)))
+    assert len(server.ranges) == 2
+    assert len(pd.read_parquet(tmp_path / "ag_news" / "train.parquet")) == 1000
+
+
+@pytest.mark.slow
+def test_several_processes_fetch_once(server, tmp_path, monkeypatch):
+    rows = b'"3","Wall St.","Short-sellers"\n' * 1000
+    _sources(server, monkeypatch, "ag_news", train__csv=rows, test__csv=rows)
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(3)
+    workers = [context.Process(target=_fetch_in_process, args=(tmp_path, download.SOURCES["ag_news"], start))
+               for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert len(server.ranges) == 2
+    assert len(pd.read_parquet(tmp_path / "ag_news" / "train.parquet")) == 1000
+
+
+def test_auto_looks_in_the_named_folder_then_the_cache_then_the_network(server, tmp_path, monkeypatch):
+    named, cache = tmp_path / "named", tmp_path / "cache"
+    monkeypatch.setenv("FASTLORA_DATA", str(named))
+    monkeypatch.setenv("FASTLORA_CACHE", str(cache))
+    _sources(server, monkeypatch, "gpt2", encoder__json=b"{}", vocab__bpe=b"#")
+    assert locate.locate("auto", "gpt2") == cache / "data"
+    assert len(server.ranges) == 2
+    assert locate.locate("auto", "gpt2") == cache / "data"
+    (named / "gpt2").mkdir(parents=True)
+    for file in locate.FILES["gpt2"]:
+        (named / file).write_bytes(b"mine")
+    assert locate.locate("auto", "gpt2") == named
+    assert len(server.ranges) == 2
+    assert locate.found()["gpt2"] == str(named)
+
+
+def test_every_data_set_has_a_home_and_a_converter():
+    assert set(download.SOURCES) == set(convert.CONVERTERS) == set(locate.FILES)
+    for part in (part for parts in download.SOURCES.values() for part in parts):
+        assert re.fullmatch(r"[0-9a-f]{64}", part.sha256) and part.url.startswith("https://") and part.size > 0
+        assert Path(part.name).name == part.name
