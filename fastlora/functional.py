@@ -2,7 +2,8 @@
 
 What is kept for backward, and why only that: `x` (the caller's own tensor), because dA = dSᵀ·drop(x) needs it, and
 S = drop(x)·lora_Aᵀ of shape (M, R), scaled where the path scales it, because dB = dYᵀ·S needs it. With dropout also a
-seed of 8 bytes, from which backward regenerates forward's mask. The weights are the caller's parameters. Nothing as large as y is kept.
+seed of 8 bytes, from which backward regenerates forward's mask. The weights are the caller's parameters. Nothing as
+large as y is kept.
 """
 
 from __future__ import annotations
