@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
-import sys
 
 from fastlora.adapter_files import AdapterError, shown
 from fastlora.errors import warn_once
+from fastlora.patterns import why_unbounded
 from fastlora.targets import TASK_HEADS, AdapterConfig
 
-if sys.version_info >= (3, 11):
-    from re import _constants as sre
-    from re import _parser as sre_parse
-else:
-    import sre_constants as sre
-    import sre_parse
-
 MAX_PATTERNS = 2000
-MAX_REPEATS = 4
 
 # Settings that change what a LoRA layer computes: an adapter that uses one cannot be loaded as a plain one.
 UNSUPPORTED = {
@@ -94,7 +84,7 @@ def from_json(settings: dict, where: object) -> AdapterConfig:
     if not config.target_modules:
         raise refuse("target_modules names no module")
     for pattern in patterns(config):
-        why = why_refused(pattern)
+        why = why_unbounded(pattern)
         if why:
             raise refuse(f"the regular expression {shown(pattern)} {why}")
     known = {field.name for field in dataclasses.fields(AdapterConfig)} | WITHOUT_EFFECT | set(UNSUPPORTED)
@@ -134,51 +124,6 @@ def patterns(config: AdapterConfig) -> list[str]:
     """All regular expressions in a configuration."""
     wanted = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str) and value]
     return [*wanted, *config.rank_pattern, *config.alpha_pattern]
-
-
-def why_refused(pattern: str) -> str | None:
-    """Why a stranger's regular expression is not run, or None: one that matches in bounded time is.
-
-    Python's matcher takes exponential time for a repetition within a repetition and time n^k for k of them in
-    a row.
-    """
-    try:
-        if _repeats(sre_parse.parse(pattern)) > MAX_REPEATS:
-            return f"has more than {MAX_REPEATS} repetitions in a row or nested ones, which can take forever"
-    except (re.error, RecursionError, OverflowError) as error:
-        return f"is not valid ({shown(str(error))})"
-    return None
-
-
-def _repeats(parsed) -> float:
-    """How many repetitions follow each other at most; infinite where one holds another, or a choice."""
-    count = 0.0
-    for op, args in parsed:
-        if op in (sre.MAX_REPEAT, sre.MIN_REPEAT) or op is getattr(sre, "POSSESSIVE_REPEAT", None):
-            _, most, body = args
-            inner = _repeats(body)
-            if most == 1:
-                count += inner
-            else:
-                count += math.inf if inner or any(part is sre.BRANCH for part, _ in _flat(body)) else 1
-        elif op is sre.BRANCH:
-            count += max(_repeats(branch) for branch in args[1])
-        else:
-            count += sum(_repeats(part) for part in _bodies(args))
-    return count
-
-
-def _flat(parsed):
-    for op, args in parsed:
-        yield op, args
-        for part in _bodies(args):
-            yield from _flat(part)
-
-
-def _bodies(args):
-    if isinstance(args, sre_parse.SubPattern):
-        return [args]
-    return [part for part in args if isinstance(part, sre_parse.SubPattern)] if isinstance(args, tuple) else []
 
 
 def _integral(number: float) -> float:

@@ -31,6 +31,7 @@ from fastlora.adapter_files import (
 from fastlora.errors import warn_once
 from fastlora.inject import attach, tied_modules
 from fastlora.linear import FusedLoRALinear
+from fastlora.patterns import why_unbounded
 from fastlora.targets import AdapterConfig, matched, names, plan, saved_modules
 
 PREFIX = "base_model.model."
@@ -178,7 +179,7 @@ def _config_of(
         config = dataclasses.replace(config, modules_to_save=names("modules_to_save", modules_to_save))
     all_names = [name for name, _ in model.named_modules()]
     if matched(config, all_names, saved_modules(model, config)) != set(layers) or any(
-        adapter_config.why_refused(pattern) for pattern in adapter_config.patterns(config)[:2]
+        why_unbounded(pattern) for pattern in adapter_config.patterns(config)[:2]
     ):
         config = dataclasses.replace(config, target_modules=tuple(sorted(layers)), exclude_modules=())
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from fastlora import patterns
 from fastlora.errors import warn_once
 from fastlora.linear import FusedLoRALinear, base_parameters, is_conv1d
 
@@ -138,8 +139,7 @@ def names_or_pattern(argument: str, value: Iterable[str] | str) -> tuple[str, ..
 def matcher(wanted: tuple[str, ...] | str) -> Callable[[str], bool]:
     """Whether a name is among `wanted`: PEFT's rule for target_modules and exclude_modules."""
     if isinstance(wanted, str):
-        pattern = re.compile(wanted)
-        return lambda name: bool(wanted) and pattern.fullmatch(name) is not None
+        return lambda name: bool(wanted) and patterns.fullmatch(wanted, name)
     whole, ends = frozenset(wanted), tuple(f".{end}" for end in wanted)
     return lambda name: name in whole or name.endswith(ends)
 
@@ -195,10 +195,10 @@ def _inside(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
 
 
-def _pattern_value(patterns: Mapping, name: str, default, argument: str):
-    for pattern, value in patterns.items():
+def _pattern_value(values: Mapping, name: str, default, argument: str):
+    for pattern, value in values.items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
+            if patterns.fullmatch(rf"(.*\.)?({pattern})", name):
                 return value
         except re.error as error:
             raise ValueError(f"{argument} holds no regular expression ({error}): {pattern!r}") from None
