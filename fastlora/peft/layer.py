@@ -110,7 +110,9 @@ class FusedLinear(PeftLinear):
             or weight.requires_grad
             or adapter["bias"] is not None
             or (type(x) is not Tensor and type(x) is not Parameter)
-            or (type(scaling) is not float and (scaling.__class__ is not Tensor or scaling.requires_grad))
+            or (type(scaling) is not float and reasons.of_scaling(scaling) is not None)
+            or hasattr(weight, "ds_id")
+            or hasattr(lora_A, "ds_id")
             or (not _any_autocast() and x_dtype is not weight.dtype)
             or (x_dtype is not lora_A.dtype and not self.cast_input_dtype_enabled)
             or lora_A.dtype is not lora_B.dtype

@@ -73,7 +73,7 @@ def _of_adapter(layer: nn.Module, name: str) -> str | None:
         return "the base weight is trainable"
     if base.bias is not None and type(base.bias) is not Parameter:
         return _of_parameter("base bias", base.bias)
-    return _of_scaling(layer.scaling[name])
+    return of_scaling(layer.scaling[name])
 
 
 def _of_module(role: str, module: nn.Module, types: tuple[type, ...]) -> str | None:
@@ -99,7 +99,8 @@ def _of_parameter(role: str, tensor: Tensor | None) -> str | None:
     return None
 
 
-def _of_scaling(scaling: float | Tensor) -> str | None:
+def of_scaling(scaling: float | Tensor) -> str | None:
+    """Why an adapter's scaling cannot be used; None if it can: a number, or a tensor of no dimension."""
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0:
             return f"scaling has shape {tuple(scaling.shape)}, not that of a scalar"
