@@ -31,10 +31,10 @@ class GPT2Config:
 
 
 # nano is meant for random weights. Token vectors of spread 1 keep words apart as random features; attention that starts
-# nearly uniform reads the message as a bag of words, which LoRA then sharpens.
+# nearly uniform reads the message as a bag of words, which LoRA then sharpens. More layers only learn it by heart.
 CONFIGS = {
     "gpt2": GPT2Config(),
-    "nano": GPT2Config(width=256, heads=4, layers=2, context=256, token_std=1.0, position_std=0.02),
+    "nano": GPT2Config(width=384, heads=6, layers=1, context=256, token_std=1.0, position_std=0.02),
 }
 
 

@@ -20,7 +20,7 @@ from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 from fastlora.finetune.data import TextDataset, collate_batch, random_split, read_texts
 from fastlora.finetune.files import CHECKPOINT, REPORT, run_folder
 from fastlora.finetune.locate import locate
-from fastlora.finetune.options import pick_device
+from fastlora.finetune.options import add_steps, pick_device, step_choices
 from fastlora.finetune.plots import plot_history
 from fastlora.finetune.text_classifier import TextClassifier
 from fastlora.finetune.trainer import Plan, Trainer
@@ -70,14 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vectors", type=Path, metavar="FILE",
                         help="word vectors in GloVe's text format, 100 numbers a word (default: learned from the "
                              "training texts, without their labels)")
+    add_steps(parser)
 
 
 def train(args: argparse.Namespace) -> None:
     """Pre-train, fine-tune, test, and leave everything in `args.output`; `args` as the flags."""
     began = time.perf_counter()
     device = pick_device(args.device)
-    recipe = _recipe(args)
-    settings = {"task": "imdb", "data": args.data, "impl": args.impl, "recipe": args.recipe, **asdict(recipe),
+    recipe, how = _recipe(args), step_choices(args)
+    settings = {"task": "imdb", "data": args.data, "impl": args.impl, "recipe": args.recipe, **asdict(recipe), **how,
                 "seed": args.seed, "device": device.type, "vectors": args.vectors and str(args.vectors),
                 "train_samples": args.train_samples, "test_samples": args.test_samples}
     with run_folder(args.output, settings, args.resume) as begun:
@@ -92,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
                         layer_class=reports.LAYERS[args.impl])
         model.fc2.requires_grad_(True)
         trainer = _trainer(model, data.train, data.valid, recipe, device,
-                           Plan(recipe.epochs, clip=recipe.clip, checkpoint=args.output / CHECKPOINT))
+                           Plan(recipe.epochs, clip=recipe.clip, checkpoint=args.output / CHECKPOINT, **how))
         if begun and trainer.resume():
             print(f"resumed after epoch {trainer.epoch}")
         if device.type == "cuda":
@@ -192,7 +193,9 @@ def _base(args, recipe: Recipe, data: _Data, device, begun: bool) -> tuple[TextC
 
 
 def _trainer(model, train: Batches, valid: Batches | None, recipe: Recipe, device, plan: Plan) -> Trainer:
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=recipe.lr)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Only the fused SGD reads its rate on the GPU, as a captured step has to.
+    optimiser = torch.optim.SGD(trained, lr=recipe.lr, fused=device.type == "cuda")
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimiser, recipe.decay)
     return Trainer(model, optimiser, train, valid, plan, device, scheduler)
 

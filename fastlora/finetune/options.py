@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fastlora.errors import UserError
 
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def whole(least: int, most: int = 2**31 - 1):
     """An argparse type: a whole number from `least` to `most`."""
@@ -51,6 +53,25 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --output")
     parser.add_argument("--train-samples", type=whole(2), metavar="N", help="train on the first N rows only")
     parser.add_argument("--test-samples", type=whole(1), metavar="N", help="test on the first N rows only")
+
+
+def add_steps(parser: argparse.ArgumentParser) -> None:
+    """The flags of the programs that run on this package's trainer: how a training step is taken."""
+    parser.add_argument("--accumulate", type=whole(1), default=1, metavar="N",
+                        help="batches whose gradients are summed into one step (default 1)")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS),
+                        help="default: fp32, or what the program prefers on a GPU")
+    parser.add_argument("--no-graph", action="store_true", help="on a GPU: do not capture the step as a CUDA graph")
+    parser.add_argument("--compile", action="store_true", help="pass the model through torch.compile")
+
+
+def step_choices(args: argparse.Namespace, default: str = "fp32") -> dict:
+    """What `add_steps` read, as arguments of the trainer's `Plan`. The eager layer is left to plain steps.
+
+    `default`: the precision where none is asked for, a key of `PRECISIONS`.
+    """
+    return {"accumulate": args.accumulate, "precision": PRECISIONS[args.precision or default], "compile": args.compile,
+            "graph": args.impl == "fused" and not args.no_graph}
 
 
 def pick_device(name: str):

@@ -53,6 +53,15 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def told(value: bool, world: World, device: torch.device) -> bool:
+    """The first process's `value`, in all of them."""
+    if world.size == 1:
+        return value
+    flag = torch.tensor(int(value), device=device)
+    dist.broadcast(flag, 0)
+    return bool(flag)
+
+
 def add_gradients(parameters: Sequence[Tensor]) -> None:
     """Add each parameter's gradient over all processes, in one exchange; one without a gradient counts as zero."""
     for p in parameters:

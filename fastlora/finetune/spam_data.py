@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastlora.errors import UserError
+from fastlora.finetune.data import read_texts
+from fastlora.finetune.files import write_bytes
 
 PAD = 50256  # GPT-2 has no padding token; <|endoftext|> stands in
 LABELS = ("ham", "spam")
@@ -43,6 +45,22 @@ def gpt2_encoding(data: Path | None):
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": PAD})
 
 
+def byte_encoding():
+    """GPT-2's encoding without its merges: its 256 tokens of one byte, under GPT-2's own ids. Needs no file."""
+    import tiktoken
+
+    ranks = {bytes([b]): i for i, b in enumerate(_bytes_in_order())}
+    return tiktoken.Encoding("gpt2-bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
+
+
+def keep_vocabulary(data: Path, run: Path) -> None:
+    """Copy the vocabulary's files from `data` to `run`, so that `gpt2_encoding(run)` finds them; none, none copied."""
+    for name in CHECKSUMS:
+        if (data / "gpt2" / name).exists():
+            (run / "gpt2").mkdir(exist_ok=True)
+            write_bytes(run / "gpt2" / name, (data / "gpt2" / name).read_bytes())
+
+
 def _tiktoken_own(tiktoken, folder: Path | None):
     try:
         return tiktoken.get_encoding("gpt2")
@@ -68,35 +86,19 @@ def _ranks(encoder: dict[str, int]) -> dict[bytes, int]:
     The file writes each byte as a printable character: those that print stand for themselves, the others for
     256, 257, ... in their order.
     """
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    hidden = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    ordered = _bytes_in_order()
+    printing = sum(map(_prints, ordered))
+    byte_of = {chr(b) if i < printing else chr(256 + i - printing): b for i, b in enumerate(ordered)}
     return {bytes(byte_of[c] for c in token): i for token, i in encoder.items() if i != PAD}
 
 
-def read_messages(path: Path, limit: int | None = None) -> tuple[list[str], list[int]]:
-    """Texts and labels (0 ham, 1 spam) of the first `limit` rows of a parquet file with columns Label and Text.
+def _prints(byte: int) -> bool:
+    return chr(byte).isprintable() and chr(byte) != " "
 
-    Raises UserError when the file is missing, damaged or empty, lacks a column, or holds another label or no text.
-    """
-    import pandas as pd
 
-    try:
-        frame = pd.read_parquet(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `fastlora prepare spam` makes it") from None
-    except Exception as error:  # pyarrow raises many kinds on a damaged file
-        raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0][:100]})") from None
-    missing = {"Label", "Text"} - set(frame.columns)
-    if missing:
-        raise UserError(f"{path}: no column {sorted(missing)[0]}; found {', '.join(map(str, frame.columns))}")
-    frame = frame[:limit]
-    if frame.empty:
-        raise UserError(f"{path}: holds no message")
-    wrong = frame[~frame["Label"].isin(range(len(LABELS))) | ~frame["Text"].map(lambda text: isinstance(text, str))]
-    if len(wrong):
-        raise UserError(f"{path}: row {wrong.index[0]} has no text or a label other than 0 (ham) and 1 (spam)")
-    return frame["Text"].tolist(), [int(label) for label in frame["Label"]]
+def _bytes_in_order() -> list[int]:
+    """The bytes in the order of their token ids: first those that print."""
+    return sorted(range(256), key=lambda byte: not _prints(byte))
 
 
 def encode(texts: Sequence[str], encoding, length: int | None = None) -> Tensor:
@@ -127,10 +129,12 @@ class SpamDataset(Dataset):
         inputs: int64 (messages, length).
         labels: int64 (messages,).
         length: tokens per message.
+
+    Raises UserError when the file is missing, damaged or empty, lacks a column, or holds another label or no text.
     """
 
     def __init__(self, path: Path, encoding, length: int | None = None, limit: int | None = None):
-        texts, labels = read_messages(path, limit)
+        texts, labels = read_texts(path, len(LABELS), limit, text="Text", label="Label")
         self.inputs = encode(texts, encoding, length)
         self.labels = torch.tensor(labels)
         self.length = self.inputs.shape[1]

@@ -87,21 +87,22 @@ def test_limit_takes_the_first_rows(bytes_encoding, tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "texts", "said"),
-    [([], [], "holds no message"), ([2], ["x"], "row 0"), ([0], [None], "row 0"), (["spam"], ["x"], "row 0")],
+    [([], [], "holds no rows"), ([2], ["x"], "row 0"), ([0], [None], "row 0"), (["spam"], ["x"], "row 0")],
 )
-def test_wrong_rows(tmp_path, labels, texts, said):
+def test_wrong_rows(tmp_path, bytes_encoding, labels, texts, said):
     with pytest.raises(UserError, match=said):
-        spam_data.read_messages(frame(tmp_path / "t.parquet", labels, texts))
+        spam_data.SpamDataset(frame(tmp_path / "t.parquet", labels, texts), bytes_encoding)
 
 
-def test_wrong_files(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        spam_data.read_messages(tmp_path / "t.parquet")
+def test_wrong_files(tmp_path, bytes_encoding):
+    def refused(path, said):
+        with pytest.raises(UserError, match=said) as told:
+            spam_data.SpamDataset(path, bytes_encoding)
+        assert str(path) in str(told.value) and "\n" not in str(told.value)
+
+    refused(tmp_path / "t.parquet", "no such file")
     pd.DataFrame({"Label": [0]}).to_parquet(tmp_path / "t.parquet")
-    with pytest.raises(UserError, match="no column Text"):
-        spam_data.read_messages(tmp_path / "t.parquet")
+    refused(tmp_path / "t.parquet", "no column 'Text'")
     for content in (b"", b"PAR1 nonsense PAR1", (tmp_path / "t.parquet").read_bytes()[:-9]):
         (tmp_path / "cut.parquet").write_bytes(content)
-        with pytest.raises(UserError, match="not a readable parquet") as told:
-            spam_data.read_messages(tmp_path / "cut.parquet")
-        assert "\n" not in str(told.value)
+        refused(tmp_path / "cut.parquet", "not a parquet file")
