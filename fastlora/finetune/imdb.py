@@ -203,12 +203,13 @@ def _trainer(model, train: Batches, valid: Batches | None, recipe: Recipe, devic
 def _leave(args, recipe: Recipe, data: _Data, model: TextClassifier, trainer: Trainer, device, results: dict) -> None:
     """Write everything that the finished run leaves; the report last, since it says that the run is finished."""
     folder = args.output
+    counts = reports.parameters(model)
+    model.fc2.requires_grad_(False)  # it is kept in MODEL: the adapter holds A and B alone
     fastlora.save_adapter(model, folder)
     kept = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
     write_checkpoint(folder / MODEL, kept, {"data": data.digest, "pretrained": results["pretrained"]})
     reports.write_history(folder, trainer.history)
     plot_history(folder / "curves.png", trainer.history, f"IMDb, {args.impl}: {results['test_accuracy']:.1%} on test")
-    counts = reports.parameters(model)
     size = (folder / "adapter_model.safetensors").stat().st_size
     path = "eager"
     if args.impl == "fused":

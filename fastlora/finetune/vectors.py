@@ -135,6 +135,7 @@ def weighted(vectors: Tensor, ids: Tensor, scale: float) -> Tensor:
         ids: the training texts' words, int32; they give the words' frequencies.
     """
     absent = ~vectors.any(dim=1)
+    absent[: len(SPECIAL)] = True
     frequency = torch.bincount(ids, minlength=len(vectors)).float()
     frequency[: len(SPECIAL)] = 0
     frequency /= frequency.sum().clamp(min=1)
