@@ -40,8 +40,9 @@ class Prediction:
 
 
 def passes(case: Case, contender: str, direction: str) -> list[Pass]:
-    """The passes of `contender` (a name of contenders.py, its mode left off), forward or forward and backward."""
-    forward, backward = _PLANS[_family(contender)](case)
+    """The passes of `contender` (a contender or path; `+compiled` behind it), forward or forward and backward."""
+    name = contender.removesuffix("+compiled")
+    forward, backward = _PLANS["eager+compiled" if name == "eager" != contender else name](case)
     return forward + backward if direction == TRAIN else forward
 
 
@@ -75,16 +76,6 @@ def measure_ceilings(device: torch.device, budget_s: float = 4.0) -> Ceilings:
     times = {name: summary(seconds)["p20"] for name, seconds in interleave(calls, budget_s, device=device).items()}
     flops = {dtype: operations / times[dtype] for dtype, (_, operations) in products.items()}
     return Ceilings(2 * source.numel() / times["copy"], flops)
-
-
-def _family(contender: str) -> str:
-    name = contender.removesuffix("+compiled")
-    if name in ("eager", "peft") and name != contender:
-        return "eager+compiled"
-    for known in _PLANS:
-        if name == known:
-            return known
-    return "split"
 
 
 def _product(case: Case, rows: int, inner: int, columns: int, size: int | None = None, extra: float = 0.0) -> Pass:
@@ -181,4 +172,5 @@ _PLANS = {
     "torch": _optimised,
     "onepass": _onepass,
     "split": _split,
+    "cuda": _split,
 }

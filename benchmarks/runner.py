@@ -43,7 +43,7 @@ def run_job(
 ) -> list[dict]:
     """Rows of a job, one for each contender and mode; one that cannot run has the key `skipped` with the reason."""
     case, rows, path = job.case, [], contenders.chosen_path(job.case, device)
-    sets = contenders.draw(case, _set_count(job, device), device)
+    sets = contenders.draw(case, set_count(job, device), device)
     entries: dict[str, Entry] = {}
     wanted = [name for name in contenders.names(case, device) if only is None or name in only or name == "bare"]
     if COMPILED in job.modes:
@@ -54,7 +54,7 @@ def run_job(
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    entry = _entry(name, mode, job, sets, device)
+                    entry = build(name, mode, job, sets, device)
                     entry.step()
                 entries[label] = entry
             except Exception as error:  # a contender may fail in any way; the others are measured all the same
@@ -79,17 +79,15 @@ def run_job(
     return rows
 
 
-def _identity(job: Job, name: str, mode: str) -> dict:
-    return {"case": job.case.name, **asdict(job.case), "direction": job.direction, "contender": name, "mode": mode}
-
-
-def _set_count(job: Job, device: torch.device) -> int:
+def set_count(job: Job, device: torch.device) -> int:
+    """How many sets of inputs rotate, so that together they are several times what a cache holds."""
     case = job.case
     size = model.SIZE[case.dtype] * (case.M * case.K + case.M * case.N + case.N * case.K)
     return max(2, min(MOST_SETS[device.type], math.ceil(CACHE_BYTES[device.type] / size)))
 
 
-def _entry(name: str, mode: str, job: Job, sets: list, device: torch.device) -> Entry:
+def build(name: str, mode: str, job: Job, sets: list, device: torch.device) -> Entry:
+    """Contender `name` in `mode`, whose every step takes the next set of inputs."""
     made = contenders.calls(name, job.case, sets, compiled=mode == COMPILED)
     train = job.direction == TRAIN
     if mode == GRAPH:
@@ -104,6 +102,10 @@ def _entry(name: str, mode: str, job: Job, sets: list, device: torch.device) -> 
             return next(turn).forward()
 
     return Entry(name, mode, step, 1, [made])
+
+
+def _identity(job: Job, name: str, mode: str) -> dict:
+    return {"case": job.case.name, **asdict(job.case), "direction": job.direction, "contender": name, "mode": mode}
 
 
 def _capture(made: list[contenders.Call], train: bool) -> torch.cuda.CUDAGraph:

@@ -1,0 +1,73 @@
+"""The traffic model against the counts of tensors as large as X and Y that the design states."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import model
+from benchmarks.cases import FORWARD, TRAIN, Case
+
+M = 1 << 16  # so many rows that the weights and the rank-R tensors vanish beside X and Y
+CEILINGS = model.Ceilings(3.0e12, {"bfloat16": 790e12, "float32": 50e12, "float16": 790e12})
+
+
+def case(dropout, dtype="bfloat16", rows=M, size=1024, R=1):
+    return Case("x", rows, size, size, R, dtype, dropout)
+
+
+@pytest.mark.parametrize(
+    ("contender", "dropout", "units", "launches"),
+    [
+        ("bare", 0.0, 4, 2),
+        ("eager", 0.0, 20, 12),
+        ("eager", 0.1, 25, 14),
+        ("optimised", 0.0, 12, 8),
+        ("lorafusion", 0.1, 10, 6),
+        ("split", 0.0, 7, 5),
+        ("split", 0.1, 7, 5),
+        ("onepass", 0.1, 6, 4),
+    ],
+)
+def test_units_and_launches(contender, dropout, units, launches):
+    one = case(dropout)
+    unit = one.M * one.K * 2
+    found = model.passes(one, contender, TRAIN)
+    assert sum(p.bytes for p in found) / unit == pytest.approx(units, abs=0.25)
+    assert len(found) == launches
+
+
+def test_prediction_at_the_designs_own_example():
+    one = Case("x", 8192, 4096, 4096, 16, "bfloat16", 0.1)
+    bare, eager, split = (model.predict(one, name, TRAIN, CEILINGS).seconds for name in ("bare", "eager", "split"))
+    assert bare == pytest.approx(2 * 348e-6, rel=0.02)
+    assert 1.5 < eager / bare < 1.8
+    assert split / bare == pytest.approx(1.10, abs=0.02)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", model.SIZE)
+def test_forward_is_part_of_a_training_step_and_ours_moves_least(dtype, dropout):
+    one = case(dropout, dtype, rows=4096, R=16)
+    for name in ("bare", "eager", "peft", "peft-float32", "optimised", "lorafusion", "torch", "onepass", "split"):
+        assert len(model.passes(one, name, FORWARD)) < len(model.passes(one, name, TRAIN))
+    least = model.predict(one, "split", TRAIN, CEILINGS).bytes
+    for name in ("eager", "peft-float32", "optimised", "eager+compiled"):
+        assert model.predict(one, name, TRAIN, CEILINGS).bytes > least
+
+
+def test_float32_adapters_over_a_16_bit_base_cost_peft_more():
+    one = case(0.1)
+    assert model.predict(one, "peft-float32", TRAIN, CEILINGS).bytes > model.predict(one, "peft", TRAIN, CEILINGS).bytes
+    same = case(0.1, "float32")
+    assert model.passes(same, "peft-float32", TRAIN) == model.passes(same, "peft", TRAIN)
+
+
+def test_useful_operations():
+    one = Case("x", 10, 20, 30, 2, "float32", 0.0)
+    assert model.useful_flops(one, FORWARD) == 2 * 10 * (20 * 30 + 2 * 50)
+    assert model.useful_flops(one, TRAIN, lora=False) == 2 * 2 * 10 * 20 * 30
+
+
+def test_an_unknown_contender_is_an_error():
+    with pytest.raises(KeyError):
+        model.passes(case(0.0), "nobody", TRAIN)
