@@ -2,23 +2,25 @@
 
     dS = scaling * dY B   (M, R)        dB = dYᵀ S   (N, R)        dA = dSᵀ drop(X)   (R, K)
 
-`ds_db` reads dY once for two sums that run in different directions, over N for dS and over M for dB, without atomics. A
-program owns a region of region_m rows and BLOCK_N columns and walks down its rows, BLOCK_M at a time: its dB
-[BLOCK_N, R] stays in registers to the end, each step's dS [BLOCK_M, R] is finished for the region and stored. One region
-wide (N <= BLOCK_N) or one high, that is the result; otherwise it is a float32 partial, and a second kernel adds the
-partials of both in order. With P_n = cdiv(N, BLOCK_N) and P_m = cdiv(M, region_m) the partials cost, each written
-and read once,
+`ds_db` reads dY once for two sums that run in different directions, over N for dS and over M for dB, without atomics.
+A program owns a region of region_m rows and BLOCK_N columns and walks down its rows, BLOCK_M at a time: its dB
+[BLOCK_N, R] stays in registers to the end, each step's dS [BLOCK_M, R] is finished for the region and stored. Where
+one region spans all columns (or all rows) that is the result; otherwise it is a float32 partial, and a second kernel
+adds the partials of both in order. With P_n = cdiv(N, BLOCK_N) and P_m = cdiv(M, region_m) the partials cost, each
+written once and read once,
 
-    2 * 4 * R * (P_n * M  +  P_m * N) bytes
+    2 * 4 * R * (P_n * M + P_m * N) bytes
 
-beside the M * N * itemsize of dY: for M = 8192, N = 4096, R = 16 in bfloat16 and regions of 512 x 512 8.4 MB + 8.4 MB
-against 67 MB, and the 8.4 MB in each direction fit the L2 cache of a data-centre GPU. As BLOCK_N * R is bounded by the
-registers of a program, the first term grows with R squared. From R = 64 on it would cost more than reading dY a second
-time; there dS and dB take one reader each (`S = scaling * X Aᵀ` and `dA` with other names).
+beside the M * N * itemsize of dY: for M = 8192, N = 4096, R = 16 in bfloat16 and regions of 512 x 512, 2 * 8.4 MB beside
+67 MB, and the partials fit the L2 cache of a data-centre GPU. BLOCK_N * R is bounded by the registers of a program, so
+the first term grows with the square of R; where the tables have no region (R > 32 in general) that would cost more than
+reading dY a second time, and dS and dB take one reader each: the kernels of S and of dA with other operands.
 
-`da` reads x once, splits M where K gives too few programs, and makes the mask again.
+`da` reads x once, splits M where K gives too few programs (splits * R * K * 4 bytes of partials, written and read), and
+makes the mask again.
 
-Floors at the copy bandwidth (an H200: 4.3 TB/s): M * N * itemsize and M * K * itemsize bytes; the rest is R / K of that.
+Floors at the device's copy bandwidth (an H200: 4.3 TB/s): M * N * itemsize bytes for `ds_db`, M * K * itemsize for
+`da`; the operands and results of rank R are R / M, R / N or R / K of that.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from fastlora.kernels.dropout import Dropout, drop_tile, keep_scale
 from fastlora.kernels.partials import sum_partials, sum_partials_pair
 from fastlora.kernels.s import s_forward
 from fastlora.kernels.tiles import input_precision, padded_rank, target_of
-from fastlora.kernels.tiles_small import da_cut, ds_db_cut
+from fastlora.kernels.tiles_small import da_cut, ds_db_cut, kind_of
 
 
 @triton.jit
@@ -50,7 +52,8 @@ def ds_db_kernel(
     mask_r = offs_r < R
     columns = offs_n.to(tl.int64)
     b_ptrs = b_ptr + columns[:, None] * stride_bn + offs_r[None, :] * stride_br
-    b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(dy_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_R]
+    b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
+    b = b.to(dy_ptr.dtype.element_ty)
     factor = tl.load(scaling).to(tl.float32) if SCALING_POINTER else scaling
     db = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     start = part_m * region_m
@@ -125,7 +128,8 @@ def ds_db(
     M, N = dy.shape
     R = lora_B.shape[1]
     target = target_of(dy.device)
-    cut = ds_db_cut(target, M, N, R, dy.dtype)
+    precision = input_precision(dy.dtype, target)
+    cut = ds_db_cut(target, M, N, R, kind_of(dy.dtype, precision))
     dB = torch.empty(N, R, dtype=lora_B.dtype, device=dy.device)
     if cut is None:
         _thin_product(S, dy, None, dB, 1, R)
@@ -140,7 +144,7 @@ def ds_db(
         scaling if isinstance(scaling, torch.Tensor) else float(scaling),
         M, N, dy.stride(0), dy.stride(1), lora_B.stride(0), lora_B.stride(1), region_m,
         R=R, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=padded_rank(R),
-        SCALING_POINTER=isinstance(scaling, torch.Tensor), INPUT_PRECISION=input_precision(dy.dtype, target),
+        SCALING_POINTER=isinstance(scaling, torch.Tensor), INPUT_PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if parts_n > 1 and parts_m > 1:
@@ -177,7 +181,8 @@ def _thin_product(
     M, K = x.shape
     R = dS.shape[1]
     target = target_of(x.device)
-    tile, splits, split_m = da_cut(target, M, K, R, x.dtype)
+    precision = input_precision(x.dtype, target)
+    tile, splits, split_m = da_cut(target, M, K, R, kind_of(x.dtype, precision))
     partials = out if splits == 1 else torch.empty(splits, R * K, dtype=torch.float32, device=x.device)
     da_kernel[(triton.cdiv(K, tile.block_k), splits)](
         dS, x, partials,
@@ -185,7 +190,7 @@ def _thin_product(
         0 if dropout is None else dropout.threshold,
         M, K, dS.stride(0), dS.stride(1), x.stride(0), x.stride(1), split_m, stride_dr, stride_dk,
         R=R, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=padded_rank(R),
-        DROPOUT=dropout is not None, INPUT_PRECISION=input_precision(x.dtype, target),
+        DROPOUT=dropout is not None, INPUT_PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:

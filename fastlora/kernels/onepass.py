@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastlora.kernels.dropout import Dropout, drop_tile, keep_scale
 from fastlora.kernels.tiles import input_precision, padded_rank, target_of
-from fastlora.kernels.tiles_small import onepass_tile
+from fastlora.kernels.tiles_small import kind_of, onepass_tile
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -80,6 +80,7 @@ def onepass_forward(
     lora_B: torch.Tensor,
     scaling: float | torch.Tensor,
     dropout: Dropout | None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x @ weight.T + bias + S @ lora_B.T and S = scaling * drop(x) @ lora_A.T, accumulated in float32.
 
@@ -91,6 +92,7 @@ def onepass_forward(
         lora_B: (N, R), likewise.
         scaling: a number, or a tensor of one element on x's device, read there.
         dropout: None for none.
+        out: contiguous (M, N) in x's dtype to write y into, or None for a new tensor.
 
     Returns:
         y (M, N) and S (M, R), x's dtype, contiguous.
@@ -99,8 +101,9 @@ def onepass_forward(
     N = weight.shape[0]
     R = lora_A.shape[0]
     target = target_of(x.device)
-    tile = onepass_tile(target, M, N, K, R, x.dtype)
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    precision = input_precision(x.dtype, target)
+    tile = onepass_tile(target, M, N, K, R, kind_of(x.dtype, precision))
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device) if out is None else out
     S = torch.empty(M, R, dtype=x.dtype, device=x.device)
     onepass_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
         x, weight, x if bias is None else bias, lora_A, lora_B, y, S,
@@ -111,7 +114,7 @@ def onepass_forward(
         lora_A.stride(0), lora_A.stride(1), lora_B.stride(0), lora_B.stride(1),
         R=R, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=padded_rank(R),
         HAS_BIAS=bias is not None, SCALING_POINTER=isinstance(scaling, torch.Tensor), DROPOUT=dropout is not None,
-        INPUT_PRECISION=input_precision(x.dtype, target),
+        INPUT_PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y, S

@@ -49,9 +49,7 @@ def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
     sum_kernel[(triton.cdiv(size, BLOCK),)](partials, out, partials.shape[0], size, BLOCK=BLOCK, BLOCK_P=BLOCK_P)
 
 
-def sum_partials_pair(
-    partials0: torch.Tensor, out0: torch.Tensor, partials1: torch.Tensor, out1: torch.Tensor
-) -> None:
+def sum_partials_pair(partials0: torch.Tensor, out0: torch.Tensor, partials1: torch.Tensor, out1: torch.Tensor) -> None:
     """Two `sum_partials` in one launch."""
     size0, size1 = out0.numel(), out1.numel()
     grid = (triton.cdiv(size0, BLOCK) + triton.cdiv(size1, BLOCK),)

@@ -1,11 +1,11 @@
 """S = scaling * drop(X) Aᵀ, the down projection: x is read once, S (M, R) written in x's dtype.
 
-Floor: (M * K + R * K + M * R) * itemsize bytes at the device's copy bandwidth (an H200 copies 4.3 TB/s, so M = 8192,
-K = 4096 in bfloat16 cannot take less than 67 MB / 4.3 TB/s = 16 us). The products, 2 * M * K * R, are small beside it; the
-mask costs about 10 integer instructions per element of x and can be the longer of the two where dropout is on.
+Floor: (M * K + R * K + M * R) * itemsize bytes at the device's copy bandwidth. An H200 copies 4.3 TB/s, so M = 8192,
+K = 4096 in bfloat16 cannot take less than 67 MB / 4.3 TB/s = 16 us. The products, 2 * M * K * R operations, are small
+beside it; the mask costs about ten integer instructions for each element of x and may be the longer of the two.
 
-Programs own BLOCK_M rows and run along K. Where M gives too few of them, K is split: each split writes a float32 partial
-of S, SPLITS * M * R * 4 bytes written and read again, and a second kernel adds them in order.
+Programs own BLOCK_M rows and run along K. Where M gives too few of them, K is split: each split writes a float32
+partial of S, splits * M * R * 4 bytes written and read again, and a second kernel adds them in order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from fastlora.kernels.dropout import Dropout, drop_tile, keep_scale
 from fastlora.kernels.partials import sum_partials
 from fastlora.kernels.tiles import input_precision, padded_rank, target_of
-from fastlora.kernels.tiles_small import s_cut
+from fastlora.kernels.tiles_small import kind_of, s_cut
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -44,8 +44,10 @@ def s_kernel(
     for k in range(start, end, BLOCK_K):
         mask_k = offs_k < end - k
         columns = (k + offs_k).to(tl.int64)
-        x = tl.load(x_rows + columns[None, :] * stride_xk, mask=mask_m & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        a = tl.load(a_rows + columns[:, None] * stride_ak, mask=mask_r & mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_R]
+        x_ptrs = x_rows + columns[None, :] * stride_xk  # [BLOCK_M, BLOCK_K]
+        a_ptrs = a_rows + columns[:, None] * stride_ak  # [BLOCK_K, BLOCK_R]
+        x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
+        a = tl.load(a_ptrs, mask=mask_r & mask_k[:, None], other=0.0)
         if DROPOUT:
             x = drop_tile(x, seed, offs_m, k, threshold, BLOCK_K)
         acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
@@ -74,7 +76,8 @@ def s_forward(
     M, K = x.shape
     R = lora_A.shape[0]
     target = target_of(x.device)
-    tile, splits, split_k = s_cut(target, M, K, R, x.dtype)
+    precision = input_precision(x.dtype, target)
+    tile, splits, split_k = s_cut(target, M, K, R, kind_of(x.dtype, precision))
     S = torch.empty(M, R, dtype=x.dtype, device=x.device)
     out = S if splits == 1 else torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
     s_kernel[(triton.cdiv(M, tile.block_m), splits)](
@@ -85,7 +88,7 @@ def s_forward(
         M, K, x.stride(0), x.stride(1), lora_A.stride(0), lora_A.stride(1), split_k,
         R=R, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=padded_rank(R),
         SCALING_POINTER=isinstance(scaling, torch.Tensor), DROPOUT=dropout is not None,
-        INPUT_PRECISION=input_precision(x.dtype, target),
+        INPUT_PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:

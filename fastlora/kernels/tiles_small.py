@@ -1,4 +1,9 @@
-"""How the rank-R kernels cut their work: pure functions of (target, shape, dtype), with the tables beneath them."""
+"""How the rank-R kernels cut their work: pure functions of (target, shape, type of product), and the tables beneath them.
+
+Every tile listed compiles without spilling registers and within shared memory for both halves of the ranks, aligned or
+not, with dropout or without: `python -m fastlora.kernels.matrix` shows it. The order of preference was arithmetic (bytes
+in flight, programs on a multiprocessor), not measurement: no GPU has timed it.
+"""
 
 from __future__ import annotations
 
@@ -8,54 +13,147 @@ import torch
 
 from fastlora.kernels.tiles import Target, Tile, padded_rank
 
-# Programs that keep every multiprocessor of the largest common part of an architecture busy. Nominal, so that the order of
-# additions, and with it every bit of a result, depends on the architecture alone.
+# Programs that keep every multiprocessor of an architecture's largest common card busy, two on each. Nominal, so that the
+# order of additions, and with it every bit of a result, depends on the architecture alone.
 PROGRAMS = {0: 4, 75: 144, 80: 216, 86: 168, 89: 256, 90: 264, 100: 296, 120: 340, "gfx942": 608, "gfx950": 512}
+# Architectures whose limits and instructions, for these kernels, are those of another.
+LIKE = {89: 86, 120: 86, 100: 90, "gfx950": "gfx942"}
+
+Cut = tuple[int, int, int, int]  # two edges, warps, stages
+
+# arch -> type of product -> the cut for R <= 32 and the cut for more.
+# `s_kernel`: BLOCK_M, BLOCK_K. Preferred: 128 bytes or more of a row, half of the shared memory, so that two programs fit.
+S: dict[int | str, dict[str, tuple[Cut, Cut]]] = {
+    75: {"half": ((32, 64, 8, 3), (16, 32, 8, 2)), "ieee": ((32, 64, 4, 4), (32, 32, 4, 3))},
+    80: {
+        "half": ((32, 128, 4, 4), (32, 64, 8, 3)),
+        "ieee": ((32, 64, 4, 4), (32, 32, 4, 2)),
+        "tf32": ((32, 64, 4, 4), (32, 32, 4, 3)),
+    },
+    86: {
+        "half": ((32, 64, 4, 4), (32, 32, 4, 3)),
+        "ieee": ((32, 64, 4, 3), (16, 32, 4, 2)),
+        "tf32": ((32, 64, 4, 3), (32, 32, 4, 3)),
+    },
+    90: {
+        "half": ((32, 128, 4, 5), (32, 64, 8, 3)),
+        "ieee": ((32, 64, 8, 3), (32, 64, 8, 3)),
+        "tf32": ((32, 64, 4, 4), (32, 32, 4, 3)),
+    },
+    "gfx942": {"half": ((32, 64, 4, 4), (32, 32, 4, 2)), "ieee": ((32, 32, 4, 3), (32, 32, 4, 2))},
+}
+
+# `da_kernel`: BLOCK_M, BLOCK_K. Preferred as above.
+DA: dict[int | str, dict[str, tuple[Cut, Cut]]] = {
+    75: {"half": ((32, 32, 4, 2), (16, 32, 8, 2)), "ieee": ((32, 32, 4, 2), (16, 32, 8, 2))},
+    80: {
+        "half": ((64, 128, 4, 4), (64, 64, 4, 4)),
+        "ieee": ((32, 64, 4, 3), (16, 32, 4, 2)),
+        "tf32": ((64, 64, 4, 4), (32, 64, 4, 3)),
+    },
+    86: {
+        "half": ((64, 64, 4, 4), (64, 64, 4, 3)),
+        "ieee": ((32, 64, 4, 3), (16, 32, 4, 2)),
+        "tf32": ((32, 64, 4, 3), (32, 32, 4, 3)),
+    },
+    90: {
+        "half": ((64, 128, 4, 4), (64, 64, 4, 4)),
+        "ieee": ((32, 64, 4, 3), (16, 32, 4, 2)),
+        "tf32": ((64, 64, 4, 4), (32, 64, 4, 3)),
+    },
+    "gfx942": {"half": ((64, 64, 4, 3), (32, 64, 4, 3)), "ieee": ((32, 32, 4, 3), (16, 32, 4, 2))},
+}
+
+# `ds_db_kernel`: BLOCK_M, BLOCK_N, for padded ranks 16 and 32; None where no region is worth its partials. A region as
+# wide as its registers allow: the partials of dS cost 8 * R / (BLOCK_N * itemsize) of dY's bytes.
+DS_DB: dict[int | str, dict[str, tuple[Cut | None, Cut | None]]] = {
+    75: {"half": (None, None), "ieee": (None, None)},
+    80: {"half": ((32, 256, 8, 3), None), "ieee": (None, None), "tf32": (None, None)},
+    86: {"half": ((32, 256, 8, 3), None), "ieee": (None, None), "tf32": (None, None)},
+    90: {"half": ((64, 512, 8, 3), None), "ieee": (None, None), "tf32": (None, None)},
+    "gfx942": {"half": (None, None), "ieee": (None, None)},
+}
+
+# `onepass_kernel`: BLOCK_M, BLOCK_N, BLOCK_K (as edge, edge, step), warps, stages; the first list for R <= 32.
+ONEPASS: dict[int | str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
+    arch: {kind: ((32, 32, 32, 4, 2), (16, 32, 16, 4, 2)) for kind in ("half", "ieee", "tf32")} for arch in S
+}
+
+INTERPRETER_CUT = (32, 64, 4, 1)
+
+
+def _row(table: dict, target: Target, kind: str):
+    arch = target.family.arch
+    return table[LIKE.get(arch, arch)][kind]
+
+
+def kind_of(dtype: torch.dtype, precision: str) -> str:
+    """The column of the tables: "half" for 16-bit types, else the precision of float32 products."""
+    return precision if dtype == torch.float32 else "half"
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _programs(target: Target) -> int:
-    return PROGRAMS[target.family.arch]
-
-
-@functools.lru_cache(maxsize=1024)
-def s_cut(target: Target, M: int, K: int, R: int, dtype: torch.dtype) -> tuple[Tile, int, int]:
-    """Tile, number of splits of K, and columns of each split, for `s_kernel`."""
-    tile = Tile(32, 0, 64, 4, 3)
-    rows = ceil_div(M, tile.block_m)
-    return (tile, *_split(K, tile.block_k, 2048, _programs(target) // rows))
-
-
 def _split(length: int, block: int, least: int, wanted: int) -> tuple[int, int]:
-    """(splits, length of each): at most `wanted` splits, each a multiple of `block` and no shorter than `least`."""
+    """(splits, length of each): at most `wanted` splits, each a multiple of `block` and hardly shorter than `least`."""
     splits = max(1, min(wanted, length // least))
     each = ceil_div(ceil_div(length, splits), block) * block
     return ceil_div(length, each), each
 
 
-@functools.lru_cache(maxsize=1024)
-def ds_db_cut(target: Target, M: int, N: int, R: int, dtype: torch.dtype) -> tuple[Tile, int] | None:
-    """Tile and rows of a region for `ds_db_kernel`; None where reading dY twice moves fewer bytes than the partials."""
-    if padded_rank(R) >= 64:
-        return None
-    tile = Tile(32, 64, 0, 4, 2)
-    columns = ceil_div(N, tile.block_n)
-    _, region_m = _split(M, tile.block_m, 64, _programs(target) // columns)
-    return tile, region_m
+def _programs(target: Target) -> int:
+    return PROGRAMS[target.family.arch]
+
+
+def _least(target: Target, length: int) -> int:
+    """The shortest split; in the interpreter short enough for small matrices to be split."""
+    return 64 if target.backend == "interpreter" else length
 
 
 @functools.lru_cache(maxsize=1024)
-def da_cut(target: Target, M: int, K: int, R: int, dtype: torch.dtype) -> tuple[Tile, int, int]:
+def s_cut(target: Target, M: int, K: int, R: int, kind: str) -> tuple[Tile, int, int]:
+    """Tile, number of splits of K, and columns of each split, for `s_kernel`.
+
+    A split shorter than 2048 columns takes less time than the launch that adds the partials.
+    """
+    block_m, block_k, warps, stages = _pick(S, target, R > 32, kind)
+    splits = _split(K, block_k, _least(target, 2048), _programs(target) // ceil_div(M, block_m))
+    return (Tile(block_m, 0, block_k, warps, stages), *splits)
+
+
+@functools.lru_cache(maxsize=1024)
+def da_cut(target: Target, M: int, K: int, R: int, kind: str) -> tuple[Tile, int, int]:
     """Tile, number of splits of M, and rows of each split, for `da_kernel`."""
-    tile = Tile(32, 0, 64, 4, 3)
-    columns = ceil_div(K, tile.block_k)
-    return (tile, *_split(M, tile.block_m, 64, _programs(target) // columns))
+    block_m, block_k, warps, stages = _pick(DA, target, R > 32, kind)
+    splits = _split(M, block_m, _least(target, 512), _programs(target) // ceil_div(K, block_k))
+    return (Tile(block_m, 0, block_k, warps, stages), *splits)
 
 
 @functools.lru_cache(maxsize=1024)
-def onepass_tile(target: Target, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> Tile:
+def ds_db_cut(target: Target, M: int, N: int, R: int, kind: str) -> tuple[Tile, int] | None:
+    """Tile and rows of a region for `ds_db_kernel`; None where reading dY twice moves fewer bytes than the partials."""
+    if R > 32:
+        return None
+    cut = _pick(DS_DB, target, R > 16, kind)
+    if cut is None:
+        return None
+    block_m, block_n, warps, stages = cut
+    # A region fills a multiprocessor by itself, so one program on each is enough.
+    _, region_m = _split(M, block_m, _least(target, 256), _programs(target) // 2 // ceil_div(N, block_n))
+    return Tile(block_m, block_n, 0, warps, stages), region_m
+
+
+def _pick(table: dict, target: Target, second: bool, kind: str) -> Cut | None:
+    if target.backend == "interpreter":
+        return INTERPRETER_CUT
+    return _row(table, target, kind)[second]
+
+
+@functools.lru_cache(maxsize=1024)
+def onepass_tile(target: Target, M: int, N: int, K: int, R: int, kind: str) -> Tile:
     """Tile of `onepass_kernel`."""
-    return Tile(32, 64, 64, 4, 3)
+    if target.backend == "interpreter":
+        return Tile(32, 64, 64, 4, 1)
+    return Tile(*_row(ONEPASS, target, kind)[R > 32])

@@ -11,8 +11,8 @@ import torch
 def judge(got, function, *operands, dtype) -> None:
     """Hold `got` against `function(*operands)` by the rule of fastlora.accuracy; `dtype` is the coarsest operand's.
 
-    Truth is the function in float64; the error may be twice that of the function in the operands' own dtypes (mixed ones
-    promoted), plus two units of precision of the function of absolute values, in the largest element and in norm.
+    Truth is the function in float64; the error may be twice that of the function in the operands' own dtypes (mixed
+    ones promoted), plus two units of precision of the function of absolute values, in the largest element and in norm.
     """
     wide = operands[0].dtype
     for operand in operands[1:]:
@@ -59,11 +59,13 @@ def draw(*shape, dtype, seed=0):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Every empty buffer starts as NaN, so that an element which nothing writes, or which is read unwritten, shows."""
+    """Every empty buffer starts as NaN, so that an element which nothing writes, or which is read unwritten, shows.
+
+    But for those larger than memory, which stand for addresses far apart."""
     real = torch.empty
 
     def empty(*args, **keywords):
         t = real(*args, **keywords)
-        return t.fill_(math.nan) if t.dtype.is_floating_point else t
+        return t.fill_(math.nan) if t.dtype.is_floating_point and t.numel() < 2**24 else t
 
     monkeypatch.setattr(torch, "empty", empty)

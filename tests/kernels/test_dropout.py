@@ -13,7 +13,7 @@ def seeded(p, seed=1234):
 
 
 def philox(seed, column, row, rounds=7):
-    """Philox-4x32 by its definition (Salmon et al. 2011), in Python's integers: four words for the counter (column, row, 0, 0)."""
+    """Philox-4x32 by its definition (Salmon et al. 2011): four words for the counter (column, row, 0, 0)."""
     c, key, word = [column, row, 0, 0], [seed & 0xFFFFFFFF, seed >> 32], 0xFFFFFFFF
     for _ in range(rounds):
         a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57

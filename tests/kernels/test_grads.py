@@ -10,6 +10,8 @@ from fastlora.kernels import grads
 from fastlora.kernels.dropout import Dropout, keep_mask
 from fastlora.kernels.s import s_forward
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 SEED = 77
 
 
@@ -33,20 +35,20 @@ def check_da(dS, x, p=0.0, dtype=None):
 
 @pytest.mark.parametrize("R", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ds_db_error_rule(poisoned, dtype, R):
+def test_ds_db_error_rule(dtype, R):
     check_ds_db(draw(75, 101, dtype=dtype), draw(101, R, dtype=dtype, seed=1), draw(75, R, dtype=dtype, seed=2))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("R", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_da_error_rule(poisoned, dtype, R, p):
+def test_da_error_rule(dtype, R, p):
     check_da(draw(75, R, dtype=dtype), draw(75, 101, dtype=dtype, seed=1), p)
 
 
 @pytest.mark.parametrize("M, N", [(1, 1), (1, 200), (200, 1), (64, 64), (33, 65), (300, 20), (20, 300)])
 @pytest.mark.parametrize("R", [2, 64])
-def test_ragged_sizes_regions_and_splits(poisoned, M, N, R):
+def test_ragged_sizes_regions_and_splits(M, N, R):
     dy, S = draw(M, N, dtype=torch.float32), draw(M, R, dtype=torch.float32, seed=2)
     check_ds_db(dy, draw(N, R, dtype=torch.float32, seed=1), S)
     check_da(S, dy, 0.5)
@@ -54,7 +56,7 @@ def test_ragged_sizes_regions_and_splits(poisoned, M, N, R):
 
 @pytest.mark.parametrize("R", [3, 64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(poisoned, layout, R):
+def test_strides(layout, R):
     dy, B, S = (draw(*s, dtype=torch.float16, seed=i) for i, s in enumerate([(70, 90), (90, R), (70, R)]))
     plain = check_ds_db(dy, B, S)
     for got, expected in zip(check_ds_db(strided(dy, layout), strided(B, layout), S), plain, strict=True):
@@ -63,7 +65,7 @@ def test_strides(poisoned, layout, R):
 
 
 @pytest.mark.parametrize("R", [3, 64])
-def test_float32_adapters_and_scaling_on_the_device(poisoned, R):
+def test_float32_adapters_and_scaling_on_the_device(R):
     dy, S = draw(40, 50, dtype=torch.float16), draw(40, R, dtype=torch.float16, seed=2)
     B = draw(50, R, dtype=torch.float32, seed=1)
     for got, expected in zip(check_ds_db(dy, B, S, torch.tensor(0.5)), check_ds_db(dy, B, S, 0.5), strict=True):
@@ -72,9 +74,9 @@ def test_float32_adapters_and_scaling_on_the_device(poisoned, R):
 
 
 @pytest.mark.parametrize("R", [16, 64])
-def test_repeats_bit_for_bit(poisoned, R):
+def test_repeats_bit_for_bit(R):
     dy, B, S = (draw(*s, dtype=torch.float32, seed=i) for i, s in enumerate([(150, 150), (150, R), (150, R)]))
-    first, second = (check_ds_db(dy, B, S) + (check_da(S, dy, 0.25),) for _ in range(2))
+    first, second = ((*check_ds_db(dy, B, S), check_da(S, dy, 0.25)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

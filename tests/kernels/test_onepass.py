@@ -9,6 +9,8 @@ from judge import DTYPES, LAYOUTS, RANKS, draw, judge, poisoned, strided  # noqa
 from fastlora.kernels.dropout import Dropout, keep_mask
 from fastlora.kernels.onepass import onepass_forward
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 SEED = 3
 
 
@@ -46,17 +48,17 @@ def check(x, weight, lora_A, lora_B, bias, scaling=2.0, p=0.0):
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("R", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_rule(poisoned, dtype, R, p):
+def test_error_rule(dtype, R, p):
     check(*inputs(37, 75, 83, R, dtype), p=p)
 
 
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 70, 8), (64, 128, 100), (65, 3, 200)])
-def test_ragged_sizes(poisoned, M, N, K):
+def test_ragged_sizes(M, N, K):
     check(*inputs(M, N, K, 2, torch.float32), p=0.5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(poisoned, layout):
+def test_strides(layout):
     *matrices, bias = inputs(37, 70, 50, 4, torch.float16)
     plain = check(*matrices, bias, p=0.25)
     stepped = torch.stack([bias, bias], 1)[:, 0]
@@ -64,7 +66,7 @@ def test_strides(poisoned, layout):
     assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
 
 
-def test_without_bias_with_float32_adapters_and_scaling_on_the_device(poisoned):
+def test_without_bias_with_float32_adapters_and_scaling_on_the_device():
     *tensors, _ = inputs(37, 70, 50, 4, torch.float16, torch.float32)
     first, second = check(*tensors, None, 0.5), check(*tensors, None, torch.tensor(0.5))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

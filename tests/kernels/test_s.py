@@ -9,6 +9,8 @@ from judge import DTYPES, LAYOUTS, RANKS, draw, judge, poisoned, strided  # noqa
 from fastlora.kernels.dropout import Dropout, keep_mask
 from fastlora.kernels.s import s_forward
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 SEED = 2**33 + 5
 
 
@@ -31,28 +33,28 @@ def check(x, lora_A, scaling=2.0, p=0.0):
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("R", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_error_rule(poisoned, dtype, R, p):
+def test_error_rule(dtype, R, p):
     check(draw(45, 83, dtype=dtype), draw(R, 83, dtype=dtype, seed=1), p=p)
 
 
 @pytest.mark.parametrize("M, K", [(1, 1), (1, 500), (33, 8), (100, 64), (17, 1030)])
-def test_ragged_sizes_and_splits_of_k(poisoned, M, K):
+def test_ragged_sizes_and_splits_of_k(M, K):
     check(draw(M, K, dtype=torch.float32), draw(5, K, dtype=torch.float32, seed=1), p=0.5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(poisoned, layout):
+def test_strides(layout):
     x, lora_A = draw(37, 70, dtype=torch.float16), draw(4, 70, dtype=torch.float16, seed=1)
     plain = check(x, lora_A, p=0.25)
     assert torch.equal(check(strided(x, layout), strided(lora_A, layout), p=0.25), plain)
 
 
-def test_float32_adapter_and_scaling_on_the_device(poisoned):
+def test_float32_adapter_and_scaling_on_the_device():
     x, lora_A = draw(37, 70, dtype=torch.float16), draw(4, 70, dtype=torch.float32, seed=1)
     assert torch.equal(check(x, lora_A, torch.tensor(0.75)), check(x, lora_A, 0.75))
 
 
-def test_repeats_bit_for_bit(poisoned):
+def test_repeats_bit_for_bit():
     x, lora_A = draw(20, 700, dtype=torch.float32), draw(8, 700, dtype=torch.float32, seed=1)
     assert torch.equal(check(x, lora_A, p=0.25), check(x, lora_A, p=0.25))
 
@@ -65,6 +67,6 @@ def test_offsets_past_two_to_the_31():
     check(x.t(), draw(2, 3, dtype=torch.float16, seed=1))
 
 
-def test_everything_dropped_is_zero(poisoned):
+def test_everything_dropped_is_zero():
     x, lora_A = draw(9, 20, dtype=torch.float32), draw(3, 20, dtype=torch.float32)
     assert not s_forward(x, lora_A, 1.0, Dropout(1.0, torch.tensor([SEED]))).any()
