@@ -183,3 +183,49 @@ assert not torch.cuda.is_initialized()
 
 def test_import_asks_no_gpu_and_loads_no_triton():
     subprocess.run([sys.executable, "-c", LIGHT_IMPORT], check=True)
+
+
+TRITON_PATHS = """
+import sys, torch
+sys.path.insert(0, "tests")
+import accuracy, fastlora
+from dataclasses import replace
+from fastlora.paths import check, registry
+assert fastlora.paths("cpu")["split"] == "usable"
+assert {fastlora.selfcheck("cpu")[name] for name in ("torch", "onepass", "split")} == {"ok"}
+for name in ("onepass", "split"):
+    for dtype, dropout_p in ((torch.float32, 0.3), (torch.float16, 0.0)):
+        inputs = accuracy.draw(30, 20, 24, 5, dtype)
+        inputs = replace(inputs, x=inputs.x.view(5, 6, 24), dy=inputs.dy.view(5, 6, 20), dropout_p=dropout_p)
+        if dropout_p:
+            torch.manual_seed(1)
+            seed = registry.load(name).draw(inputs.x, dropout_p)
+            mask = check.mask_of(registry.load(name), seed, 30, 24, dropout_p).view(5, 6, 24)
+            inputs = replace(inputs, mask=mask)
+        torch.manual_seed(1)
+        got = accuracy.check(fastlora.lora_linear, inputs, path=name)
+        torch.manual_seed(1)
+        again = accuracy.run(fastlora.lora_linear, inputs, path=name)
+        assert all(torch.equal(got[key], again[key]) for key in got)
+    empty = fastlora.lora_linear(torch.zeros(0, 24, dtype=dtype), inputs.weight, inputs.lora_A, inputs.lora_B, path=name)
+    assert empty.shape == (0, 20)
+    y = fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, path=name)
+    assert not y._is_view()
+for bad in (torch.float64, torch.bfloat16):
+    i = accuracy.draw(4, 4, 4, 2, bad)
+    try:
+        fastlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, path="split")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_the_triton_paths_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTLORA_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", TRITON_PATHS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "path 'split' cannot run here: x is torch.float64; the kernels take float16, bfloat16 and float32",
+        "path 'split' cannot run here: Triton's interpreter computes bfloat16 products wrongly",
+    ]

@@ -75,7 +75,13 @@ def examine(name: str, device: torch.device) -> str | None:
     """Compare path `name` with the reference on `device` now; None when every case is right, else the first fault."""
     path = registry.load(name)
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if _has_bfloat16(device) else [])
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # whatever surrounds the first call must not reach the check: its generator, no_grad, inference_mode, autocast
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
         for dtype in dtypes:
             for seed, (M, N, K, R, dropout_p) in enumerate(CASES):
                 problem = Problem(M, N, K, R, dtype, dtype, device, dropout_p > 0.0)

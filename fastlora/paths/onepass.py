@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastlora.paths.triton_common import backward, draw, dropout_of, exact, rows, unavailable, unsupported
+from fastlora.paths.triton_common import backward, draw, dropout_of, exact, on_device_of, rows, unavailable, unsupported
 
 __all__ = ["NAME", "backward", "draw", "forward", "unavailable", "unsupported"]
 
@@ -15,14 +15,9 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
 
     x2 = rows(x)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    _, S = onepass.onepass_forward(
-        x2,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        exact(scaling, dropout_p),
-        dropout_of(dropout_p, seed),
-        out=y.view(x2.shape[0], -1),
-    )
+    with on_device_of(x):
+        _, S = onepass.onepass_forward(
+            x2, weight, bias, lora_A, lora_B, exact(scaling, dropout_p), dropout_of(dropout_p, seed),
+            out=y.view(x2.shape[0], weight.shape[0]),
+        )  # fmt: skip
     return y, S

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastlora.paths.triton_common import backward, draw, dropout_of, exact, rows, unavailable, unsupported
+from fastlora.paths.triton_common import backward, draw, dropout_of, exact, on_device_of, rows, unavailable, unsupported
 
 __all__ = ["NAME", "backward", "draw", "forward", "unavailable", "unsupported"]
 
@@ -14,7 +14,8 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
     from fastlora.kernels import gemm, s
 
     x2 = rows(x)
-    S = s.s_forward(x2, lora_A, exact(scaling, dropout_p), dropout_of(dropout_p, seed))
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    gemm.gemm_forward(x2, weight, bias, S, lora_B, out=y.view(S.shape[0], weight.shape[0]))
+    with on_device_of(x):
+        S = s.s_forward(x2, lora_A, exact(scaling, dropout_p), dropout_of(dropout_p, seed))
+        gemm.gemm_forward(x2, weight, bias, S, lora_B, out=y.view(S.shape[0], weight.shape[0]))
     return y, S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -71,6 +72,13 @@ def exact(scaling: float, dropout_p: float) -> float:
     return scaling * (1.0 - round(dropout_p * 65536) / 65536) / (1.0 - dropout_p)
 
 
+def on_device_of(x: Tensor):
+    """A context in which x's GPU is the current one: Triton launches there, wherever its arguments lie."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
 def rows(x: Tensor) -> Tensor:
     """(..., K) as (M, K): a view wherever strides allow one."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -84,7 +92,8 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     from fastlora.kernels import gemm, grads
 
     dropout = dropout_of(dropout_p, seed)
-    dS, dB = grads.ds_db(dy, lora_B, S, exact(scaling, dropout_p))
-    dA = None if x is None else grads.da(dS, rows(x), dropout, lora_A.dtype)
-    dx = None if weight is None else gemm.gemm_dx(dy, weight, dS, lora_A, dropout)
+    with on_device_of(dy):
+        dS, dB = grads.ds_db(dy, lora_B, S, exact(scaling, dropout_p))
+        dA = None if x is None else grads.da(dS, rows(x), dropout, lora_A.dtype)
+        dx = None if weight is None else gemm.gemm_dx(dy, weight, dS, lora_A, dropout)
     return dx, dA, dB
