@@ -64,7 +64,7 @@ def keep_scale(threshold):
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _keep_mask_kernel(out_ptr, seed_ptr, threshold, M, K, stride_om, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def keep_mask_kernel(out_ptr, seed_ptr, threshold, M, K, stride_om, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     start_k = tl.program_id(1) * BLOCK_K
     offs_k = start_k + tl.arange(0, BLOCK_K)
@@ -77,5 +77,5 @@ def keep_mask(dropout: Dropout, M: int, K: int, block_m: int = 32, block_k: int 
     """The mask that all kernels apply: bool (M, K), True where kept. The blocks change nothing in it."""
     out = torch.empty(M, K, dtype=torch.int8, device=dropout.seed.device)
     grid = (triton.cdiv(M, block_m), triton.cdiv(K, block_k))
-    _keep_mask_kernel[grid](out, dropout.seed, dropout.threshold, M, K, out.stride(0), BLOCK_M=block_m, BLOCK_K=block_k)
+    keep_mask_kernel[grid](out, dropout.seed, dropout.threshold, M, K, out.stride(0), BLOCK_M=block_m, BLOCK_K=block_k)
     return out.bool()

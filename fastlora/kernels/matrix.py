@@ -39,8 +39,8 @@ from fastlora import env
 from fastlora.kernels.specimen import Specimen
 from fastlora.kernels.tiles import TARGETS, Target
 
-KERNELS = ("gemm", "s", "grads", "onepass", "dropout")
-MODULES = {"gemm": "fastlora.kernels.gemm_specimens"}
+KERNELS = ("gemm", "small")
+MODULES = {kernel: f"fastlora.kernels.{kernel}_specimens" for kernel in KERNELS}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TENSOR_MEMORY_LIMIT = 512  # columns of sm_100; the compiler says what it needs and leaves the refusal to the launch
@@ -70,7 +70,7 @@ def specimens(
 ) -> Iterator[tuple[str, Specimen]]:
     """(kernel, specimen) of every launch to be compiled; `quick` keeps the first of each kernel, dtype and alignment."""
     for kernel in kernels:
-        module = importlib.import_module(MODULES.get(kernel, f"fastlora.kernels.{kernel}"))
+        module = importlib.import_module(MODULES[kernel])
         for make in getattr(module, "SPECIMENS", ()):
             for target in targets:
                 for dtype, adapter_dtype, aligned in _layouts(target, quick):

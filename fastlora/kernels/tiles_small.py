@@ -1,8 +1,8 @@
-"""How the rank-R kernels cut their work: pure functions of (target, shape, type of product), and the tables beneath them.
+"""How the rank-R kernels cut their work: tables, and pure functions of (target, shape, type of product) that pick.
 
-Every tile listed compiles without spilling registers and within shared memory for both halves of the ranks, aligned or
-not, with dropout or without: `python -m fastlora.kernels.matrix` shows it. The order of preference was arithmetic (bytes
-in flight, programs on a multiprocessor), not measurement: no GPU has timed it.
+Every tile listed compiles without spilling registers and within shared memory, aligned or not, with dropout or without:
+`python -m fastlora.kernels.matrix` shows it. The order of preference was arithmetic (bytes in flight, programs on a
+multiprocessor), not measurement: no GPU has timed it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import functools
 
 import torch
 
-from fastlora.kernels.tiles import Target, Tile, padded_rank
+from fastlora.kernels.tiles import Target, Tile
 
-# Programs that keep every multiprocessor of an architecture's largest common card busy, two on each. Nominal, so that the
-# order of additions, and with it every bit of a result, depends on the architecture alone.
+# Two programs for each multiprocessor of an architecture's largest common card. Nominal, so that the order of
+# additions, and with it every bit of a result, depends on the architecture alone.
 PROGRAMS = {0: 4, 75: 144, 80: 216, 86: 168, 89: 256, 90: 264, 100: 296, 120: 340, "gfx942": 608, "gfx950": 512}
 # Architectures whose limits and instructions, for these kernels, are those of another.
 LIKE = {89: 86, 120: 86, 100: 90, "gfx950": "gfx942"}
@@ -22,7 +22,7 @@ LIKE = {89: 86, 120: 86, 100: 90, "gfx950": "gfx942"}
 Cut = tuple[int, int, int, int]  # two edges, warps, stages
 
 # arch -> type of product -> the cut for R <= 32 and the cut for more.
-# `s_kernel`: BLOCK_M, BLOCK_K. Preferred: 128 bytes or more of a row, half of the shared memory, so that two programs fit.
+# `s_kernel`: BLOCK_M, BLOCK_K. Preferred: 128 bytes of a row or more; half of the shared memory, so that two fit.
 S: dict[int | str, dict[str, tuple[Cut, Cut]]] = {
     75: {"half": ((32, 64, 8, 3), (16, 32, 8, 2)), "ieee": ((32, 64, 4, 4), (32, 32, 4, 3))},
     80: {
@@ -76,7 +76,7 @@ DS_DB: dict[int | str, dict[str, tuple[Cut | None, Cut | None]]] = {
 
 # `onepass_kernel`: BLOCK_M, BLOCK_N, BLOCK_K (as edge, edge, step), warps, stages; the first list for R <= 32.
 ONEPASS: dict[int | str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
-    arch: {kind: ((32, 32, 32, 4, 2), (16, 32, 16, 4, 2)) for kind in ("half", "ieee", "tf32")} for arch in S
+    arch: dict.fromkeys(("half", "ieee", "tf32"), ((32, 32, 32, 4, 2), (16, 32, 16, 4, 2))) for arch in S
 }
 
 INTERPRETER_CUT = (32, 64, 4, 1)
