@@ -1,11 +1,9 @@
 """The suite's cases under pytest-benchmark: `pytest benchmarks --benchmark-only`, `-k` to choose.
 
-One benchmark for each job and contender, grouped by job. The quick spread by default; FASTLORA_BENCH_ALL=1 for all.
+One benchmark for each job and contender, grouped by job. A quick spread by default; `-m ""` for all of them.
 """
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -14,11 +12,16 @@ from benchmarks import cases, contenders, runner
 from benchmarks.measure import default_device
 
 DEVICE = default_device()
-JOBS = cases.jobs_for(DEVICE) if os.environ.get("FASTLORA_BENCH_ALL") == "1" else cases.quick(cases.jobs_for(DEVICE))
-PAIRS = [(job, name) for job in JOBS for name in contenders.names(job.case, DEVICE)]
+JOBS = cases.jobs_for(DEVICE)
+QUICK = {job.name for job in cases.quick(JOBS)}
+PAIRS = [
+    pytest.param(job, name, id=f"{job.name}-{name}", marks=() if job.name in QUICK else pytest.mark.slow)
+    for job in JOBS
+    for name in contenders.names(job.case, DEVICE)
+]
 
 
-@pytest.mark.parametrize(("job", "name"), PAIRS, ids=[f"{job.name}-{name}" for job, name in PAIRS])
+@pytest.mark.parametrize(("job", "name"), PAIRS)
 def test_layer(benchmark, job, name):
     sets = contenders.draw(job.case, runner.set_count(job, DEVICE), DEVICE)
     try:
