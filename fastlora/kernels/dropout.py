@@ -33,6 +33,28 @@ class Dropout:
 
 
 @triton.jit
+def philox(seed, c0, c1, ROUNDS: tl.constexpr):
+    """The four words of Philox-4x32 for the counter (c0, c1, 0, 0), uint32, and the 64-bit `seed`.
+
+    As `tl.philox`, but both halves of a product come from one 64-bit multiplication: half of the multiplier's work.
+    """
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0)
+    c3 = tl.zeros_like(c0)
+    for _ in tl.static_range(ROUNDS):
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = b.to(tl.uint32)
+        c3 = a.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def keep_tile(seed, offs_m, start_k, threshold, BLOCK_K: tl.constexpr):
     """Keep mask, bool [BLOCK_M, BLOCK_K], of rows `offs_m` and columns start_k + (0 .. BLOCK_K - 1).
 
@@ -44,7 +66,7 @@ def keep_tile(seed, offs_m, start_k, threshold, BLOCK_K: tl.constexpr):
     zero = tl.zeros([offs_m.shape[0], EIGHTHS], tl.uint32)
     c0 = zero + columns.to(tl.uint32)[None, :]
     c1 = zero + offs_m.to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero, n_rounds=7)
+    w0, w1, w2, w3 = philox(seed, c0, c1, 7)
     words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [BLOCK_M, EIGHTHS, 2, 2]
     low = (words & 0xFFFF).to(tl.int32) >= threshold
     high = (words >> 16).to(tl.int32) >= threshold

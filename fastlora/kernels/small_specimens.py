@@ -42,7 +42,8 @@ def s_specimens(target: Target, dtype: torch.dtype, adapter_dtype: torch.dtype, 
             for dropout in (True, False):
                 args = {
                     "x_ptr": x, "a_ptr": adapter, "out_ptr": x, "seed_ptr": SEED if dropout else x,
-                    "scaling": 2.0, "threshold": 6554, "M": n, "K": n, "stride_xm": n, "stride_xk": 1, "stride_ar": n, "stride_ak": 1, "split_k": split_k,
+                    "scaling": 2.0, "threshold": 6554, "M": n, "K": n, "stride_xm": n, "stride_xk": 1,
+                    "stride_ar": n, "stride_ak": 1, "split_k": split_k,
                     "R": R, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": padded_rank(R),
                     "SCALING_POINTER": False, "DROPOUT": dropout, "INPUT_PRECISION": precision,
                 }  # fmt: skip
@@ -103,7 +104,8 @@ def onepass_specimens(
                     "stride_xm": n, "stride_xk": 1, "stride_wn": n, "stride_wk": 1, "stride_bias": 1,
                     "stride_ar": n, "stride_ak": 1, "stride_bn": R, "stride_br": 1,
                     "R": R, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-                    "BLOCK_R": padded_rank(R), "HAS_BIAS": True, "SCALING_POINTER": False, "DROPOUT": dropout, "INPUT_PRECISION": precision,
+                    "BLOCK_R": padded_rank(R), "HAS_BIAS": True, "SCALING_POINTER": False, "DROPOUT": dropout,
+                    "INPUT_PRECISION": precision,
                 }  # fmt: skip
                 label = _label("onepass", R, dtype, adapter_dtype, aligned, dropout, precision)
                 yield Specimen(label, onepass_kernel, target, tile, args)
