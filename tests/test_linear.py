@@ -303,7 +303,9 @@ class TestMerge:
         layer = trained(FusedLoRALinear(5, 3))
         plain = {name: value.clone() for name, value in layer.state_dict().items()}
         layer.merge()
+        weight = layer.weight
         merged = layer.state_dict()
+        assert layer.weight is weight and not torch.equal(weight, plain["weight"])
         assert list(merged) == list(plain) and all(torch.equal(merged[name], plain[name]) for name in plain)
         other = FusedLoRALinear(5, 3)
         other.load_state_dict(merged)
