@@ -7,6 +7,8 @@ import math
 import sys
 from pathlib import Path
 
+CPU_BUDGET_S = 600.0
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
@@ -66,7 +68,7 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="about two minutes: a spread of the suite")
     parser.add_argument("--cases", action="append", help="shell pattern of case or job names; repeatable")
     parser.add_argument("--contenders", action="append", help="measure only these, and the floor; repeatable")
-    parser.add_argument("--budget", type=float, default=math.inf, help="stop after this many seconds")
+    parser.add_argument("--budget", type=float, help="seconds (default: all on a GPU, 600 on a CPU)")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
     parser.add_argument("--output", type=Path, help="folder for results (default: benchmarks/results/<device>)")
 
@@ -111,7 +113,7 @@ def _run(options: argparse.Namespace) -> int:
     from benchmarks import plots, report, suite
 
     device = _device(options)
-    budget = min(options.budget, 110.0) if options.quick else options.budget
+    budget = options.budget or (110.0 if options.quick else CPU_BUDGET_S if device.type == "cpu" else math.inf)
     path, payload = suite.run(_jobs(options, device), device, budget, options.output, options.contenders)
     print()
     print(report.tables(payload, path))

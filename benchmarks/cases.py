@@ -90,18 +90,17 @@ def ranks() -> list[Case]:
 
 
 def cpu_jobs() -> list[Job]:
-    """What two cores measure in about ten minutes."""
+    """What two cores measure in about ten minutes. float16 has no fast product there: training steps only, last."""
     jobs = []
-    for dtype in DTYPES:
+    for dtype, rank in (("float32", 0), ("bfloat16", 1)):
         for dropout in (0.0, 0.1):
             for case in classifier(dtype, dropout):
-                compiled = case.M == 960 and case.N == case.K and (dtype == "float32") != (dropout > 0)
-                modes = (PLAIN, COMPILED) if compiled and dtype != "float16" else (PLAIN,)
-                jobs.append(Job(case, TRAIN, {"float32": 0, "bfloat16": 1, "float16": 3}[dtype], modes))
-                jobs.append(Job(case, FORWARD, 4 if dtype == "float16" else 2))
-    for case in llama("llama3-8b", 0.0, (1, 16)):
-        jobs.append(Job(case, FORWARD, 2))
-    jobs.append(Job(Case("llama3-8b-qo", 512, 4096, 4096, 16, "bfloat16", 0.1), TRAIN, 3))
+                compiled = case.M == 960 and case.N == case.K and (dtype == "float32") == (dropout > 0)
+                jobs.append(Job(case, TRAIN, rank, (PLAIN, COMPILED) if compiled else (PLAIN,)))
+                jobs.append(Job(case, FORWARD, 2))
+    jobs += [Job(case, FORWARD, 3) for case in llama("llama3-8b", 0.0, (1, 16))]
+    jobs += [Job(Case("llama3-8b-qo", 512, 4096, 4096, 16, "bfloat16", 0.1), TRAIN, 3)]
+    jobs += [Job(case, TRAIN, 4) for case in classifier("float16", 0.0)]
     return sorted(jobs, key=lambda job: job.rank)
 
 

@@ -172,9 +172,9 @@ def _cpu_sample(fn: Callable[[], object], calls: int) -> float:
 
 def _calls_per_sample(fn: Callable[[], object], sample: Callable, least: float) -> int:
     fn()
-    seconds = min(sample(fn, 1) for _ in range(3))
-    if seconds < 10 * least:  # a disturbed probe would leave too few calls in a sample
-        seconds = min([seconds, *(sample(fn, 1) for _ in range(5))])
+    seconds = sample(fn, 1)
+    if seconds < 200 * least:  # a disturbed probe would leave too few calls in a sample
+        seconds = min([seconds, *(sample(fn, 1) for _ in range(7))])
     return max(1, min(1000, round(least / max(seconds, 1e-9))))
 
 

@@ -10,7 +10,7 @@ from benchmarks.cases import COMPILED, FORWARD, GRAPH, PLAIN, TRAIN
 from benchmarks.measure import RESULTS, ROOT
 from fastlora.errors import UserError
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 RIVALS = ("eager", "peft", "peft-float32", "optimised", "lorafusion")
 LOST_BEYOND = 1.03  # of the faster one's time; nearer than this two contenders are level
 Row = dict

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -41,7 +43,10 @@ def run_job(
     only: list[str] | None = None,
     keep_samples: bool = False,
 ) -> list[dict]:
-    """Rows of a job, one for each contender and mode; one that cannot run has the key `skipped` with the reason."""
+    """Rows of a job, one for each contender and mode; one that cannot run has the key `skipped` with the reason.
+
+    `only` names the contenders beside the floor. `keep_samples` adds every sample and leaves memory and launches out.
+    """
     case, rows, path = job.case, [], contenders.chosen_path(job.case, device)
     sets = contenders.draw(case, set_count(job, device), device)
     entries: dict[str, Entry] = {}
@@ -69,7 +74,7 @@ def run_job(
             if floor in samples:
                 row[key] = ratio(samples[label], samples[floor])
         row |= _rates(job, entry, path, row["median"], ceilings)
-        if entry.mode == PLAIN:
+        if entry.mode == PLAIN and not keep_samples:
             row |= _cost(entry.step, device)
         if entry.name.startswith("fastlora"):
             row["path"] = path
@@ -155,9 +160,11 @@ def _cost(step: Callable[[], object], device: torch.device) -> dict:
         step()
         torch.cuda.synchronize()
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated() - before, "launches": _launches(step)}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = step()
-    del result
+    with (
+        _silent(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        step()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -167,7 +174,20 @@ def _cost(step: Callable[[], object], device: torch.device) -> dict:
 
 
 def _launches(step: Callable[[], object]) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with _silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
     return sum(1 for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+@contextlib.contextmanager
+def _silent():
+    """Keep off the terminal what the profiler of some builds writes to standard error at every start and stop."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -65,3 +65,13 @@ def test_samples_of_several_turns_are_pooled():
     rows = {row["contender"]: row for row in compare._pool([turn, turn])}
     assert rows.keys() == {"bare", "fastlora"}
     assert rows["fastlora"]["samples"] == 4 and rows["fastlora"]["over_bare"]["median"] == 3.0
+
+
+@pytest.mark.slow
+def test_two_commits_are_measured_in_turns(capsys):
+    """The working process, the worktrees and the pooling, with the same commit on both sides."""
+    before = compare._git("worktree", "list", "--porcelain").count("worktree ")
+    status = main(["compare", "HEAD", "HEAD", "--cases", "classifier-64x100x128-r2-f32/*", "--budget", "20"])
+    printed = capsys.readouterr().out
+    assert status in (0, 1) and "fastlora plain" in printed and "eager plain" in printed
+    assert compare._git("worktree", "list", "--porcelain").count("worktree ") == before

@@ -63,7 +63,7 @@ def test_the_readmes_section_is_replaced_and_the_rest_is_kept(rows, suite_payloa
 
 def test_a_readme_without_markers_is_the_users_mistake(tmp_path):
     (tmp_path / "README.md").write_text("no markers")
-    with pytest.raises(UserError, match="benchmarks:begin"):
+    with pytest.raises(UserError, match="<!-- benchmarks -->"):
         report.write_readme(tmp_path / "README.md", [])
 
 
