@@ -57,7 +57,7 @@ def ds_db_specimens(
     n, x, adapter = _size(aligned), Pointer(dtype, aligned), Pointer(adapter_dtype, aligned)
     for precision in _precisions(target, dtype):
         for R in (16, 32):
-            cut = ds_db_cut(target, n, n, R, kind_of(dtype, precision))
+            cut = ds_db_cut(target, n, 16, R, kind_of(dtype, precision))  # one region wide: whatever the table has
             if cut is None:
                 continue
             tile, region_m = cut

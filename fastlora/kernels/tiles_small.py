@@ -140,8 +140,12 @@ def ds_db_cut(target: Target, M: int, N: int, R: int, kind: str) -> tuple[Tile, 
     if cut is None:
         return None
     block_m, block_n, warps, stages = cut
+    parts_n = ceil_div(N, block_n)
     # A region fills a multiprocessor by itself, so one program on each is enough.
-    _, region_m = _split(M, block_m, _least(target, 256), _programs(target) // 2 // ceil_div(N, block_n))
+    parts_m, region_m = _split(M, block_m, _least(target, 256), _programs(target) // 2 // parts_n)
+    partials = 8 * R * (parts_n * M * (parts_n > 1) + parts_m * N * (parts_m > 1))
+    if partials > M * N * (2 if kind == "half" else 4) and target.backend != "interpreter":
+        return None
     return Tile(block_m, block_n, 0, warps, stages), region_m
 
 
