@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file, tensors and a JSON header, whole or not there; no pickle.
 
-The header's `state` holds everything that is not a tensor; `digest` is the sha256 over state and tensors, so that a
-damaged file is refused by name.
+The header holds, under one key so that the same content gives the same bytes, `state`: everything that is not a
+tensor, and `digest`: the sha256 over state and tensors, so that a damaged file is refused by name.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, An
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state)
-    header = {"format": FORMAT, "state": text, "digest": _digest(tensors, text)}
-    write_bytes(path, save(tensors, metadata=header))
+    header = {"state": text, "digest": _digest(tensors, text)}
+    write_bytes(path, save(tensors, metadata={FORMAT: json.dumps(header)}))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -36,17 +36,23 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # safetensors' own error class, OSError, ValueError on a hostile header
         raise UserError(f"{path}: damaged, not a safetensors file ({str(error).splitlines()[0][:80]})") from None
-    if header.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise UserError(f"{path}: not a checkpoint of this version of fastlora ({FORMAT})")
-    if header.get("digest") != _digest(tensors, header.get("state", "")):
+    try:
+        header = json.loads(metadata[FORMAT])
+        whole = header["digest"] == _digest(tensors, header["state"])
+        state = json.loads(header["state"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole or not isinstance(state, dict):
         raise UserError(f"{path}: damaged, its content does not match its checksum; delete it to start again")
-    return tensors, json.loads(header["state"])
+    return tensors, state
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:

@@ -145,7 +145,12 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
             left.unlink()
         if not begun:
             write_json(path / SETTINGS, dict(settings))
-        yield begun
+        try:
+            yield begun
+        except Exception:
+            if not any((path / name).exists() for name in RUN_FILES if name != SETTINGS):
+                (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
+            raise
 
 
 def _begun(path: Path, settings: Mapping, resume: bool) -> bool:

@@ -24,7 +24,8 @@ WINDOW = 5  # words on either side
 CONTEXTS = 4000  # columns of the co-occurrence matrix: the most frequent words
 SMOOTHING = 0.75  # power of the contexts' frequencies, which tames rare contexts
 RARE = 1e-3  # a word of frequency p weighs RARE / (RARE + p): Arora et al. 2017
-_VERSION = "1"
+NORM = 5.0  # mean length of a vector, about that of GloVe's
+_VERSION = "2"
 
 
 def learned(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
@@ -88,7 +89,7 @@ def learn(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
     vectors = torch.zeros(words, DIM)
     vectors[:, :rank] = left[:, :rank] * singular[:rank].sqrt()
     vectors[: len(SPECIAL)] = 0
-    return vectors
+    return vectors * (NORM * (words - len(SPECIAL)) / vectors.norm(dim=1).sum().clamp(min=1e-12))
 
 
 def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[Tensor, int]:

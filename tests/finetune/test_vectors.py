@@ -52,6 +52,8 @@ def test_the_svd_is_that_of_the_positive_pmi():
     pmi = (counts / counts.sum(1, keepdim=True).clamp(min=1) / contexts.clamp(min=1e-12)).clamp(min=1).log()
     left, singular, _ = torch.linalg.svd(pmi)
     learned = vectors.learn(ids, offsets, 22)[:, :22].double()
+    assert float(learned[2:].norm(dim=1).mean()) == pytest.approx(vectors.NORM, rel=1e-5)
+    learned *= ((left * singular) @ left.T).diagonal().sum().sqrt() / learned.norm()
     expected = (left * singular) @ left.T  # the same whatever the signs and the basis of equal singular values
     torch.testing.assert_close(learned @ learned.T, expected, atol=1e-4, rtol=1e-4)
 
