@@ -34,7 +34,7 @@ class GPT2Config:
 # nearly uniform reads the message as a bag of words, which LoRA then sharpens. More layers only learn it by heart.
 CONFIGS = {
     "gpt2": GPT2Config(),
-    "nano": GPT2Config(width=384, heads=6, layers=1, context=256, token_std=1.0, position_std=0.02),
+    "nano": GPT2Config(width=384, heads=6, layers=1, token_std=1.0, position_std=0.02),
 }
 
 

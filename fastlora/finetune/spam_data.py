@@ -17,6 +17,7 @@ from fastlora.finetune.files import write_bytes
 
 PAD = 50256  # GPT-2 has no padding token; <|endoftext|> stands in
 LABELS = ("ham", "spam")
+LONGEST = 1024  # tokens; as many as GPT-2 has positions
 # The files of OpenAI's release; tiktoken pins the same two sums.
 CHECKSUMS = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -104,10 +105,10 @@ def _bytes_in_order() -> list[int]:
 def encode(texts: Sequence[str], encoding, length: int | None = None) -> Tensor:
     """Token ids of `texts`, int64 (len(texts), length), padded with 50256 and cut to `length`.
 
-    `length=None`: that of the longest text. Special tokens written in a message are text like any other.
+    `length=None`: that of the longest text, at most 1024. Special tokens written in a message are text like any other.
     """
     ids = encoding.encode_ordinary_batch(list(texts), num_threads=2)
-    length = max(1, *map(len, ids)) if length is None else length
+    length = min(LONGEST, max(1, *map(len, ids))) if length is None else length
     rows = torch.full((len(ids), length), PAD)
     for row, tokens in zip(rows, ids, strict=True):
         tokens = tokens[:length]

@@ -1,0 +1,89 @@
+"""SIGKILL a training run at random moments, resume it, and compare what it leaves with a run that was never killed.
+
+    python tests/finetune/killed.py KILLS [--seed N] [-- train spam --data sample ...]
+
+Every kill falls at a moment drawn evenly from the run's whole life; every second one is followed by another during the
+resumed run. The parent imports everything once and forks, so that a kill costs no start-up.
+"""
+
+import argparse
+import importlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that is not installed
+import small
+
+RUN = ["train", "spam", "--data", "sample", "--model", "nano", "--epochs", "2", "--train-samples", "400"]
+
+
+def start(argv: list[str]) -> int:
+    """Fork a process that runs the command line; its number."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            from fastlora.cli import main
+
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1)
+            status = main(argv)
+        finally:
+            os._exit(status)
+    return child
+
+
+def wait(child: int) -> None:
+    _, status = os.waitpid(child, 0)
+    if status != 0:
+        raise SystemExit(f"the run ended with status {status}")
+
+
+def campaign(kills: int, seed: int, argv: list[str], folder: Path) -> str:
+    """Carry out the campaign; a line on what it saw. SystemExit when a resumed run leaves anything else."""
+    draw = random.Random(seed)
+    began = time.monotonic()
+    wait(start([*argv, "--output", str(folder / "whole")]))
+    life = time.monotonic() - began
+    whole = small.left(folder / "whole")
+    done = with_checkpoint = 0
+    trial = 0
+    while done < kills:
+        trial += 1
+        output = folder / f"killed-{trial}"
+        command = [*argv, "--output", str(output), "--resume"]
+        for _ in range(1 + trial % 2):
+            child = start(command)
+            time.sleep(draw.uniform(0, life))
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            done += os.WIFSIGNALED(status)
+            with_checkpoint += (output / "checkpoint.safetensors").exists()
+        wait(start(command))
+        again = small.left(output)
+        for part in whole:
+            if again[part] != whole[part]:
+                raise SystemExit(f"trial {trial} (seed {seed}): {part} differs from the run that was never killed")
+        if list(output.glob(".*.part")):
+            raise SystemExit(f"trial {trial} (seed {seed}): a half-written file stayed behind")
+    return f"{done} kills in {trial} runs, {with_checkpoint} after a checkpoint: the same final bits each time"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kills", type=int)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("command", nargs="*", help="after --")
+    args = parser.parse_args()
+    for module in ("matplotlib.figure", "pandas", "tqdm", "fastlora.finetune.spam", "fastlora.finetune.imdb"):
+        importlib.import_module(module)
+    small.shrink()
+    with tempfile.TemporaryDirectory() as name:
+        print(f"seed {args.seed}", flush=True)
+        print(campaign(args.kills, args.seed, args.command or RUN, Path(name)))
+    sys.exit(0)

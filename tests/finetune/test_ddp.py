@@ -1,0 +1,54 @@
+"""Two processes train as one does with the double batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+from fastlora.finetune.batches import Batches
+from fastlora.finetune.parallel import World
+
+SMALL = Path(__file__).parent / "small.py"
+RUN = ["train", "spam", "--data", "sample", "--model", "nano", "--epochs", "2", "--train-samples", "100"]
+
+
+def launch(*command):
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_have_the_curve_of_the_double_batch(tmp_path):
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SMALL)
+    said = launch(*two, *RUN, "--batch-size", "8", "--output", tmp_path / "two")
+    launch(SMALL, *RUN, "--batch-size", "16", "--output", tmp_path / "one")
+    one, other = small.left(tmp_path / "one"), small.left(tmp_path / "two")
+    assert other["report"]["processes"] == 2 and said.count("accuracy: train") == 1
+    assert other["report"]["batches"] == one["report"]["batches"] == {"train": 6, "valid": 5, "test": 10}
+    assert len(one["history"]) == len(other["history"]) == 2
+    for row, same in zip(one["history"], other["history"], strict=True):
+        for key in ("train_loss", "valid_loss"):
+            assert float(row[key]) == pytest.approx(float(same[key]), rel=1e-5)
+        assert [row[key] for key in ("epoch", "step", "valid_accuracy")] == [
+            same[key] for key in ("epoch", "step", "valid_accuracy")
+        ]
+    assert one["report"]["test_accuracy"] == other["report"]["test_accuracy"]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(37, 2), (33, 3), (5, 4)])
+def test_processes_share_out_every_batch(rows, size):
+    x = torch.arange(rows)
+
+    def batches(world, batch_size, seed):
+        return Batches(rows, lambda i: (x[i],), batch_size, seed, world=world)
+
+    whole = list(batches(World(), 4 * size, 3).epoch(1))
+    parts = [list(batches(World(rank, size), 4, 3).epoch(1)) for rank in range(size)]
+    for i, (batch,) in enumerate(whole):
+        assert torch.cat([part[i][0] for part in parts]).tolist() == batch.tolist()
+        assert batches(World(0, size), 4, 3).rows(i) == len(batch)
+    dealt = [batch for rank in range(size) for (batch,) in batches(World(rank, size), 4, None).shared()]
+    assert sorted(torch.cat(dealt).tolist()) == x.tolist()
