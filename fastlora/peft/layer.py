@@ -29,13 +29,14 @@ _any_autocast = torch._C._is_any_autocast_enabled
 class Record:
     """What one patched layer remembers: its counts of calls, and the parts that its last fused call used."""
 
-    __slots__ = ("fallback_calls", "fused_calls", "name", "parts", "path", "reasons")
+    __slots__ = ("fallback_calls", "fused_calls", "last", "name", "parts", "path", "reasons")
 
     def __init__(self, name: str = "") -> None:
         self.name = name
         self.fused_calls = 0
         self.fallback_calls = 0
         self.reasons: dict[str, int] = {}
+        self.last: str | None = None  # why the call that was examined last was not fused
         self.parts: _Parts | None = None
         self.path: str | None = None  # of the fused call that was examined last
 
@@ -142,6 +143,7 @@ class FusedLinear(PeftLinear):
         if reason is None:
             record.parts = _Parts(self)
             reason = reasons.of_call(self, x, args, kwargs)
+        record.last = reason
         if reason is None:
             record.fused_calls += 1
             record.path = self.explain(x).path

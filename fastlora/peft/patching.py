@@ -138,6 +138,8 @@ def _entry(layer: LoraLayer) -> LayerReport:
     if "forward" in layer.__dict__:
         return LayerReport("the layer's own forward is replaced, by accelerate for example", False, record)
     reason = reasons.of_layer(layer)
+    if reason is None and record.last is not None and record.last.startswith(reasons.SHARDED):
+        reason = record.last
     if reason is None:
         return LayerReport(record.path or "fused: no call in eager mode yet, so no path is known", True, record)
     if reason.startswith(reasons.SHARDED) and record.parts is not None:

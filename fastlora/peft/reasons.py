@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 BASES = (nn.Linear, Conv1D)
 DROPOUTS = (nn.Identity, nn.Dropout)
-SHARDED = "sharded"  # such reasons begin so: inside forward the weights may be whole
+SHARDED = "sharded"  # such reasons begin so: inside forward the weights may be other objects than outside it
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = (
@@ -95,7 +95,7 @@ def _of_parameter(role: str, tensor: Tensor | None) -> str | None:
     if hasattr(tensor, "device_mesh"):
         return f"{SHARDED}: {role} is a {type(tensor).__name__}"
     if type(tensor) is not Parameter:
-        return f"{role} is a {type(tensor).__name__}, not a plain parameter (quantised, or one of FSDP's flat units)"
+        return f"{SHARDED} or quantised: {role} is a {type(tensor).__name__}, not a plain parameter"
     return None
 
 

@@ -145,9 +145,9 @@ CASES = {
     "lora_dropout works in place": _in_place_dropout,
     "scaling has shape (1,)": _vector_scaling,
     "scaling asks for a gradient": _trainable_scaling,
-    "base weight is a Packed": _tensor_subclass_weight,
+    "sharded or quantised: base weight is a Packed": _tensor_subclass_weight,
     "sharded: lora_A is a ZeRO-3 parameter": _zero3,
-    "base weight is a Tensor, not a plain parameter": _flat_unit,
+    "sharded or quantised: base weight is a Tensor, not a plain parameter": _flat_unit,
 }
 
 
