@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,7 +60,7 @@ def plan(budget_s: float) -> str:
 
 
 def main(budget_s: float, dry_run: bool = False, folder: Path | None = None) -> int:
-    """Run the steps; 1 when the tests or the self-check are red.
+    """Run the steps; 1 when a step failed; red tests or a red self-check end it at once.
 
     Raises:
         UserError: there is no GPU here.
@@ -98,11 +100,13 @@ def main(budget_s: float, dry_run: bool = False, folder: Path | None = None) -> 
             return RED
     _conclude(payload["steps"], suite_result)
     print(f"{time.perf_counter() - start:.0f} s of {budget_s:.0f} s; steps: {path}")
-    return 0
+    return int(any(step["status"].startswith("FAILED") for step in payload["steps"]))
 
 
 def _tests(seconds: float) -> str:
     options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "no:benchmark", "--durations=5"]
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels, on the host
+        options += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))]
     status, output = _command([sys.executable, "-m", "pytest", "tests/gpu", *options], seconds)
     print(output[-6000:], flush=True)
     if status is None:
@@ -133,7 +137,18 @@ def _sanitizer(seconds: float) -> str:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or an overrun stays inside a cached block
     end, done = time.perf_counter() + seconds, []
     for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.sanitize"]
+        command = [
+            tool,
+            "--tool",
+            check,
+            "--report-api-errors",
+            "no",
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-m",
+            "benchmarks.sanitize",
+        ]
         status, output = _command(command, end - time.perf_counter(), environment)
         print("\n".join(line for line in output.splitlines() if "ERROR" in line or "ran" in line)[-2000:], flush=True)
         if status == 9:
@@ -181,18 +196,20 @@ def _conclude(steps: list[dict], suite_result: list) -> None:
 
 
 def _command(command: list[str], seconds: float, environment: dict | None = None) -> tuple[int | None, str]:
-    """Run in the repository's root; exit status (None: out of time) and what it printed."""
+    """Run in the repository's root; exit status (None: out of time, and its children were ended too) and output."""
+    process = subprocess.Popen(
+        command,
+        cwd=measure.ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            cwd=measure.ROOT,
-            env=environment,
-            timeout=max(seconds, 1.0),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-    except subprocess.TimeoutExpired as expired:
-        output = expired.stdout or b""
-        return None, output.decode(errors="replace") if isinstance(output, bytes) else output
-    return done.returncode, done.stdout
+        output, _ = process.communicate(timeout=max(seconds, 1.0))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return None, output
+    return process.returncode, output

@@ -76,6 +76,7 @@ def provenance(payload: dict, path: Path) -> str:
     if busy > 0.5 * data.get("cores", 1):
         device += f" (BUSY: a load of {busy:.1f} when it began)"
     left = f"; {len(payload['left_out'])} jobs left out for want of time" if payload["left_out"] else ""
+    left += f"; {len(payload['failed'])} jobs failed" if payload.get("failed") else ""
     return f"{device}; {versions}; commit {commit}; {data['date'][:10]}; raw: `{shown}`{left}."
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlora import accuracy, lora_linear
+from fastlora import accuracy
 from fastlora.paths import Problem, registry
 
 SHAPES = ((37, 53, 41, 3), (64, 128, 96, 16))  # no size a multiple of a tile; then one that descriptors take
@@ -20,19 +20,11 @@ def main() -> None:
             if reason:
                 print(f"{name}: {reason}")
                 break
-            inputs = accuracy.draw(M, N, K, R, torch.float16, device=device)
-            for dropout_p in (0.0, 0.25):
-                y = lora_linear(
-                    inputs.x.requires_grad_(),
-                    inputs.weight,
-                    inputs.lora_A.requires_grad_(),
-                    inputs.lora_B.requires_grad_(),
-                    inputs.bias,
-                    2.0,
-                    dropout_p,
-                    path=name,
-                )
-                torch.autograd.grad(y, (inputs.x, inputs.lora_A, inputs.lora_B), inputs.dy)
+            t = accuracy.draw(M, N, K, R, torch.float16, device=device)
+            for p in (0.0, 0.25):
+                seed = path.draw(t.x, p) if p else None
+                _, S = path.forward(t.x, t.weight, t.lora_A, t.lora_B, t.bias, 2.0, p, seed)
+                path.backward(t.dy, t.x, t.weight, t.lora_A, t.lora_B, S, 2.0, p, seed, True)
             torch.cuda.synchronize()
             print(f"{name}: {M}x{K}x{N} r{R} ran")
 

@@ -31,13 +31,14 @@ def run(
     """Measure `jobs` and return the file written and its content.
 
     The file is rewritten whole after every job, so that an interrupted run leaves what it has; `left_out` names the
-    jobs for which `budget_s` did not suffice.
+    jobs for which `budget_s` did not suffice, `failed` those that raised, and why.
     """
     end = time.perf_counter() + budget_s
     payload = {
         "kind": "suite",
         "metadata": measure.metadata(device),
         "left_out": [job.name for job in jobs],
+        "failed": {},
         "rows": [],
     }
     measure.warm_clocks(device)
@@ -51,16 +52,22 @@ def run(
         needed = SECONDS_PER_COMPILED_JOB[device.type] if COMPILED in job.modes else longest
         if start + needed > end:
             continue
-        rows = run_job(job, device, each, ceilings, only)
-        payload["rows"] += rows
         payload["left_out"].remove(job.name)
+        try:
+            rows = run_job(job, device, each, ceilings, only)
+        except Exception as error:  # one job's failure must not cost a rented machine's other results
+            payload["failed"][job.name] = f"{type(error).__name__}: {error}"[:300]
+            print(f"{job.name:<62} FAILED: {payload['failed'][job.name]}", flush=True)
+            rows = []
+        payload["rows"] += rows
         measure.write_json(path, payload)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if COMPILED not in job.modes:
-            longest = max(longest, time.perf_counter() - start)
-        print(progress(job, rows), flush=True)
+            longest = max(each, 0.8 * longest, time.perf_counter() - start)  # the first pay for what is compiled once
+        if rows:
+            print(progress(job, rows), flush=True)
     return path, payload
 
 

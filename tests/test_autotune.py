@@ -149,3 +149,16 @@ def test_timing_tries_the_paths_that_run_here_and_leaves_the_callers_random_numb
     seconds = autotune.time_paths(problem(M=8, N=16, K=24, R=2, dropout=True))
     assert seconds.keys() == {"torch"} and seconds["torch"] > 0
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_path_that_raises_is_no_candidate(monkeypatch):
+    from fastlora.paths import registry
+
+    def refuse(*_):
+        raise ArithmeticError("out of registers")
+
+    monkeypatch.setattr(registry.load("split"), "unavailable", lambda _: None)
+    monkeypatch.setattr(registry.load("split"), "unsupported", lambda _: None)
+    monkeypatch.setattr(registry.load("split"), "forward", refuse)
+    with pytest.warns(UserWarning, match="out of registers"):
+        assert autotune.time_paths(problem(M=4, N=8, K=8, R=1)).keys() == {"torch"}

@@ -86,9 +86,13 @@ def time_paths(problem: Problem) -> dict[str, float]:
         steps = {name: _step(path, problem, *tensors) for name, path in candidates.items()}
         clock = _cuda_seconds if problem.device.type == "cuda" else _host_seconds
         calls = {}
-        for name, step in steps.items():
-            step()
-            calls[name] = max(1, min(50, int(SAMPLE_S / max(clock(step, 3), 1e-9))))
+        for name in list(steps):
+            try:
+                steps[name]()
+                calls[name] = max(1, min(50, int(SAMPLE_S / max(clock(steps[name], 3), 1e-9))))
+            except Exception as error:  # whatever a compiler or driver raises, the path is no candidate
+                del steps[name]
+                warn_once(("autotune", name, problem), f"fastlora: path {name!r} could not be timed: {error}")
         samples: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(ROUNDS):
             for name, step in steps.items():

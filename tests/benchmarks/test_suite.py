@@ -198,6 +198,32 @@ def test_a_red_test_stops_the_gpu_run(pretended_gpu, capsys):
     assert "stopped" in capsys.readouterr().out
 
 
+def test_a_failed_step_that_does_not_stop_the_run_is_still_its_exit_status(pretended_gpu, capsys):
+    _, done, spend, folder = pretended_gpu
+    spend("sanitizer", gpu.WorkError("memcheck found errors"))
+    assert gpu.main(540.0, folder=folder) == 1
+    assert done[-1] == "suite"
+
+
+def test_launches_are_counted_between_the_spinning_kernels():
+    assert runner.counts(["fill", "spin_kernel", "gemm", "add", "spin_kernel", "gemm"], 2) == [2, 1]
+    assert runner.counts(["spin_kernel", "gemm"], 2) == [None, None]
+
+
+def test_a_job_that_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
+    def run_job(job, *_):
+        if job.direction == FORWARD:
+            raise ZeroDivisionError("no luck")
+        return [{"case": TINY.name, "direction": job.direction, "contender": "bare", "mode": PLAIN, "median": 1.0}]
+
+    monkeypatch.setattr(suite, "run_job", run_job)
+    monkeypatch.setattr(suite.model, "measure_ceilings", lambda _: suite.model.Ceilings(1e10, {"float32": 1e11}))
+    monkeypatch.setattr(measure, "warm_clocks", lambda *_: None)
+    _, payload = suite.run([Job(TINY, FORWARD, 0), Job(TINY, TRAIN, 1)], CPU, math.inf, tmp_path)
+    assert payload["failed"] == {f"{TINY.name}/{FORWARD}": "ZeroDivisionError: no luck"}
+    assert len(payload["rows"]) == 1 and payload["left_out"] == []
+
+
 def test_a_command_out_of_time_is_ended_and_said_so():
     import sys
 

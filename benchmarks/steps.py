@@ -1,0 +1,207 @@
+"""What the fused layer saves in whole training steps and whole runs: the IMDb classifier and GPT-2 on SMS messages.
+
+    python -m benchmarks.steps [--seconds 390] [--data DIR] [--device cpu] [--precision float32]
+
+Three arms take the same steps of this package's trainer in turns, in one process: `bare` has frozen linear layers
+without adapters (its head is trained), `eager` the LoRA layer as one would write it, `fused` this package's. In GPT-2
+every arm keeps the gradient with respect to the embeddings, so that bare's backward pass goes as deep as the others'.
+`removed` is the share of eager's time over bare that fused does not take, from differences within a round. Whole runs
+start from the same base and end in the same accuracy: five epochs of IMDb, one of spam with the nano model.
+Ends within eight minutes on two quiet cores.
+"""
+
+import argparse
+import copy
+import itertools
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fastlora
+from benchmarks.measure import interleave, metadata, ratio, summary, write_results
+from fastlora.finetune import gpt2, imdb, options, spam
+from fastlora.finetune.parallel import ALONE
+from fastlora.finetune.report import LAYERS
+from fastlora.finetune.step import PRECISIONS, Step, StepSettings
+from fastlora.finetune.trainer import Plan, Trainer
+
+ARMS = ("bare", "eager", "fused")
+SHARES = {"gpt2": 0.45, "imdb": 0.12, "imdb runs": 0.18, "spam runs": 0.25}
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table and write benchmarks/results/<device>/<date>-steps.json."""
+    args = _arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    taken, device = metadata(args.device), torch.device(args.device)
+    rows = [_gpt2_steps(args, device)]
+    print(_line(rows[-1]), flush=True)
+    for measured in itertools.chain(_imdb(args, device), _spam_runs(args, device)):
+        rows.append(measured)
+        print(_line(measured), flush=True)
+    path = write_results("steps", {"metadata": taken, "arguments": vars(args), "rows": rows}, args.output)
+    print(path)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=390.0, help="time spent on samples (default 390)")
+    parser.add_argument("--data", default=str(DATA) if DATA.is_dir() else "sample", help="as for fastlora train")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float32")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
+    parser.add_argument("--output", default=None, help="folder for the JSON (default benchmarks/results/<device>)")
+    return parser.parse_args(argv)
+
+
+def _gpt2_steps(args: argparse.Namespace, device: torch.device) -> dict:
+    """Steps of the 124M model, random weights, on 8 messages of 120 tokens."""
+    torch.manual_seed(0)
+    base = gpt2.GPT2(gpt2.CONFIGS["gpt2"]).to(device)
+    base.blocks[0].register_forward_pre_hook(lambda _, inputs: (inputs[0].detach().requires_grad_(),))
+    batches = [
+        (torch.randint(50257, (8, 120), device=device), torch.randint(2, (8,), device=device)) for _ in range(4)
+    ]
+    return _measure("gpt2 124M, 8 x 120 tokens", _spam_arms(base, device, args), batches, args, SHARES["gpt2"])
+
+
+def _spam_arms(base: gpt2.GPT2, device: torch.device, args: argparse.Namespace) -> dict:
+    def optimiser(trained):
+        return torch.optim.AdamW(trained, lr=8e-4, weight_decay=0.1, fused=True)
+
+    def adapted(model, layer):
+        fastlora.inject(model, r=16, lora_alpha=16, target_modules="all-linear", layer_class=layer)
+
+    return {name: _arm(name, base, adapted, "head", optimiser, StepSettings(precision=args.precision)) for name in ARMS}
+
+
+def _arm(name: str, base: nn.Module, adapted, head: str, optimiser, settings: StepSettings):
+    """A function that makes (model, optimiser, settings) anew, sharing the frozen weights of `base`."""
+
+    def make():
+        model = copy.deepcopy(base, memo={id(p): p for n, p in base.named_parameters() if not n.startswith(head)})
+        model.requires_grad_(False)
+        if name == "bare":
+            getattr(model, head).requires_grad_(True)
+        else:
+            torch.manual_seed(1)
+            adapted(model, LAYERS[name])
+        graph = name == "fused" and next(model.parameters()).is_cuda
+        how = StepSettings(settings.clip, settings.precision, graph)
+        return model, optimiser([p for p in model.parameters() if p.requires_grad]), how
+
+    return make
+
+
+def _measure(what: str, arms: dict, batches: list, args: argparse.Namespace, share: float) -> dict:
+    """Time the arms' steps in turns; and the losses of five steps of eager and of fused, from the same start."""
+    losses = {}
+    for name in ("eager", "fused"):
+        step = Step(*arms[name]())
+        losses[name] = [step([batch])[0].item() / len(batch[-1]) for batch in itertools.islice(itertools.cycle(batches), 5)]
+    steps = {name: _stepping(Step(*arms[name]()), itertools.cycle(batches)) for name in arms}
+    samples = interleave(steps, args.seconds * share, device=args.device, min_rounds=5)
+    return {"what": what, "kind": "step", "losses": losses, "same_loss": _close(losses), **_compared(samples)}
+
+
+def _stepping(step: Step, batches):
+    return lambda: step([next(batches)])
+
+
+def _compared(samples: dict[str, list[float]]) -> dict:
+    found = {"seconds": samples, **{name: summary(samples[name]) for name in samples}}
+    found["fused_over_eager"] = ratio(samples["fused"], samples["eager"])
+    if "bare" in samples:
+        over = {name: [a - b for a, b in zip(samples[name], samples["bare"], strict=True)] for name in samples}
+        medians = {name: summary(over[name])["median"] for name in ("eager", "fused")}
+        found |= {"overhead": medians, "removed": 1 - medians["fused"] / medians["eager"] if medians["eager"] else None}
+    return found
+
+
+def _close(losses: dict[str, list[float]]) -> bool:
+    return all(abs(a - b) <= 1e-3 * abs(a) + 1e-4 for a, b in zip(losses["eager"], losses["fused"], strict=True))
+
+
+def _imdb(args: argparse.Namespace, device: torch.device):
+    """Steps and whole fine-tuning runs of the IMDb classifier, from one pre-trained base."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = _program_arguments(imdb, args, folder)
+        recipe = imdb.RECIPES["default"]
+        data = imdb._load(imdb.locate(args.data, "imdb", "ag_news"), given, recipe, device)
+        base, _ = imdb._base(given, recipe, data, device, False)
+    base.new_head(2)
+
+    def optimiser(trained):
+        return torch.optim.SGD(trained, lr=recipe.lr, fused=device.type == "cuda")
+
+    def adapted(model, layer):
+        fastlora.inject(model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["fc1"], layer_class=layer)
+        model.fc2.requires_grad_(True)
+
+    settings = StepSettings(recipe.clip, args.precision)
+    arms = {name: _arm(name, base, adapted, "fc2", optimiser, settings) for name in ARMS}
+    yield _measure("imdb, 64 reviews", arms, list(itertools.islice(data.train, 64)), args, SHARES["imdb"])
+
+    def schedule(optimiser):
+        return torch.optim.lr_scheduler.ExponentialLR(optimiser, recipe.decay)
+
+    parts = (data.train, data.valid, data.test)
+    yield _runs(f"imdb, {recipe.epochs} epochs", arms, parts, recipe.epochs, schedule, args, SHARES["imdb runs"])
+
+
+def _spam_runs(args: argparse.Namespace, device: torch.device):
+    """Whole epochs of spam with the nano model, evaluation included."""
+    given = _program_arguments(spam, args, "unused")
+    data = spam._load(given, spam.Recipe(), ALONE, device)
+    torch.manual_seed(0)
+    arms = _spam_arms(gpt2.GPT2(gpt2.CONFIGS["nano"]).to(device), device, args)
+    yield _runs("spam nano, 1 epoch", arms, (data.train, data.valid, data.test), 1, lambda _: None, args,
+                SHARES["spam runs"])
+
+
+def _program_arguments(program, args: argparse.Namespace, folder: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    options.add_shared(parser)
+    program.add_arguments(parser)
+    return parser.parse_args(["--data", args.data, "--device", args.device, "--output", folder])
+
+
+def _runs(what: str, arms: dict, parts: tuple, epochs: int, schedule, args: argparse.Namespace, share: float) -> dict:
+    """Whole runs of eager and of fused, in turns: at least two of each."""
+    end = time.perf_counter() + args.seconds * share
+    train, valid, test = parts
+    samples: dict[str, list[float]] = {"eager": [], "fused": []}
+    losses: dict[str, list[float]] = {}
+    accuracy: dict[str, float] = {}
+    while len(samples["fused"]) < 2 or time.perf_counter() < end:
+        for name in sorted(samples, reverse=len(samples["fused"]) % 2 == 1):
+            model, optimiser, how = arms[name]()
+            torch.manual_seed(2)
+            plan = Plan(epochs, clip=how.clip, precision=how.precision, graph=how.graph, progress=False)
+            trainer = Trainer(model, optimiser, train, valid, plan, torch.device(args.device), schedule(optimiser))
+            began = time.perf_counter()
+            history = trainer.fit()
+            samples[name].append(time.perf_counter() - began)
+            losses[name] = [row["train_loss"] for row in history]
+            if name not in accuracy:
+                accuracy[name] = trainer.evaluate(test)[1]
+    return {"what": what, "kind": "run", "losses": losses, "same_loss": _close(losses), "test_accuracy": accuracy,
+            **_compared(samples)}
+
+
+def _line(row: dict) -> str:
+    unit = 1.0 if row["kind"] == "run" else 1e3
+    times = ", ".join(f"{name} {unit * row[name]['median']:.2f}" for name in ARMS if name in row)
+    text = f"{row['what']}: {times} {'s' if unit == 1 else 'ms'}; fused/eager {row['fused_over_eager']['median']:.3f}"
+    if row.get("removed") is not None:
+        text += f"; {100 * row['removed']:.0f} % of eager's overhead removed"
+    return f"{text}; {'same loss' if row['same_loss'] else 'THE LOSSES DIFFER'}"
+
+
+if __name__ == "__main__":
+    main()
