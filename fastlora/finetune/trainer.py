@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, WorkError
 from fastlora.finetune import parallel
 from fastlora.finetune.batches import Batches
 from fastlora.finetune.checkpoint import pack, read_checkpoint, unpack, write_checkpoint
@@ -143,6 +144,8 @@ class Trainer:
 
     def _record(self, epoch: float, bar, on_row) -> None:
         (loss, correct), rows = self.sums.tolist(), self.rows
+        if not math.isfinite(loss):
+            raise WorkError(f"training diverged in epoch {self.epoch + 1}: the loss is {loss}; a smaller --lr may help")
         self.sums.zero_()
         self.rows = 0
         row = {"epoch": round(epoch, 6), "step": self.steps,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, WorkError
 from fastlora.finetune.batches import Batches
 from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 from fastlora.finetune.trainer import Plan, Trainer
@@ -154,3 +154,12 @@ def test_checkpoints_come_back_exactly(tmp_path):
     read, again = read_checkpoint(tmp_path / "c")
     assert again == state
     assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line():
+    run = trainer(optimiser="sgd")
+    with torch.no_grad():
+        run.model[3].bias[0] = float("nan")
+    with pytest.raises(WorkError, match=r"diverged in epoch 1: the loss is nan"):
+        run.fit()
+    assert run.history == []
