@@ -49,7 +49,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save
     Args:
         model: a model with `FusedLoRALinear` layers.
         directory: made when it is not there.
-        modules_to_save: ends of names, as for `inject`; None means those given to `inject`.
+        modules_to_save: ends of names, as for `inject`; None means those given to `inject`. A list says what is to
+            be saved, [] the LoRA layers alone, and no warning follows.
 
     Raises:
         ValueError: the model has no LoRA layers, is itself one, or holds a tensor that cannot be written: not
@@ -72,7 +73,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save
         if any(isinstance(part, FusedLoRALinear) for part in module.modules()):
             raise ValueError(f"modules_to_save matches {name!r}, which is or holds a LoRA layer")
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
-    _name_what_is_left_out(model, layers, tensors)
+    if modules_to_save is None:
+        _name_what_is_left_out(model, layers, tensors)
     for key, tensor in tensors.items():
         _check_writable(key, tensor)
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import struct
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -156,6 +157,16 @@ class TestRoundTrip:
         assert torch.equal(load_adapter(small(1), tmp_path).fc2.weight, torch.ones(3, 5))
         with pytest.raises(ValueError, match="modules_to_save matches 'fc1'"):
             save_adapter(model, tmp_path, modules_to_save=["fc1"])
+
+    def test_what_is_left_out_is_said_unless_the_caller_said_what_to_save(self, tmp_path):
+        model = inject(small(), r=2, target_modules=["fc1"])
+        model.fc2.requires_grad_(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            save_adapter(model, tmp_path, modules_to_save=[])
+        with pytest.warns(fastlora.errors.FastLoRAWarning, match=r"not in the saved adapter: fc2\.weight"):
+            save_adapter(model, tmp_path)
+        assert sum(tensor.numel() for tensor in adapter_entries(tmp_path).values()) == 2 * (6 + 5)
 
     def test_a_scaling_set_by_hand_is_what_is_saved_and_taken_over(self, tmp_path):
         model = trained(r=3)

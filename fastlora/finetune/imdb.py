@@ -204,8 +204,7 @@ def _leave(args, recipe: Recipe, data: _Data, model: TextClassifier, trainer: Tr
     """Write everything that the finished run leaves; the report last, since it says that the run is finished."""
     folder = args.output
     counts = reports.parameters(model)
-    model.fc2.requires_grad_(False)  # it is kept in MODEL: the adapter holds A and B alone
-    fastlora.save_adapter(model, folder)
+    fastlora.save_adapter(model, folder, modules_to_save=[])  # fc2 is kept in MODEL: the adapter holds A and B alone
     kept = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
     write_checkpoint(folder / MODEL, kept, {"data": data.digest, "pretrained": results["pretrained"]})
     reports.write_history(folder, trainer.history)
