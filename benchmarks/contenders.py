@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.measure import ROOT
 from fastlora import lora_linear, reference
-from fastlora.paths import Problem, choose
+from fastlora.paths import Problem, choose, select
 from fastlora.paths.registry import NAMES as PATHS
 
 SCALING = 2.0
@@ -116,6 +117,20 @@ def chosen_path(case: Case, device: torch.device) -> str:
     """The path that `fastlora` takes for a case when none is forced."""
     M, N, K, R, dtype = case.M, case.N, case.K, case.R, case.torch_dtype
     return choose(Problem(M, N, K, R, dtype, dtype, device, case.dropout > 0)).path
+
+
+def choosing_seconds(device: torch.device, calls: int = 2000) -> float:
+    """What choosing a path adds to a call whose shape has been seen before: the least mean of five runs, in seconds."""
+    case = Case("tiny", 64, 100, 128, 2, "float32", 0.0)
+    (t,) = draw(case, 1, device)
+    select(t.x, t.weight, t.lora_A, 0.0, None)
+    means = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            select(t.x, t.weight, t.lora_A, 0.0, None)
+        means.append((time.perf_counter() - start) / calls)
+    return min(means)
 
 
 def ours(name: str) -> bool:

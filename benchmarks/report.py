@@ -75,9 +75,10 @@ def provenance(payload: dict, path: Path) -> str:
     busy = data.get("load_before") or 0.0
     if busy > 0.5 * data.get("cores", 1):
         device += f" (BUSY: a load of {busy:.1f} when it began)"
+    choosing = f"; choosing a path takes {payload['choosing_s'] * 1e6:.1f} µs a call" if "choosing_s" in payload else ""
     left = f"; {len(payload['left_out'])} jobs left out for want of time" if payload["left_out"] else ""
     left += f"; {len(payload['failed'])} jobs failed" if payload.get("failed") else ""
-    return f"{device}; {versions}; commit {commit}; {data['date'][:10]}; raw: `{shown}`{left}."
+    return f"{device}; {versions}; commit {commit}; {data['date'][:10]}; raw: `{shown}`{choosing}{left}."
 
 
 def grouped(rows: list[Row], direction: str, mode: str) -> dict[str, dict[str, Row]]:

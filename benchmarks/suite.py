@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import measure, model
 from benchmarks.cases import COMPILED, Job
+from benchmarks.contenders import choosing_seconds
 from benchmarks.runner import run_job
 
 SECONDS_PER_JOB = {"cuda": 0.7, "cpu": 2.5}  # of timing, the building of contenders not counted
@@ -44,6 +45,7 @@ def run(
     measure.warm_clocks(device)
     ceilings = model.measure_ceilings(device)
     payload["ceilings"] = asdict(ceilings)
+    payload["choosing_s"] = choosing_seconds(device)
     path = measure.write_results("", payload, folder)
     each = SECONDS_PER_JOB[device.type]
     longest = each
