@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.dropout import Dropout, keep_scale, keep_tile
 from fastlora.kernels.gemm_tiles import gemm_tile
-from fastlora.kernels.tiles import Target, Tile, input_precision, multiprocessors, padded_rank, target_of
+from fastlora.kernels.tiles import Target, Tile, input_precision, multiprocessors, padded_rank, rank_block, target_of
 
 
 @triton.jit
@@ -55,22 +55,18 @@ def add_update(
 
 
 @triton.jit
-def dropped_update(
+def dropped_quarter(
     s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """keep / (1 - p) * (S U) for one tile, float32 [BLOCK_M, BLOCK_N]; in halves, so that the mask's registers are few."""
-    left = dropped_half(
-        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
-        RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
+    """keep / (1 - p) * (S U), float32 [BLOCK_M, BLOCK_N]."""
+    update = add_update(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), s_ptr, u_ptr, start_m, start_n, M, N, R,
+        stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
     )  # fmt: skip
-    right = dropped_half(
-        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n + BLOCK_N // 2, M, N, R,
-        stride_sm, stride_sr, stride_ur, stride_un,
-        RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
-    )  # fmt: skip
-    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK_M, BLOCK_N])
+    keep = keep_tile(tl.load(seed_ptr), start_m + tl.arange(0, BLOCK_M), start_n, threshold, BLOCK_N)
+    return tl.where(keep, update * keep_scale(threshold), 0.0)
 
 
 @triton.jit
@@ -79,12 +75,34 @@ def dropped_half(
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    update = add_update(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), s_ptr, u_ptr, start_m, start_n, M, N, R,
-        stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+    """keep / (1 - p) * (S U) for half a tile."""
+    left = dropped_quarter(
+        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+        RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
     )  # fmt: skip
-    keep = keep_tile(tl.load(seed_ptr), start_m + tl.arange(0, BLOCK_M), start_n, threshold, BLOCK_N)
-    return update * tl.where(keep, keep_scale(threshold), 0.0)  # a product, so that infinity dropped is NaN, as in eager
+    right = dropped_quarter(
+        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n + BLOCK_N // 2, M, N, R,
+        stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
+    )  # fmt: skip
+    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK_M, BLOCK_N])
+
+
+@triton.jit
+def dropped_update(
+    s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """keep / (1 - p) * (S U) for one tile, float32 [BLOCK_M, BLOCK_N]: by quarters, so that the mask takes few registers."""
+    left = dropped_half(
+        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+        RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
+    )  # fmt: skip
+    right = dropped_half(
+        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n + BLOCK_N // 2, M, N, R,
+        stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
+    )  # fmt: skip
+    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK_M, BLOCK_N])
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -227,7 +245,7 @@ def make_plan(
     elif tile.tma and not fit:
         raise ValueError(f"a tile with tma needs rows of 16-byte pieces: strides {strides[:4]} of x and w, {N} columns of y")
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
-    block_r = min(padded_rank(R), target.rank_block)
+    block_r = min(padded_rank(R), rank_block(target, dtype, precision))
     constants = {
         "HAS_BIAS": has_bias, "DROPOUT": dropout, "WAIT": False,
         "RANK_STEPS": triton.cdiv(R, block_r), "BLOCK_R": block_r, "INPUT_PRECISION": precision,

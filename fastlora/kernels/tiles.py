@@ -69,11 +69,6 @@ class Target:
         return self.backend == "cuda" and int(self.arch) >= 90
 
     @property
-    def rank_block(self) -> int:
-        """Columns of the rank that the GEMM multiplies at once: few, to spare registers; sm_100 accumulates elsewhere."""
-        return 128 if self.backend == "cuda" and self.family.arch == 100 else 32
-
-    @property
     def has_bfloat16(self) -> bool:
         """False where bfloat16 has no matrix instruction (Turing)."""
         return self.backend != "cuda" or int(self.arch) >= 80
@@ -138,6 +133,13 @@ def multiprocessors(device: torch.device) -> int:
 def padded_rank(R: int) -> int:
     """R padded to a power of two of at least 16, the smallest inner dimension of `tl.dot`."""
     return max(16, 1 << (R - 1).bit_length())
+
+
+def rank_block(target: Target, dtype: torch.dtype, precision: str) -> int:
+    """Columns of the rank that the GEMM multiplies at once: few, to spare registers; sm_100 accumulates elsewhere."""
+    if dtype == torch.float32 and precision == "ieee":
+        return 16
+    return 128 if target.backend == "cuda" and target.family.arch == 100 else 32
 
 
 def input_precision(dtype: torch.dtype, target: Target) -> str:
