@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from fastlora import paths, reference
 from fastlora.errors import warn_once
+from fastlora.paths.problem import rows
 
 _PLAIN = frozenset({Tensor, Parameter})
 
@@ -176,7 +177,7 @@ def _backward(ctx, dy):
     scaling, dropout_p, run, x_shape = ctx.call
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     if dy.dim() != 2:
-        dy = dy.reshape(-1, dy.shape[-1])
+        dy = rows(dy)
     dx, dA, dB = run.backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     return (
         dx.view(x_shape) if need_x else None,
@@ -237,7 +238,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = paths.select(x, weight, lora_A, dropout_p, path or None)
     dx, dA, dB = run.backward(
-        dy.reshape(-1, dy.shape[-1]),
+        rows(dy),
         x if need_A else None,
         weight if need_x else None,
         lora_A,
@@ -285,7 +286,7 @@ def _op_backward(ctx, dy, _):
         None,
         dA if need_A else None,
         dB if need_B else None,
-        dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None,
+        rows(dy).sum(0) if need_bias else None,
         None,
         None,
         None,

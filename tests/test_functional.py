@@ -85,6 +85,37 @@ def test_any_shape_stride_and_dtype(lead, N, K, R, dtype, bias, layout, scaling)
     accuracy.check(fastlora.lora_linear, replace(inputs, x=x, dy=inputs.dy.view(*lead, N)))
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,), (2, 0)])
+@pytest.mark.parametrize(("N", "K"), [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_nothing_to_multiply(lead, N, K, dropout_p):
+    inputs = accuracy.draw(torch.Size(lead).numel(), N, max(K, 1), 2, torch.float32)
+    x, weight, lora_A = inputs.x[:, :K], inputs.weight[:, :K], inputs.lora_A[:, :K]
+    inputs = replace(inputs, x=x.reshape(*lead, K), weight=weight, lora_A=lora_A, dy=inputs.dy.reshape(*lead, N))
+    mask = torch.ones(inputs.x.shape, dtype=torch.bool)
+    inputs = replace(inputs, dropout_p=dropout_p, mask=mask if K == 0 else None)
+    if K == 0 or not dropout_p:
+        accuracy.check(fastlora.lora_linear, inputs)
+    assert fastlora.lora_linear(inputs.x, weight, lora_A, inputs.lora_B).shape == (*lead, N)
+
+
+@pytest.mark.parametrize(("scaling", "dy", "lora_B"), [(1000.0, 1e-3, 1e-3), (0.01, 1e4, 1.0)])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_float16_keeps_the_range_that_eager_has(scaling, dy, lora_B, dropout_p):
+    inputs = accuracy.draw(8, 200, 10, 4, torch.float16, scaling=scaling)
+    inputs = replace(inputs, dy=inputs.dy * dy, lora_B=inputs.lora_B * lora_B)
+    accuracy.check(fastlora.lora_linear, with_mask(inputs, dropout_p, seed=1) if dropout_p else inputs)
+
+
+def test_the_rule_takes_what_eager_loses_to_overflow():
+    ones = torch.ones(1, 1, dtype=torch.float16)
+    inputs = accuracy.Inputs(ones, ones * 6e4, ones, ones * 3e4, None, ones, scaling=1.0)
+    eager = accuracy.run(fastlora.reference.lora_linear, inputs)
+    assert eager["Y"].isposinf() and not accuracy.violations(eager, inputs)
+    for wrong in (float("nan"), float("-inf"), 1.0):
+        assert accuracy.violations({"Y": torch.full_like(ones, wrong)}, inputs)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_gradcheck_in_float64(dropout_p):
     inputs = accuracy.draw(5, 4, 6, 3, torch.float64)

@@ -61,8 +61,8 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
 def choose(problem: Problem) -> Choice:
     """The path for `problem` when nobody names one. Never raises for an unknown device: `torch` serves everywhere."""
     device = problem.device
-    if problem.M == 0:
-        return Choice("torch", "M is 0: nothing to compute")
+    if problem.empty:
+        return Choice("torch", "M, N or K is 0: nothing to multiply")
     if device.type == "cpu":
         return Choice("torch", "the tensors are on the CPU, where ATen's GEMMs are the fastest we have")
     measured = table.lookup(problem)
@@ -123,7 +123,7 @@ def paths(device: torch.device | str | None = None) -> dict[str, str]:
 def _forced(problem: Problem, path: str) -> str:
     if path not in registry.NAMES:
         registry.load(path)
-    if problem.M == 0:
+    if problem.empty:
         return "torch"
     obstacle = _obstacle(path, problem)
     if obstacle:

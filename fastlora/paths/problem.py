@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Problem(NamedTuple):
@@ -18,3 +19,14 @@ class Problem(NamedTuple):
     adapter_dtype: torch.dtype
     device: torch.device
     dropout: bool
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to multiply. Such calls are ATen's: kernels take sizes from 1."""
+        return self.M == 0 or self.N == 0 or self.K == 0
+
+
+def rows(t: Tensor) -> Tensor:
+    """(..., K) as (M, K), a view wherever strides allow one. `reshape(-1, K)` cannot tell M when K is 0."""
+    dims = t.dim()
+    return t if dims == 2 else t.flatten(0, -2) if dims > 2 else t.unsqueeze(0)

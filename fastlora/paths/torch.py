@@ -1,9 +1,10 @@
 """Path `torch`: ATen's own GEMMs with nothing computed twice. What CPUs run, and the floor under every other path.
 
 Forward:   Y = X Wᵀ + bias;  S = drop(X)·Aᵀ;  Y += s·S·Bᵀ in place.
-Backward:  dB = s·(Sᵀ·dY)ᵀ;  dS = dY·B;  dA = s·dSᵀ·drop(X);  dX = dY·W;  dX += s·drop'(dS·A) in place.
+Backward:  dB = s·(Sᵀ·dY)ᵀ;  dS = s·dY·B;  dA = dSᵀ·drop(X);  dX = dY·W;  dX += drop'(dS·A) in place.
 
-The scaling s rides on each GEMM as its alpha: no pass of its own, and S cannot overflow in 16 bits for a large s.
+The scaling s rides on GEMMs as their alpha: no pass of its own. It stands where eager has it, S without and dS with s, so
+that 16 bits overflow and underflow where eager's do.
 
 With dropout the mask is made twice from one seed: 16 random bits an element, on a CPU several times cheaper than
 `Tensor.bernoulli_`.
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.paths.problem import Problem
+from fastlora.paths.problem import Problem, rows
 
 NAME = "torch"
 
@@ -38,7 +39,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> tuple[
         x2, y = x, F.linear(x, weight, bias)
         y2 = y
     else:  # F.linear would return a view here, on which autograd forbids in-place ops
-        x2 = x.reshape(-1, x.shape[-1])
+        x2 = rows(x)
         y = x.new_empty((*x.shape[:-1], weight.shape[0]))
         y2 = y.view(x2.shape[0], weight.shape[0])
         if bias is None:
@@ -66,29 +67,28 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     """
     if (dy.stride(1) != 1 and dy.stride(0) != 1) or 0 in dy.stride():
         dy = dy.contiguous()  # y.sum().backward() hands out an expanded scalar, and three GEMMs would each copy it
-    keep = None
+    keep, scale = None, 1.0
     if dropout_p > 0.0:
         keep, scale = keep_mask(seed, dy.shape[0], lora_A.shape[1], dropout_p, dy.dtype)
-        scaling = scaling * scale
     dx = dA = dB = None
     if need_B:
-        dB = _product(S.t(), dy, scaling).t()
+        dB = _product(S.t(), dy, scaling * scale).t()
     if weight is None and x is None:
         return dx, dA, dB
     if lora_B.dtype is not dy.dtype:
         lora_B = lora_B.to(dy.dtype)
-    dS = torch.mm(dy, lora_B)
+    dS = _product(dy, lora_B, scaling)
     if x is not None:
-        x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        dA = _product(dS.t(), x if keep is None else x * keep, scaling)
+        x = rows(x)
+        dA = torch.mm(dS.t(), x) if keep is None else _product(dS.t(), x * keep, scale)
     if weight is not None:
         if lora_A.dtype is not dy.dtype:
             lora_A = lora_A.to(dy.dtype)
         dx = torch.mm(dy, weight)
         if keep is None:
-            _add_product(dx, dS, lora_A, scaling)
+            dx.addmm_(dS, lora_A)
         else:
-            dx.addcmul_(torch.mm(dS, lora_A), keep, value=scaling)
+            dx.addcmul_(torch.mm(dS, lora_A), keep, value=scale)
     return dx, dA, dB
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora import env
-from fastlora.paths.problem import Problem
+from fastlora.paths.problem import Problem, rows
 
 MAX_RANK = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -46,8 +46,8 @@ def unsupported(problem: Problem) -> str | None:
         return f"the adapters are {problem.adapter_dtype}; the kernels take x's dtype and float32"
     if problem.R > MAX_RANK:
         return f"R is {problem.R}; the kernels take at most {MAX_RANK}"
-    if problem.M == 0:
-        return "M is 0: nothing to compute"
+    if problem.empty:
+        return "M, N or K is 0: nothing to multiply"
     if problem.device.type == "cpu" and problem.dtype is torch.bfloat16:
         return "Triton's interpreter computes bfloat16 products wrongly"
     return None
@@ -77,11 +77,6 @@ def on_device_of(x: Tensor):
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return nullcontext()
-
-
-def rows(x: Tensor) -> Tensor:
-    """(..., K) as (M, K): a view wherever strides allow one."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B):

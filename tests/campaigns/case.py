@@ -1,0 +1,170 @@
+"""One call of the layer, as a line of text: what `tests.campaigns.numbers` draws, runs and shrinks."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from fastlora.accuracy import Inputs
+
+DTYPES = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+LAYOUTS = ("plain", "transposed", "reversed", "expanded", "broadcast", "sliced", "stepped", "rows")
+TENSORS = ("x", "weight", "lora_A", "lora_B", "bias", "dy")
+SPECIALS = ("nan", "inf", "-inf")
+TRANSFORMS = ("vmap", "func_grad", "jvp")
+MODES = (
+    *("plain", "no_grad", "inference", "autocast", "checkpoint", "reentrant", "retain", "create_graph"),
+    *("shared", "hooks", "in_place", "mistake"),
+)
+SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 33, 64, 70)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The default is the simplest call; `str()` names only what differs from it."""
+
+    seed: int = 0
+    face: str = "function"  # or layer, peft, conv1d (PEFT's layer over transformers' Conv1D)
+    path: str | None = None
+    mode: str = "plain"
+    lead: tuple[int, ...] = (1,)
+    N: int = 1
+    K: int = 1
+    R: int = 1
+    dtype: str = "f32"
+    adapter: str | None = None  # the adapters' dtype; None is x's
+    bias: bool = False
+    scaling: float = 1.0
+    dropout: float = 0.0
+    x: str = "plain"  # the layouts in memory
+    weight: str = "plain"
+    lora_A: str = "plain"
+    lora_B: str = "plain"
+    dy: str = "plain"
+    size: tuple[str, float] | None = None  # a tensor, and what it is multiplied by
+    special: tuple[tuple[str, str], ...] = ()  # tensors, and what stands in one of their elements
+    wants: str = "XABb"  # who asks for a gradient
+
+    def __str__(self) -> str:
+        changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"Case({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
+
+
+def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), faces=None) -> Case:
+    """A random case. With kernels among `paths`, only what they take (dtypes, ranks) and only small shapes."""
+    kernels = "split" in paths or "onepass" in paths
+    sizes = SIZES[:13] if kernels else SIZES
+    face = rng.choice(faces or ("function", "function", "layer", "peft", "conv1d"))
+    mode = rng.choice((*["plain"] * 8, *MODES, *(() if kernels else TRANSFORMS)))
+    dtype = rng.choice(("f32", "f16") if kernels else ("f32", "f32", "bf16", "bf16", "f16", "f64"))
+    adapter = rng.choice((None, None, "f32"))
+    if not kernels and face != "layer" and rng.random() < 0.1:
+        adapter = rng.choice(tuple(DTYPES))
+    if mode == "autocast" and dtype != "f64":
+        dtype = "f32"
+    lead = tuple(rng.choice(sizes[:9] if i else sizes) for i in range(rng.choice((0, 1, 1, 1, 2, 2, 3))))
+    N, K, R = rng.choice(sizes), rng.choice(sizes), rng.choice((1, 2, 3, 4, 8, 8, 16, 33))
+    if not kernels and rng.random() < 0.02:
+        N, K, R = rng.choice((130, 257)), rng.choice((100, 300)), rng.choice((64, 128))
+    if rng.random() < 0.06:
+        at = rng.randrange(len(lead) + 2)
+        if at < len(lead):
+            lead = (*lead[:at], 0, *lead[at + 1 :])
+        elif face == "function":
+            N, K = (0, K) if at == len(lead) else (N, 0)
+    layouts = {
+        name: rng.choice(LAYOUTS) if rng.random() < 0.35 else "plain" for name in ("x", "weight", "lora_A", "lora_B", "dy")
+    }
+    if face == "conv1d" and mode in TRANSFORMS:
+        layouts["x"] = "plain"  # PEFT's own forward runs then, and transformers' takes a view of x
+    bias = face == "conv1d" or rng.random() < 0.5
+    half = "f16" in (dtype, adapter) or mode == "autocast"
+    mixed = half and adapter != "f16" and (adapter or mode == "autocast")  # the range of float16 where eager has more
+    factors = (1e-2, 1e2) if half or dtype == "bf16" else (1e-6, 1e-2, 1e2, 1e6)
+    names = [name for name in TENSORS if bias or name != "bias"]
+    special = tuple((rng.choice(names), rng.choice(SPECIALS)) for _ in range(rng.choice((1, 1, 2))))
+    return Case(
+        seed=rng.randrange(2**31), face=face, path=rng.choice(paths), mode=mode, lead=lead, N=N, K=K, R=R, dtype=dtype,
+        adapter=None if adapter == dtype else adapter, bias=bias,
+        scaling=rng.choice((1.0, 2.0, 2.0, 0.5, 16.0, 1 / 3, -2.5, 0.0, *(() if mixed else (1e3,) if half else (1e4, 1e30)))),
+        dropout=0.0 if mode in TRANSFORMS else rng.choice((0.0, 0.0, 0.1, 0.5, 0.9)),
+        **layouts,
+        size=(rng.choice(names), rng.choice(factors)) if rng.random() < 0.15 and not mixed else None,
+        special=special if mode not in TRANSFORMS and rng.random() < 0.12 else (),
+        wants="XABb" if rng.random() < 0.6 else "".join(c for c in "XABb" if rng.random() < 0.5),
+    )  # fmt: skip
+
+
+def tensors(case: Case) -> Inputs:
+    """The arguments of the case's call, without a mask."""
+    generator = torch.Generator().manual_seed(case.seed)
+    dtype = DTYPES[case.dtype]
+    adapter = DTYPES[case.adapter or case.dtype]
+    N, K, R = case.N, case.K, case.R
+    shapes = {
+        "x": ((*case.lead, K), 1.0, dtype), "weight": ((N, K), max(K, 1) ** -0.5, dtype),
+        "lora_A": ((R, K), max(K, 1) ** -0.5, adapter), "lora_B": ((N, R), R**-0.5, adapter),
+        "bias": ((N,), 1.0, dtype), "dy": ((*case.lead, N), 1.0, dtype),
+    }  # fmt: skip
+    made = {}
+    for name, (shape, scale, kind) in shapes.items():
+        t = torch.randn(shape, generator=generator) * scale
+        if case.size and case.size[0] == name:
+            t = t * case.size[1]
+        for which, value in case.special:
+            if which == name and t.numel():
+                t.view(-1)[case.seed % t.numel()] = float(value)
+        made[name] = lay(t.to(kind), getattr(case, name) if name != "bias" else "plain")
+    if not case.bias and case.face != "conv1d":
+        made["bias"] = None
+    return Inputs(**made, scaling=case.scaling)
+
+
+def lay(t: Tensor, layout: str) -> Tensor:
+    """`t` as another view of memory, NaN around it; the expanded ones repeat its first row or column."""
+    if layout == "transposed" and t.dim() >= 2:
+        return t.mT.contiguous().mT
+    if layout == "reversed" and t.dim() >= 2:
+        order = tuple(range(t.dim()))[::-1]
+        return t.permute(order).contiguous().permute(order)
+    if layout == "expanded" and t.dim() >= 2 and t.shape[0]:
+        return t[:1].expand(t.shape)
+    if layout == "broadcast" and t.shape[-1]:
+        return t[..., :1].expand(t.shape)
+    if layout == "sliced":
+        base = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
+        view = base[..., 1:-2]
+    elif layout == "stepped":
+        base = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"))
+        view = base[..., ::2]
+    elif layout == "rows" and t.dim() >= 2:
+        base = t.new_full((3 * t.shape[0], *t.shape[1:]), float("nan"))
+        view = base[1::3]
+    else:
+        return t.contiguous()
+    return view.copy_(t)
+
+
+def simpler(case: Case):
+    """Cases that differ from `case` in one thing and are simpler in it, the boldest first."""
+    plain = Case()
+    for field in fields(Case):
+        if field.name != "seed" and getattr(case, field.name) != getattr(plain, field.name):
+            yield replace(case, **{field.name: getattr(plain, field.name)})
+    for i, size in enumerate(case.lead):
+        yield replace(case, lead=case.lead[:i] + case.lead[i + 1 :])
+        yield from (replace(case, lead=(*case.lead[:i], s, *case.lead[i + 1 :])) for s in smaller(size))
+    for name in ("N", "K", "R"):
+        yield from (replace(case, **{name: size}) for size in smaller(getattr(case, name)))
+    yield from (replace(case, special=(one,)) for one in case.special if len(case.special) > 1)
+    yield from (replace(case, wants=case.wants.replace(c, "")) for c in case.wants)
+    if case.seed > 9:
+        yield from (replace(case, seed=seed) for seed in range(10))
+
+
+def smaller(size: int):
+    """Smaller sizes, the smallest first."""
+    return sorted({s for s in (1, 2, 3, size // 2, size - 1) if 0 < s < size})

@@ -1,0 +1,331 @@
+"""Run one `Case` as its mode says and hold everything that comes out against the reference, by the error rule."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+import fastlora.peft
+from fastlora import accuracy
+from fastlora.accuracy import Inputs
+from fastlora.errors import FastLoRAWarning
+from fastlora.paths import check, registry
+
+from .case import Case, tensors
+
+GRADIENTS = {"X": "dX", "A": "dA", "B": "dB", "b": "dbias"}
+
+
+class Wrong(Exception):
+    """Something that must hold exactly does not."""
+
+
+def faults(case: Case) -> list[str]:
+    """Everything that is wrong with the case; empty when all is right. An unforeseen exception is a fault."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FastLoRAWarning)
+        warnings.filterwarnings("ignore", message=".*create_graph=True.*")
+        try:
+            return _faults(case)
+        except Exception as error:
+            return [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
+
+
+def _faults(case: Case) -> list[str]:
+    inputs = tensors(case)
+    if case.mode == "mistake":
+        _mistake(case, inputs)
+        return []
+    if case.dropout:
+        inputs = replace(inputs, dropout_p=case.dropout, mask=_mask(case, inputs))
+    face = Face(case, inputs)
+    if case.mode in ("vmap", "func_grad", "jvp"):
+        return _transformed(case, inputs, face)
+    torch.manual_seed(case.seed)
+    if case.mode in ("no_grad", "inference"):
+        with torch.no_grad() if case.mode == "no_grad" else torch.inference_mode():
+            y = face(face.leaves["X"])
+        _require(not y.requires_grad, "requires a gradient")
+        got = {"Y": y.clone()}
+    elif case.mode == "autocast":
+        got, inputs = _autocast(case, inputs, face)
+    else:
+        got = getattr(_Modes, case.mode, _Modes.plain)(case, inputs, face)
+    face.check_counts()
+    return accuracy.violations(got, inputs)
+
+
+def _mask(case: Case, inputs: Inputs) -> Tensor:
+    """The mask that the next call after `torch.manual_seed(case.seed)` draws."""
+    path = registry.load(case.path or "torch")
+    x = inputs.x
+    if x.numel() == 0:
+        return torch.ones(x.shape, dtype=torch.bool)
+    torch.manual_seed(case.seed)
+    return check.mask_of(path, path.draw(x, case.dropout), x.shape[:-1].numel(), x.shape[-1], case.dropout).view(x.shape)
+
+
+class Face:
+    """The public face under test: `face(x)`, with `leaves` X, A, B, b that ask for gradients as the case wants."""
+
+    def __init__(self, case: Case, inputs: Inputs, shared: Face | None = None):
+        self.case, self.module, self.calls = case, None, 0
+        sources = {"X": inputs.x, "A": inputs.lora_A, "B": inputs.lora_B, "b": inputs.bias}
+        self.leaves = {}
+        for name, t in sources.items():
+            if t is not None:
+                wanted = name in case.wants
+                self.leaves[name] = t.detach().requires_grad_(wanted) if name == "X" else nn.Parameter(t, wanted)
+        if shared is not None:
+            self.leaves = shared.leaves
+        self.inputs = inputs
+        if case.face != "function":
+            self.module = getattr(self, case.face)()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.module is None:
+            return self.function(x, self.leaves["A"], self.leaves["B"], self.leaves.get("b"))
+        with forced(self.case.path):
+            return self.module(x)
+
+    def function(self, x, lora_A, lora_B, bias) -> Tensor:
+        inputs = self.inputs
+        return fastlora.lora_linear(
+            x, inputs.weight, lora_A, lora_B, bias, inputs.scaling, inputs.dropout_p, path=self.case.path
+        )
+
+    def _base(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        module.bias = self.leaves.get("b")
+        return module
+
+    def _linear(self) -> nn.Module:
+        return self._base(nn.Linear(self.case.K, self.case.N, device="meta"), self.inputs.weight)
+
+    def layer(self) -> nn.Module:
+        case, A, B = self.case, self.leaves["A"], self.leaves["B"]
+        layer = fastlora.FusedLoRALinear.from_linear(
+            self._linear(), r=case.R, scaling=case.scaling, adapter_dtype=A.dtype
+        )
+        layer.lora_dropout, layer.lora_A, layer.lora_B = self.inputs.dropout_p, A, B
+        if "b" in self.leaves:
+            layer.bias.requires_grad_("b" in case.wants)
+        return layer
+
+    def peft(self, base: nn.Module | None = None) -> nn.Module:
+        from peft import LoraConfig
+        from peft.tuners.lora import Linear
+
+        case = self.case
+        config = LoraConfig(r=case.R, lora_dropout=self.inputs.dropout_p, init_lora_weights=False)
+        conv = {"is_target_conv_1d_layer": True, "fan_in_fan_out": True} if base is not None else {}
+        config.fan_in_fan_out = base is not None
+        layer = Linear(base or self._linear(), "default", config, r=case.R, lora_alpha=1, **conv)
+        layer.scaling["default"] = case.scaling
+        layer.lora_A["default"].weight, layer.lora_B["default"].weight = self.leaves["A"], self.leaves["B"]
+        if "b" in self.leaves:
+            layer.base_layer.bias.requires_grad_("b" in case.wants)
+        return fastlora.peft.patch(layer)
+
+    def conv1d(self) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D
+
+        return self.peft(self._base(Conv1D(self.case.N, self.case.K), self.inputs.weight.t()))
+
+    def check_counts(self) -> None:
+        """PEFT's layers must have run our arithmetic, or the case tested nothing."""
+        if self.case.face in ("peft", "conv1d"):
+            entry = fastlora.peft.report(self.module)[""]
+            _require(entry.fused_calls > 0 and entry.fallback_calls == 0, f"PEFT's own forward ran: {entry.reasons}")
+
+    def gradients(self) -> dict[str, Tensor]:
+        """What was asked for, by the names of `accuracy.run`; nobody else may have got a gradient."""
+        for name, leaf in self.leaves.items():
+            _require((leaf.grad is not None) == (name in self.case.wants), f"the gradient of {name}")
+        return {GRADIENTS[name]: leaf.grad for name, leaf in self.leaves.items() if name in self.case.wants}
+
+
+class _Modes:
+    """Ways to run forward and backward; each returns what `accuracy.run` would."""
+
+    @staticmethod
+    def plain(case, inputs, face):
+        y = face(face.leaves["X"])
+        return {"Y": y.detach(), **_backward(case, inputs, face, y)}
+
+    @staticmethod
+    def checkpoint(case, inputs, face, reentrant=False):
+        y = checkpoint(face, face.leaves["X"], use_reentrant=reentrant)
+        return {"Y": y.detach(), **_backward(case, inputs, face, y)}
+
+    @staticmethod
+    def reentrant(case, inputs, face):
+        if "X" not in case.wants:
+            return _Modes.plain(case, inputs, face)
+        return _Modes.checkpoint(case, inputs, face, reentrant=True)
+
+    @staticmethod
+    def retain(case, inputs, face):
+        y = face(face.leaves["X"])
+        once = {name: g.clone() for name, g in _backward(case, inputs, face, y, retain_graph=True).items()}
+        if once:
+            twice = _backward(case, inputs, face, y)
+            for name, g in once.items():
+                _require(torch.equal((g + g).nan_to_num(), twice[name].nan_to_num()), f"{name} after two backward calls")
+        return {"Y": y.detach(), **once}
+
+    @staticmethod
+    def create_graph(case, inputs, face):
+        y = face(face.leaves["X"])
+        names = [name for name in face.leaves if name in case.wants]
+        if not names:
+            return {"Y": y.detach()}
+        found = torch.autograd.grad(y, [face.leaves[n] for n in names], inputs.dy.to(y.dtype), create_graph=True)
+        return {"Y": y.detach(), **{GRADIENTS[n]: g.detach() for n, g in zip(names, found, strict=True)}}
+
+    @staticmethod
+    def shared(case, inputs, face):
+        """One adapter in two layers: twice the gradient, to the bit."""
+        other = Face(case, inputs, shared=face)
+        torch.manual_seed(case.seed)
+        y = face(face.leaves["X"])
+        torch.manual_seed(case.seed)
+        other_y = other(face.leaves["X"])
+        other.check_counts()
+        _require(torch.equal(y.nan_to_num(), other_y.nan_to_num()), "two calls differ")
+        once = {name: g.clone() for name, g in _backward(case, inputs, face, y).items()}
+        for name, g in _backward(case, inputs, other, other_y).items():
+            _require(torch.equal(g.nan_to_num(), (once[name] + once[name]).nan_to_num()), f"{name} of a shared adapter")
+        return {"Y": y.detach(), **once}
+
+    @staticmethod
+    def hooks(case, inputs, face):
+        seen = []
+        if face.module is not None:
+            face.module.register_forward_pre_hook(lambda module, args: seen.append("before"))
+            face.module.register_forward_hook(lambda module, args, out: seen.append("after"))
+            if "X" in case.wants:
+                face.module.register_full_backward_hook(lambda module, into, out: seen.append("backward"))
+        y = face(face.leaves["X"])
+        if y.requires_grad:
+            y.register_hook(torch.neg)
+        got = {"Y": y.detach(), **{name: -g for name, g in _backward(case, inputs, face, y).items()}}
+        wanted = ["before", "after", "backward"] if "X" in case.wants else ["before", "after"]
+        _require(seen == (wanted if face.module is not None else []), f"the hooks that ran were {seen}")
+        return got
+
+    @staticmethod
+    def in_place(case, inputs, face):
+        y = face(face.leaves["X"]).neg_()
+        return {"Y": -y.detach(), **{name: -g for name, g in _backward(case, inputs, face, y).items()}}
+
+
+def _backward(case, inputs, face, y, **keywords) -> dict[str, Tensor]:
+    wanted = any(name in case.wants for name in face.leaves)
+    _require(y.requires_grad == wanted, f"y.requires_grad is {y.requires_grad}")
+    if wanted:
+        y.backward(inputs.dy.to(y.dtype), **keywords)
+    return face.gradients()
+
+
+def _autocast(case, inputs, face):
+    """What must come out is what the cast tensors give; gradients come back in the leaves' dtypes, exactly."""
+    low = torch.bfloat16 if case.seed % 2 else torch.float16
+    inside = case.seed % 3 == 0
+    with torch.autocast("cpu", dtype=low):
+        y = face(face.leaves["X"])
+        gradients = _backward(case, inputs, face, y) if inside else None
+    gradients = _backward(case, inputs, face, y) if gradients is None else gradients
+    if case.dtype == "f64":
+        return {"Y": y.detach(), **gradients}, inputs
+    _require(y.dtype is low, f"y is {y.dtype}")
+    for name, g in gradients.items():
+        if name in ("dX", "dbias"):
+            gradients[name] = g.to(low)
+            _require(torch.equal(gradients[name].to(g.dtype).nan_to_num(), g.nan_to_num()), f"{name} is not of {low}")
+    cast = inputs.map(lambda t: t.to(low))
+    return {"Y": y.detach(), **gradients}, replace(cast, lora_A=inputs.lora_A, lora_B=inputs.lora_B)
+
+
+def _transformed(case, inputs, face) -> list[str]:
+    """vmap, grad and jvp of torch.func give what the reference gives, or (a forced path) say that they cannot."""
+    x = face.leaves["X"].detach()
+    parameters = {name: face.leaves[name].detach() for name in ("A", "B")}
+
+    def call(x, A, B):
+        if face.module is None:
+            return face.function(x, A, B, inputs.bias)
+        names = {id(face.leaves["A"]): A, id(face.leaves["B"]): B}
+        given = {name: names[id(p)] for name, p in face.module.named_parameters() if id(p) in names}
+        with forced(case.path):
+            return torch.func.functional_call(face.module, given, (x,))
+
+    A, B = parameters["A"], parameters["B"]
+    try:
+        if case.mode == "vmap":
+            if len(case.lead) == 0 or 0 in case.lead:
+                return []
+            return accuracy.violations({"Y": torch.func.vmap(call, (0, None, None))(x, A, B)}, inputs)
+        if case.mode == "jvp":
+            _, tangent = torch.func.jvp(lambda x: call(x, A, B), (x,), (x,))
+            return accuracy.violations({"Y": tangent}, replace(inputs, bias=None))
+        loss = torch.func.grad(lambda *a: (call(*a) * inputs.dy).sum(), (0, 1, 2))
+        return accuracy.violations(dict(zip(("dX", "dA", "dB"), loss(x, A, B), strict=True)), inputs)
+    except RuntimeError as error:
+        if case.path is not None and "a function transform" in str(error):
+            return []
+        raise
+
+
+def _mistake(case: Case, inputs: Inputs) -> None:
+    """One argument wrong in shape or kind: an error that names it."""
+    arguments = {
+        "x": inputs.x, "weight": inputs.weight, "lora_A": inputs.lora_A, "lora_B": inputs.lora_B, "bias": inputs.bias,
+        "dropout_p": case.dropout,
+    }  # fmt: skip
+    names = [name for name, value in arguments.items() if value is not None]
+    name = names[case.seed % len(names)]
+    value = arguments[name]
+    if name == "dropout_p":
+        value = (-0.1, 1.01, float("nan"))[case.seed % 3]
+    elif case.seed % 3 == 0:
+        value = torch.cat([value, value[..., :1] if value.shape[-1] else value.new_zeros((*value.shape[:-1], 1))], -1)
+    elif case.seed % 3 == 1:
+        value = value.to(torch.int64)
+    else:
+        value = value.unsqueeze(0) if name != "x" else value.new_zeros(())
+    try:
+        fastlora.lora_linear(**{**arguments, name: value}, path=case.path)
+    except (ValueError, TypeError) as error:
+        related = {"x": ("x", "weight"), "weight": ("weight", "x"), "lora_A": ("lora_A", "lora_B")}
+        _require(any(n in str(error) for n in related.get(name, (name,))), f"{name} was wrong: {error}")
+    else:
+        raise Wrong(f"{name} = {value} was taken")
+
+
+@contextlib.contextmanager
+def forced(path: str | None):
+    """FASTLORA_PATH set to `path` for a while; modules take no path of their own."""
+    import os
+
+    before = os.environ.pop("FASTLORA_PATH", None)
+    if path is not None:
+        os.environ["FASTLORA_PATH"] = path
+    try:
+        yield
+    finally:
+        os.environ.pop("FASTLORA_PATH", None)
+        if before is not None:
+            os.environ["FASTLORA_PATH"] = before
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise Wrong(what)
