@@ -45,14 +45,14 @@ S: dict[int | str, dict[str, tuple[Cut, Cut]]] = {
 
 # `da_kernel`: BLOCK_M, BLOCK_K. Preferred as above.
 DA: dict[int | str, dict[str, tuple[Cut, Cut]]] = {
-    75: {"half": ((32, 32, 4, 2), (16, 32, 8, 2)), "ieee": ((32, 32, 4, 2), (16, 32, 8, 2))},
+    75: {"half": ((32, 64, 4, 3), (16, 32, 4, 2)), "ieee": ((32, 64, 4, 3), (16, 32, 4, 2))},
     80: {
         "half": ((64, 128, 4, 4), (64, 64, 4, 4)),
         "ieee": ((32, 64, 4, 3), (16, 32, 4, 2)),
-        "tf32": ((64, 64, 4, 4), (32, 64, 4, 3)),
+        "tf32": ((64, 64, 4, 3), (32, 64, 4, 3)),
     },
     86: {
-        "half": ((64, 64, 4, 4), (64, 64, 4, 3)),
+        "half": ((64, 64, 4, 4), (32, 64, 4, 3)),
         "ieee": ((32, 64, 4, 3), (16, 32, 4, 2)),
         "tf32": ((32, 64, 4, 3), (32, 32, 4, 3)),
     },
@@ -61,22 +61,50 @@ DA: dict[int | str, dict[str, tuple[Cut, Cut]]] = {
         "ieee": ((32, 64, 4, 3), (16, 32, 4, 2)),
         "tf32": ((64, 64, 4, 4), (32, 64, 4, 3)),
     },
-    "gfx942": {"half": ((64, 64, 4, 3), (32, 64, 4, 3)), "ieee": ((32, 32, 4, 3), (16, 32, 4, 2))},
+    "gfx942": {"half": ((64, 128, 4, 4), (32, 64, 4, 3)), "ieee": ((32, 64, 4, 3), (32, 32, 4, 2))},
 }
 
-# `ds_db_kernel`: BLOCK_M, BLOCK_N, for padded ranks 16 and 32; None where no region is worth its partials. A region as
-# wide as its registers allow: the partials of dS cost 8 * R / (BLOCK_N * itemsize) of dY's bytes.
+# `ds_db_kernel`: BLOCK_M, BLOCK_N, for padded ranks 16 and 32. Preferred: a region as wide as its registers allow, for
+# the partials of dS cost 8 * R / (BLOCK_N * itemsize) of dY's bytes; None where no region holds.
 DS_DB: dict[int | str, dict[str, tuple[Cut | None, Cut | None]]] = {
-    75: {"half": (None, None), "ieee": (None, None)},
-    80: {"half": ((32, 256, 8, 3), None), "ieee": (None, None), "tf32": (None, None)},
-    86: {"half": ((32, 256, 8, 3), None), "ieee": (None, None), "tf32": (None, None)},
-    90: {"half": ((64, 512, 8, 3), None), "ieee": (None, None), "tf32": (None, None)},
-    "gfx942": {"half": (None, None), "ieee": (None, None)},
+    75: {"half": ((32, 64, 8, 2), (32, 64, 8, 2)), "ieee": ((32, 64, 8, 2), (32, 64, 8, 2))},
+    80: {
+        "half": ((64, 512, 8, 3), (32, 512, 8, 3)),
+        "ieee": ((32, 64, 8, 2), (32, 64, 8, 2)),
+        "tf32": ((64, 256, 8, 3), (64, 256, 8, 3)),
+    },
+    86: {
+        "half": ((64, 512, 8, 3), (32, 512, 8, 3)),
+        "ieee": ((32, 64, 8, 2), (32, 64, 8, 2)),
+        "tf32": ((32, 256, 8, 2), (32, 256, 8, 2)),
+    },
+    90: {
+        "half": ((64, 512, 8, 3), (64, 256, 8, 3)),
+        "ieee": ((32, 64, 8, 2), (32, 64, 8, 2)),
+        "tf32": ((64, 256, 8, 3), (64, 256, 8, 3)),
+    },
+    "gfx942": {"half": ((32, 256, 8, 2), (32, 128, 8, 2)), "ieee": ((32, 64, 8, 2), (32, 64, 8, 2))},
 }
 
-# `onepass_kernel`: BLOCK_M, BLOCK_N, BLOCK_K (as edge, edge, step), warps, stages; the first list for R <= 32.
+# `onepass_kernel`: BLOCK_M, BLOCK_N, BLOCK_K, warps, stages.
 ONEPASS: dict[int | str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
-    arch: dict.fromkeys(("half", "ieee", "tf32"), ((32, 32, 32, 4, 2), (16, 32, 16, 4, 2))) for arch in S
+    75: {"half": ((32, 32, 16, 8, 2), (16, 16, 16, 8, 2)), "ieee": ((32, 32, 16, 8, 2), (16, 16, 16, 8, 2))},
+    80: {
+        "half": ((64, 64, 32, 4, 3), (32, 32, 32, 4, 3)),
+        "ieee": ((32, 64, 32, 8, 3), (16, 32, 16, 8, 2)),
+        "tf32": ((32, 64, 32, 4, 3), (32, 32, 32, 4, 3)),
+    },
+    86: {
+        "half": ((32, 64, 32, 4, 3), (32, 64, 32, 4, 3)),
+        "ieee": ((32, 64, 32, 8, 3), (16, 32, 16, 8, 2)),
+        "tf32": ((32, 32, 32, 4, 3), (32, 32, 16, 4, 2)),
+    },
+    90: {
+        "half": ((64, 64, 32, 4, 3), (32, 64, 32, 4, 3)),
+        "ieee": ((32, 64, 32, 8, 3), (32, 32, 16, 8, 2)),
+        "tf32": ((32, 32, 32, 4, 3), (32, 32, 16, 4, 2)),
+    },
+    "gfx942": {"half": ((64, 64, 32, 4, 2), (32, 32, 32, 4, 2)), "ieee": ((32, 64, 32, 4, 2), (32, 32, 32, 4, 2))},
 }
 
 INTERPRETER_CUT = (32, 64, 4, 1)
