@@ -103,7 +103,8 @@ def _measure(what: str, arms: dict, batches: list, args: argparse.Namespace, sha
     losses = {}
     for name in ("eager", "fused"):
         step = Step(*arms[name]())
-        losses[name] = [step([batch])[0].item() / len(batch[-1]) for batch in itertools.islice(itertools.cycle(batches), 5)]
+        first = itertools.islice(itertools.cycle(batches), 5)
+        losses[name] = [step([batch])[0].item() / len(batch[-1]) for batch in first]
     steps = {name: _stepping(Step(*arms[name]()), itertools.cycle(batches)) for name in arms}
     samples = interleave(steps, args.seconds * share, device=args.device, min_rounds=5)
     return {"what": what, "kind": "step", "losses": losses, "same_loss": _close(losses), **_compared(samples)}
