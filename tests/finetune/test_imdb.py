@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import shutil
+import subprocess
+import sys
+import time
 
 import pandas as pd
 import pytest
@@ -194,8 +198,6 @@ def damage(folder, name, how):
 @pytest.mark.parametrize("name", ["report.json", "model.safetensors", "vocabulary.json", "adapter_config.json",
                                   "adapter_model.safetensors"])
 def test_predict_names_the_damaged_file(run, tmp_path, capsys, name, how):
-    if (name, how) == ("adapter_model.safetensors", "flipped"):
-        pytest.skip("PEFT's format has no checksum: other numbers are another adapter")
     folder = shutil.copytree(run, tmp_path / "run")
     damage(folder, name, how)
     assert main(["predict", str(folder), GOOD]) == 2
@@ -260,3 +262,25 @@ def test_the_published_accuracy_is_passed_on_the_real_data(data_dir, tmp_path):
     good = "One of the best films I have seen in years: moving, beautifully acted and wonderfully written."
     bad = "Terrible. The acting is awful, the plot makes no sense and I was bored after ten minutes."
     assert [label for label, _ in imdb.load_predictor(tmp_path / "fused")([good, bad])] == ["positive", "negative"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_ends_with_the_same_bits(tmp_path):
+    draw = random.Random(0)
+    command = [sys.executable, "-m", "fastlora", "train", "imdb", "--data", "sample", "--epochs", "4", "--output"]
+    whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True, timeout=300)
+    assert whole.returncode == 0, whole.stderr
+    began = time.perf_counter()
+    subprocess.run([*command, str(tmp_path / "timed")], capture_output=True, timeout=300, check=True)
+    length = time.perf_counter() - began
+    for attempt in range(10):
+        folder = tmp_path / str(attempt)
+        process = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0.2, 1.0) * length)
+        process.kill()
+        process.wait()
+        again = subprocess.run([*command, str(folder), "--resume"], capture_output=True, text=True, timeout=300)
+        assert again.returncode == 0, again.stderr
+        assert (folder / "adapter_model.safetensors").read_bytes() == (
+            tmp_path / "whole" / "adapter_model.safetensors").read_bytes()
+        assert not [path for path in folder.iterdir() if path.suffix == ".part"]
