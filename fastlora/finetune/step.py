@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -160,7 +161,7 @@ def why_plain(device: torch.device, settings: StepSettings, world: parallel.Worl
 def autocast(device: torch.device, precision: str):
     """torch.autocast to a key of `PRECISIONS`; it keeps no casts from one step to another, as graphs demand."""
     dtype = PRECISIONS[precision]
-    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 def tally(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
