@@ -75,9 +75,8 @@ def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), fa
             lead = (*lead[:at], 0, *lead[at + 1 :])
         elif face == "function":
             N, K = (0, K) if at == len(lead) else (N, 0)
-    layouts = {
-        name: rng.choice(LAYOUTS) if rng.random() < 0.35 else "plain" for name in ("x", "weight", "lora_A", "lora_B", "dy")
-    }
+    placed = ("x", "weight", "lora_A", "lora_B", "dy")
+    layouts = {name: rng.choice(LAYOUTS) if rng.random() < 0.35 else "plain" for name in placed}
     if face == "conv1d" and mode in TRANSFORMS:
         layouts["x"] = "plain"  # PEFT's own forward runs then, and transformers' takes a view of x
     bias = face == "conv1d" or rng.random() < 0.5
@@ -86,10 +85,11 @@ def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), fa
     factors = (1e-2, 1e2) if half or dtype == "bf16" else (1e-6, 1e-2, 1e2, 1e6)
     names = [name for name in TENSORS if bias or name != "bias"]
     special = tuple((rng.choice(names), rng.choice(SPECIALS)) for _ in range(rng.choice((1, 1, 2))))
+    scalings = (1.0, 2.0, 2.0, 0.5, 16.0, 1 / 3, -2.5, 0.0, *(() if mixed else (1e3,) if half else (1e4, 1e30)))
     return Case(
         seed=rng.randrange(2**31), face=face, path=rng.choice(paths), mode=mode, lead=lead, N=N, K=K, R=R, dtype=dtype,
         adapter=None if adapter == dtype else adapter, bias=bias,
-        scaling=rng.choice((1.0, 2.0, 2.0, 0.5, 16.0, 1 / 3, -2.5, 0.0, *(() if mixed else (1e3,) if half else (1e4, 1e30)))),
+        scaling=rng.choice(scalings),
         dropout=0.0 if mode in TRANSFORMS else rng.choice((0.0, 0.0, 0.1, 0.5, 0.9)),
         **layouts,
         size=(rng.choice(names), rng.choice(factors)) if rng.random() < 0.15 and not mixed else None,

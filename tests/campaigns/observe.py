@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ def faults(case: Case) -> list[str]:
     """Everything that is wrong with the case; empty when all is right. An unforeseen exception is a fault."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FastLoRAWarning)
-        warnings.filterwarnings("ignore", message=".*create_graph=True.*")
+        warnings.filterwarnings("ignore", message=".*(create_graph=True|gradient layout contract).*")
         try:
             return _faults(case)
         except Exception as error:
@@ -68,7 +69,8 @@ def _mask(case: Case, inputs: Inputs) -> Tensor:
     if x.numel() == 0:
         return torch.ones(x.shape, dtype=torch.bool)
     torch.manual_seed(case.seed)
-    return check.mask_of(path, path.draw(x, case.dropout), x.shape[:-1].numel(), x.shape[-1], case.dropout).view(x.shape)
+    seed = path.draw(x, case.dropout)
+    return check.mask_of(path, seed, x.shape[:-1].numel(), x.shape[-1], case.dropout).view(x.shape)
 
 
 class Face:
@@ -178,7 +180,8 @@ class _Modes:
         if once:
             twice = _backward(case, inputs, face, y)
             for name, g in once.items():
-                _require(torch.equal((g + g).nan_to_num(), twice[name].nan_to_num()), f"{name} after two backward calls")
+                same = torch.equal((g + g).nan_to_num(), twice[name].nan_to_num())
+                _require(same, f"{name} after two backward calls")
         return {"Y": y.detach(), **once}
 
     @staticmethod
@@ -313,8 +316,6 @@ def _mistake(case: Case, inputs: Inputs) -> None:
 @contextlib.contextmanager
 def forced(path: str | None):
     """FASTLORA_PATH set to `path` for a while; modules take no path of their own."""
-    import os
-
     before = os.environ.pop("FASTLORA_PATH", None)
     if path is not None:
         os.environ["FASTLORA_PATH"] = path
