@@ -1,15 +1,21 @@
-"""PEFT's adapter_config.json: what of it is understood, and what is refused with its reason."""
+"""PEFT's adapter_config.json: what of it is understood, and what is refused with its reason.
+
+Its regular expressions are never run: the layers and their ranks are known from the tensors, and a key of
+`alpha_pattern` is taken where it is plain text (see `alphas_of`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable
 
 from fastlora.adapter_files import AdapterError, shown
 from fastlora.errors import warn_once
-from fastlora.patterns import why_unbounded
 from fastlora.targets import TASK_HEADS, AdapterConfig
 
-MAX_PATTERNS = 2000
+MAX_PATTERNS = 20_000
+PLAIN_KEY = re.compile(r"(\^?)((?:[\w.-]|\\[^\w\s])+)\$?")
 
 # Settings that change what a LoRA layer computes: an adapter that uses one cannot be loaded as a plain one.
 UNSUPPORTED = {
@@ -33,14 +39,7 @@ UNSUPPORTED = {
 HARMLESS_INIT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config"),
-    *(
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "loftq_config",
-        "lora_ga_config",
-        "megatron_core",
-    ),
+    *("fan_in_fan_out", "inference_mode", "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core"),
     *("peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config"),
 }
 
@@ -83,10 +82,9 @@ def from_json(settings: dict, where: object) -> AdapterConfig:
     )
     if not config.target_modules:
         raise refuse("target_modules names no module")
-    for pattern in patterns(config):
-        why = why_unbounded(pattern)
-        if why:
-            raise refuse(f"the regular expression {shown(pattern)} {why}")
+    for key in config.alpha_pattern:
+        if not PLAIN_KEY.fullmatch(key):
+            raise refuse(f"alpha_pattern holds {shown(key)}; regular expressions out of a file are not run")
     known = {field.name for field in dataclasses.fields(AdapterConfig)} | WITHOUT_EFFECT | set(UNSUPPORTED)
     strange = sorted(name for name, value in settings.items() if value and name not in known)
     if strange:
@@ -120,10 +118,32 @@ def to_json(config: AdapterConfig, fan_in_fan_out: bool, base_model: str | None)
     }
 
 
-def patterns(config: AdapterConfig) -> list[str]:
-    """All regular expressions in a configuration."""
-    wanted = [value for value in (config.target_modules, config.exclude_modules) if isinstance(value, str) and value]
-    return [*wanted, *config.rank_pattern, *config.alpha_pattern]
+def alphas_of(config: AdapterConfig, names: Iterable[str]) -> dict[str, float]:
+    """The alpha of each layer by a configuration out of a file: that of the first key which names the layer.
+
+    As PEFT's `(.*\\.)?(key)$` has it, without running it: a key names a layer or the end of its name after a dot, a "."
+    in it stands for any character unless it is escaped, and a leading "^" asks for the whole name.
+    """
+    keys = []
+    for key, alpha in config.alpha_pattern.items():
+        whole, text = PLAIN_KEY.fullmatch(key).groups()
+        keys.append((bool(whole), [part[-1] if part != "." else None for part in re.findall(r"\\.|.", text)], alpha))
+    return {
+        name: next((alpha for whole, text, alpha in keys if _names_layer(whole, text, name)), config.lora_alpha)
+        for name in names
+    }
+
+
+def _names_layer(whole: bool, text: list[str | None], name: str) -> bool:
+    start = len(name) - len(text)
+    if start < 0 or (start > 0 and (whole or name[start - 1] != ".")):
+        return False
+    return all(letter in (None, found) for letter, found in zip(text, name[start:], strict=True))
+
+
+def exact_key(name: str) -> str:
+    """The key of rank_pattern or alpha_pattern that stands for the layer `name` alone."""
+    return f"^{re.escape(name)}"
 
 
 def _integral(number: float) -> float:

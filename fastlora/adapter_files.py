@@ -1,24 +1,18 @@
-"""An adapter's two files: `adapter_config.json` and `adapter_model.safetensors`, read with suspicion, written
-whole.
-
-The safetensors format: 8 bytes little-endian length, a JSON header of that length that gives each tensor's
-    dtype, shape
-and place, then the tensors' bytes without gaps. No pickle anywhere.
-"""
+"""An adapter's two files, `adapter_config.json` and `adapter_model.safetensors`: read with suspicion, written whole."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from fastlora.errors import UserError, WorkError
@@ -39,7 +33,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class AdapterError(UserError, ValueError):
@@ -65,8 +58,9 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
         raise AdapterError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def parse_json(path: Path, text: bytes) -> dict:
-    """`text` as one JSON object; AdapterError for anything else, a name given twice or a number that is not finite."""
+def read_config(directory: str | os.PathLike) -> dict:
+    """The JSON object in a directory's adapter_config.json; AdapterError for anything else or a name given twice."""
+    path = Path(directory) / CONFIG_NAME
 
     def once(pairs):
         found = dict(pairs)
@@ -77,6 +71,11 @@ def parse_json(path: Path, text: bytes) -> dict:
     def refuse(constant):
         raise ValueError(f"{constant} is not a number of JSON")
 
+    file, size = open_regular(path)
+    with file:
+        if size > MAX_CONFIG_BYTES:
+            raise AdapterError(f"{path} has {size} bytes; a configuration has at most {MAX_CONFIG_BYTES}")
+        text = file.read(MAX_CONFIG_BYTES)
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
@@ -86,119 +85,64 @@ def parse_json(path: Path, text: bytes) -> dict:
     return found
 
 
-def read_config(directory: str | os.PathLike) -> dict:
-    """The raw contents of a directory's adapter_config.json."""
-    path = Path(directory) / CONFIG_NAME
-    file, size = open_regular(path)
-    with file:
-        if size > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{path} has {size} bytes; a configuration has at most {MAX_CONFIG_BYTES}")
-        return parse_json(path, file.read(MAX_CONFIG_BYTES))
-
-
 class TensorFile:
-    """A directory's adapter_model.safetensors, its header checked and its tensors not yet read.
+    """A directory's adapter_model.safetensors, its header checked by the safetensors library, its tensors not yet read.
 
-    `entries` maps each name to (dtype, shape). Memory until `read` is bounded by MAX_HEADER_BYTES. A context
-    manager.
+    `entries` maps each name to (dtype, shape). Memory until `read` is bounded by MAX_HEADER_BYTES. A context manager.
     """
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.path = Path(directory) / WEIGHTS_NAME
-        self._file, size = open_regular(self.path)
+        file, size = open_regular(self.path)
+        with file:
+            length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise AdapterError(f"{self.path} is damaged: shorter than its header says")
+        if length > MAX_HEADER_BYTES:
+            raise AdapterError(
+                f"{self.path} is damaged: a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
+            )
         try:
-            self._read_header(size)
-        except BaseException:
-            self._file.close()
-            raise
+            self._file = safe_open(self.path, framework="pt")
+            self._metadata = self._file.metadata() or {}
+            slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(error) from None
+        self.entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name, entry in slices.items():
+            if entry.get_dtype() not in DTYPES:
+                raise AdapterError(f"{self.path}: {shown(name)} has the unsupported dtype {entry.get_dtype()}")
+            self.entries[name] = DTYPES[entry.get_dtype()], tuple(entry.get_shape())
 
     def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.close()
+        self._file.__exit__(*exception)
 
-    def _damaged(self, why: str) -> AdapterError:
-        return AdapterError(f"{self.path} is damaged: {why}")
-
-    def _read_header(self, size: int) -> None:
-        length = int.from_bytes(self._exactly(8), "little") if size >= 8 else None
-        if length is None or length > size - 8:
-            raise self._damaged("shorter than its header says")
-        if length > MAX_HEADER_BYTES:
-            raise self._damaged(f"a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
-        header = parse_json(self.path, self._exactly(length))
-        metadata = header.pop("__metadata__", None)
-        self._sha256 = metadata.get("sha256") if isinstance(metadata, dict) else None
-        self._start = 8 + length
-        self._places: dict[str, tuple[int, int]] = {}
-        self.entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, entry in header.items():
-            self._add_entry(name, entry)
-        end = 0
-        for name, (first, last) in sorted(self._places.items(), key=lambda item: item[1]):
-            if first != end:
-                raise self._damaged(f"the bytes of {shown(name)} overlap others or leave a gap")
-            end = last
-        if end != size - self._start:
-            raise self._damaged(f"holds {size - self._start} bytes of tensors where its header says {end}")
-
-    def _add_entry(self, name: str, entry: object) -> None:
-        try:
-            code, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
-            first, last = place
-            whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))
-        except (TypeError, KeyError, ValueError):
-            raise self._damaged(f"the header's entry {shown(name)} is malformed") from None
-        if not isinstance(code, str) or code not in DTYPES:
-            raise AdapterError(f"{self.path}: {shown(name)} has the unsupported dtype {shown(code)}")
-        if (
-            not whole
-            or not isinstance(shape, list)
-            or len(shape) > 8
-            or last - first != math.prod(shape) * DTYPES[code].itemsize
-        ):
-            raise self._damaged(f"the shape and the size of {shown(name)} disagree")
-        self.entries[name] = DTYPES[code], tuple(shape)
-        self._places[name] = first, last
-
-    def _exactly(self, count: int) -> bytearray:
-        data = bytearray(count)
-        if self._file.readinto(data) != count:
-            raise self._damaged("it ends too early")
-        return data
-
-    def check_sum(self) -> None:
-        """Compare the tensors' bytes with the SHA-256 that `write_adapter` leaves in the header; PEFT leaves none."""
-        if self._sha256 is None:
-            return
-        found = hashlib.sha256()
-        self._file.seek(self._start)
-        while chunk := self._file.read(1 << 20):
-            found.update(chunk)
-        if found.hexdigest() != self._sha256:
-            raise self._damaged("its tensors are not the ones that were written (SHA-256)")
+    def _damaged(self, error: Exception) -> AdapterError:
+        return AdapterError(f"{self.path} is damaged: {shown(str(error))}")
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        dtype, shape = self.entries[name]
-        first, last = self._places[name]
-        if first == last:
-            return torch.empty(shape, dtype=dtype)
+        """One tensor, on the CPU, in memory of its own."""
         try:
-            self._file.seek(self._start + first)
-            return torch.frombuffer(self._exactly(last - first), dtype=dtype).reshape(shape)
-        except OSError as error:
-            raise AdapterError(f"{self.path} cannot be read: {error.strerror or error}") from None
+            return self._file.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(error) from None
+
+    def check_sum(self) -> None:
+        """Compare the tensors with the SHA-256 that `write_adapter` leaves in the metadata; PEFT leaves none."""
+        wanted = self._metadata.get("sha256")
+        if wanted is not None and wanted != _sha256(self.read(name) for name in sorted(self.entries)):
+            raise AdapterError(f"{self.path} is damaged: its tensors are not the ones that were written (SHA-256)")
 
 
 def write_adapter(directory: str | os.PathLike, config: Mapping, tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, each whole or not at all; the configuration comes last and marks the adapter as
-    complete.
+    """Write both files, each whole or not at all; the configuration comes last and marks the adapter as complete.
 
-    Both are written in full under other names first. Only then is an older adapter there replaced, its
-    configuration removed first: an interruption at any moment leaves the old adapter, the new one, or one
-    that is refused as incomplete, never a mixture of the two.
+    Both are written in full under other names first. Only then is an older adapter there replaced, its configuration
+    removed first: an interruption at any moment leaves the old adapter, the new one, or one that is refused as
+    incomplete, never a mixture of the two.
 
     Raises:
         AdapterError: `directory` is a file, or holds an adapter_config.json that is not a LoRA adapter's.
@@ -209,17 +153,19 @@ def write_adapter(directory: str | os.PathLike, config: Mapping, tensors: Mappin
         raise AdapterError(f"{directory} is not a directory")
     if os.path.lexists(directory / CONFIG_NAME) and read_config(directory).get("peft_type") != "LORA":
         raise AdapterError(f"{directory / CONFIG_NAME} is there already and not a LoRA adapter's: nothing written")
+    # Copies, because the library refuses tensors that share memory.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    weights = save(tensors, {"format": "pt", "sha256": _sha256(tensors[name] for name in sorted(tensors))})
+    settings = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
     suffix = f".{os.getpid()}.{os.urandom(4).hex()}.tmp"
     new_config, new_weights = directory / (CONFIG_NAME + suffix), directory / (WEIGHTS_NAME + suffix)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            with open(new_weights, "xb") as file:
-                _write_tensors(file, tensors)
-                _flush(file)
-            with open(new_config, "xb") as file:
-                file.write(json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
-                _flush(file)
+            for path, content in ((new_weights, weights), (new_config, settings)):
+                with open(path, "xb") as file:
+                    file.write(content)
+                    _flush(file)
             (directory / CONFIG_NAME).unlink(missing_ok=True)
             os.replace(new_weights, directory / WEIGHTS_NAME)
             os.replace(new_config, directory / CONFIG_NAME)
@@ -231,29 +177,11 @@ def write_adapter(directory: str | os.PathLike, config: Mapping, tensors: Mappin
         raise WorkError(f"the adapter could not be written to {directory}: {error.strerror or error}") from error
 
 
-def _write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
-    # The widest first, so that every tensor's bytes are aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    here = {name: tensors[name].detach().cpu().contiguous() for name in order}
+def _sha256(tensors: Iterable[Tensor]) -> str:
     summed = hashlib.sha256()
-    header: dict[str, object] = {}
-    end = 0
-    for name, tensor in here.items():
-        first, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
-        summed.update(_bytes_of(tensor))
-    header["__metadata__"] = {"format": "pt", "sha256": summed.hexdigest()}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in here.values():
-        file.write(_bytes_of(tensor))
-
-
-def _bytes_of(tensor: Tensor) -> ctypes.Array | bytes:
-    # No NumPy needed, and no copy; valid while the tensor lives.
-    count = tensor.numel() * tensor.element_size()
-    return (ctypes.c_char * count).from_address(tensor.data_ptr()) if count else b""
+    for tensor in tensors:
+        summed.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return summed.hexdigest()
 
 
 def _flush(file: BinaryIO) -> None:

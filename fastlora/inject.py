@@ -100,8 +100,8 @@ def attach(
         for name, module in plan.targets.items():
             layer = layer_class.from_linear(
                 module,
-                r=config.rank_of(name),
-                lora_alpha=config.alpha_of(name),
+                r=plan.ranks[name],
+                lora_alpha=plan.alphas[name],
                 lora_dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
                 adapter_dtype=adapter_dtype,

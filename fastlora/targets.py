@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from fastlora import patterns
 from fastlora.errors import warn_once
 from fastlora.linear import FusedLoRALinear, base_parameters, is_conv1d
 
@@ -40,12 +39,6 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     task_type: str | None = None
 
-    def rank_of(self, name: str) -> int:
-        return _pattern_value(self.rank_pattern, name, self.r, "rank_pattern")
-
-    def alpha_of(self, name: str) -> float:
-        return _pattern_value(self.alpha_pattern, name, self.lora_alpha, "alpha_pattern")
-
     def saves(self, name: str) -> bool:
         """Whether PEFT would train and save the module `name` in full: by the end of its name, dots or not."""
         return any(name.endswith(wanted) for wanted in self.modules_to_save)
@@ -53,15 +46,28 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The layers to be replaced and the modules to be trained in full, by name; nothing is changed yet."""
+    """The layers to be replaced and the modules to be trained in full, by name; nothing is changed yet.
+
+    `ranks` and `alphas` are those of the layers.
+    """
 
     targets: dict[str, nn.Module]
     saved: dict[str, nn.Module]
     config: AdapterConfig
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
 
 
-def plan(model: nn.Module, config: AdapterConfig) -> Plan:
-    """Which modules `config` names in `model`; the errors of `inject`, and no change to the model."""
+def plan(
+    model: nn.Module,
+    config: AdapterConfig,
+    ranks: Mapping[str, int] | None = None,
+    alphas: Mapping[str, float] | None = None,
+) -> Plan:
+    """Which modules `config` names in `model`; the errors of `inject`, and no change to the model.
+
+    `ranks` and `alphas` by layer, where they are known, say which layers: no pattern of `config` is then looked at.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.Linear) or is_conv1d(model):
@@ -79,7 +85,7 @@ def plan(model: nn.Module, config: AdapterConfig) -> Plan:
     if config.modules_to_save and not saved and config.modules_to_save != TASK_HEADS.get(config.task_type):
         raise ValueError(_nothing_matches("modules_to_save", config.modules_to_save, modules))
 
-    wanted = _wanted(model, modules, config)
+    wanted = _wanted(model, modules, config) if ranks is None else list(ranks)
     targets = {name: modules[name] for name in wanted if not _inside(name, saved)}
     if not targets:
         linears = {name: module for name, module in modules.items() if _is_linear(module)}
@@ -97,7 +103,10 @@ def plan(model: nn.Module, config: AdapterConfig) -> Plan:
     if config.target_modules == "all-linear" or len(targets) < len(wanted):
         # The names themselves, as PEFT records "all-linear", so that PEFT finds the same layers again.
         config = dataclasses.replace(config, target_modules=tuple(sorted(targets)))
-    return Plan(targets, saved, config)
+    if ranks is None:
+        ranks = _by_pattern("rank_pattern", config.rank_pattern, targets, config.r)
+        alphas = _by_pattern("alpha_pattern", config.alpha_pattern, targets, config.lora_alpha)
+    return Plan(targets, saved, config, ranks, alphas)
 
 
 def matched(config: AdapterConfig, names: Iterable[str], saved: Iterable[str]) -> set[str]:
@@ -139,7 +148,7 @@ def names_or_pattern(argument: str, value: Iterable[str] | str) -> tuple[str, ..
 def matcher(wanted: tuple[str, ...] | str) -> Callable[[str], bool]:
     """Whether a name is among `wanted`: PEFT's rule for target_modules and exclude_modules."""
     if isinstance(wanted, str):
-        return lambda name: bool(wanted) and patterns.fullmatch(wanted, name)
+        return lambda name: bool(wanted) and re.fullmatch(wanted, name) is not None
     whole, ends = frozenset(wanted), tuple(f".{end}" for end in wanted)
     return lambda name: name in whole or name.endswith(ends)
 
@@ -195,14 +204,15 @@ def _inside(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
 
 
-def _pattern_value(values: Mapping, name: str, default, argument: str):
-    for pattern, value in values.items():
+def _by_pattern(argument: str, patterns: Mapping, names: Iterable[str], default) -> dict:
+    """The value of each of `names`: that of the first pattern which matches it or its end after a dot."""
+    compiled = []
+    for pattern, value in patterns.items():
         try:
-            if patterns.fullmatch(rf"(.*\.)?({pattern})", name):
-                return value
+            compiled.append((re.compile(rf"(.*\.)?({pattern})$"), value))
         except re.error as error:
             raise ValueError(f"{argument} holds no regular expression ({error}): {pattern!r}") from None
-    return default
+    return {name: next((value for regex, value in compiled if regex.match(name)), default) for name in names}
 
 
 def _nothing_matches(argument: str, wanted: tuple[str, ...] | str, modules: dict[str, nn.Module]) -> str:
