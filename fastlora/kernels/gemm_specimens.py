@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 
 from fastlora.kernels import gemm
 from fastlora.kernels.dropout import Dropout
-from fastlora.kernels.gemm_tiles import TABLE, case_of
+from fastlora.kernels.gemm_tiles import row_of, tiles_of
 from fastlora.kernels.specimen import Pointer, Specimen
 from fastlora.kernels.tiles import Target, Tile
 
@@ -51,13 +52,12 @@ def gemm_specimens(
         for tma in (True, False):
             layouts = ("aligned" if aligned else "rows",) if tma else ("aligned", "uneven") if aligned else ("ragged",)
             for kind, dropout in (("forward", False), ("dx", False), ("dx", True)):
-                case = case_of(dtype, precision, aligned, dropout, tma)
-                for tile in TABLE[target.arch].get(case, ()):
-                    for layout in layouts:
-                        for R in RANKS:
-                            yield specimen(
-                                target, tile, kind, dropout, R, dtype, adapter_dtype, layout, precision
-                            )
+                row = row_of(dtype, precision, aligned, dropout, tma)
+                if tma and not row.startswith("tma"):
+                    continue
+                for R, layout in itertools.product(RANKS, layouts):
+                    for tile in tiles_of(target, row, R):
+                        yield specimen(target, tile, kind, dropout, R, dtype, adapter_dtype, layout, precision)
 
 
 SPECIMENS = [gemm_specimens]

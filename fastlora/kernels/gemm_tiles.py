@@ -1,8 +1,8 @@
 """Which tile the GEMM runs with: a table for each architecture, and the arithmetic that picks from it.
 
-Every tile listed compiles on its architecture without spilling registers and within shared memory, for both kinds, any rank
-and with or without dropout: `python -m fastlora.kernels.matrix` shows it. The order of preference within a list is
-arithmetic (waves over the multiprocessors, times the work of a wave), not measurement: no GPU has timed it.
+Every tile listed compiles on its architecture without spilling registers and within shared memory, for all that its row
+can be asked: `python -m fastlora.kernels.matrix` shows it. The choice within a row is arithmetic (waves over the
+multiprocessors, times the work of a wave), not measurement: no GPU has timed it.
 """
 
 from __future__ import annotations
@@ -18,39 +18,61 @@ INTERPRETER_TMA_TILE = Tile(32, 32, 32, num_warps=4, num_stages=1, group_m=2, pe
 USUAL_MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170, "gfx942": 304, "gfx950": 256}
 
 
-def _pointer(*cuts: tuple[int, int, int, int, int]) -> tuple[Tile, ...]:
-    return tuple(Tile(*cut) for cut in cuts)
+WIDE = 32  # a rank above this is multiplied in several steps, which take registers
 
 
-def _tma(*cuts: tuple[int, int, int, int, int]) -> tuple[Tile, ...]:
-    return tuple(Tile(*cut, persistent=True, tma=True) for cut in cuts)
+def _cut(*cuts: tuple[int, int, int, int, int], tma: bool = False) -> tuple[Tile, ...]:
+    return tuple(Tile(*cut, persistent=tma, tma=tma) for cut in cuts)
 
 
-# arch -> case -> tiles. The cases: "tma" (and "tma dropout") through descriptors; "aligned" and "ragged" through pointers; in
-# 16-bit types unless they end in "tf32" or "float32". BLOCK_M, BLOCK_N, BLOCK_K, warps, stages.
-_SMALL = _pointer((64, 64, 64, 4, 3), (32, 64, 64, 4, 3))
-TABLE: dict[int | str, dict[str, tuple[Tile, ...]]] = {
-    arch: {
-        "aligned": _pointer((64, 64, 64, 4, 3)),
-        "ragged": _pointer((64, 64, 32, 4, 2)),
-        "aligned tf32": _pointer((64, 64, 32, 4, 2)),
-        "ragged tf32": _pointer((64, 64, 32, 4, 2)),
-        "aligned float32": _pointer((64, 64, 16, 8, 2)),
-        "ragged float32": _pointer((64, 64, 16, 8, 2)),
-    }
-    for arch in USUAL_MULTIPROCESSORS
+# Rows of a table: "tma" and "tma dropout" through descriptors, "aligned" and "ragged" through pointers; 16-bit types, or
+# float32 whose products are "tf32" or "float32"; " wide" for a rank above WIDE, where that needs other tiles. A cut is
+# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages.
+_COMMON = {
+    "aligned": _cut((64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
+    "ragged": _cut((64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
+    "aligned tf32": _cut((64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+    "ragged tf32": _cut((32, 32, 32, 4, 2)),
+    "aligned float32": _cut((32, 32, 16, 8, 1)),
+    "ragged float32": _cut((32, 32, 16, 8, 1)),
 }
+TABLE: dict[int | str, dict[str, tuple[Tile, ...]]] = {arch: dict(_COMMON) for arch in USUAL_MULTIPROCESSORS}
+TABLE[90] |= {
+    "tma": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
+    "tma dropout": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
+    "tma dropout wide": _cut((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
+    "aligned": _cut((128, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+    "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+    "ragged": _cut((128, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
+    "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+    "ragged tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+}
+TABLE[80] |= {
+    "aligned": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+    "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 32, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+    "ragged": _cut((128, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
+    "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+}
+_CONSUMER = {"aligned": _cut((128, 128, 64, 8, 2), (64, 128, 64, 8, 2), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3))}
+TABLE[86] |= _CONSUMER
+TABLE[89] |= _CONSUMER
+TABLE[120] |= _CONSUMER
 
 
-def case_of(dtype: torch.dtype, precision: str, aligned: bool, dropout: bool, tma: bool) -> str:
-    """The row of the table: "tma", "tma dropout", "aligned", "ragged", with " tf32" or " float32" for float32 products."""
-    if tma:
-        row = "tma dropout" if dropout else "tma"
-    else:
-        row = "aligned" if aligned else "ragged"
+def row_of(dtype: torch.dtype, precision: str, aligned: bool, dropout: bool, tma: bool) -> str:
+    """The row of a table, without " wide": "tma", "tma dropout", "aligned", "ragged tf32", "aligned float32", ..."""
+    if tma and dtype != torch.float32:
+        return "tma dropout" if dropout else "tma"
+    row = "aligned" if aligned else "ragged"
     if dtype != torch.float32:
         return row
-    return row + (" tf32" if precision == "tf32" else " float32")
+    return f"{row} tf32" if precision == "tf32" else f"{row} float32"
+
+
+def tiles_of(target: Target, row: str, R: int) -> tuple[Tile, ...]:
+    """The tiles of a row for rank R, large ones first; empty when the architecture has no such row."""
+    table = TABLE[target.family.arch]
+    return table.get(f"{row} wide" if R > WIDE else row, table.get(row, ()))
 
 
 def _cost(tile: Tile, M: int, N: int, multiprocessors: int) -> float:
@@ -82,10 +104,8 @@ def gemm_tile(
     """
     if target.backend == "interpreter":
         return INTERPRETER_TMA_TILE if tma else INTERPRETER_TILE
-    arch = target.family.arch
-    table = TABLE[arch]
-    case = case_of(dtype, precision, aligned, dropout, tma)
-    if case not in table:
-        case = case_of(dtype, precision, aligned, dropout, tma=False)
-    count = multiprocessors or USUAL_MULTIPROCESSORS[arch]
-    return min(table[case], key=lambda tile: _cost(tile, M, N, count))
+    tiles = tiles_of(target, row_of(dtype, precision, aligned, dropout, tma), R)
+    if not tiles:  # no descriptors in this architecture's table
+        tiles = tiles_of(target, row_of(dtype, precision, aligned, dropout, tma=False), R)
+    count = multiprocessors or USUAL_MULTIPROCESSORS[target.family.arch]
+    return min(tiles, key=lambda tile: _cost(tile, M, N, count))
