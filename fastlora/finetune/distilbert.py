@@ -83,7 +83,10 @@ def train(args: argparse.Namespace) -> None:
         if args.show_tokens and first:
             _show(tokenizer, texts["train"][0][0], recipe.max_length)
         data = {name: TokenDataset(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
-        model = get_peft_model(model, _lora_config(recipe))
+        try:
+            model = get_peft_model(model, _lora_config(recipe))
+        except ValueError as error:  # PEFT's, for target modules that the model has not
+            raise UserError(f"--target-modules {' '.join(recipe.target_modules)}: {_line(error)}") from None
         if args.impl == "fused":
             fastlora.peft.patch(model)
         counts = parameters(model)

@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--files", nargs="+", default=["test_custom_models.py", "test_lora_variants.py"])
     parser.add_argument("-k", default=None, help="pytest's -k, to run fewer cases")
     parser.add_argument("--least", type=int, default=600, help="fused calls that must be counted (default 600)")
-    parser.add_argument("--timeout", type=int, default=1500, help="seconds for each of the two runs")
+    parser.add_argument("--timeout", type=int, default=3000, help="seconds for each of the two runs")
     args = parser.parse_args()
     missing = [name for name in args.files if not (args.directory / "tests" / name).is_file()]
     if missing:
@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace, fused: str) -> dict:
         results = Path(folder) / "results.json"
         path = os.pathsep.join([str(HERE), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "SUITE_FUSED": fused, "SUITE_RESULTS": str(results), "PYTHONPATH": path}
-        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "-p", "suite_plugin"]
         command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
         command += [f"tests/{name}" for name in args.files] + (["-k", args.k] if args.k else [])

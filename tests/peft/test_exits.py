@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import build, layer_of
 from peft import LoraConfig
+from peft.tuners import lora
 from torch import nn
 
 import fastlora.peft
@@ -204,6 +205,7 @@ def test_adapter_names():
     assert entry.fallback_calls == 1 and entry.fused  # a call without them would be fused
 
 
+@pytest.mark.skipif(not hasattr(lora.layer, "VARIANT_KWARG_KEYS"), reason="this PEFT has no activated LoRA")
 def test_activated_lora_arguments():
     stock, model = build(), fastlora.peft.patch(build())
     with pytest.warns(UserWarning, match="called with alora_offsets"):

