@@ -3,9 +3,9 @@
     forward   y  =  x  Wᵀ + bias + S  Bᵀ
     dX        dx =  dy W         + keep / (1 - p) * (dS A)
 
-Both are one product, `Y = X W + bias + keep_scaled * (S U)`: forward passes the views W = weight.T, U = lora_B.T, and dX
-passes X = dy, W = weight, S = dS, U = lora_A. In the kernels below M, N, K are those of this product: for dX, N is the
-layer's in_features and K its out_features. The update costs R more columns of K: no second pass over Y, no second store.
+Both are one product, `Y = X W + bias + keep_scaled * (S U)`: forward passes the views W = weight.T and U = lora_B.T,
+dX passes X = dy, W = weight, S = dS, U = lora_A. In the kernels below M, N, K are those of this product: for dX, N is
+the layer's in_features and K its out_features. The update costs R more columns of K: no second pass over Y or store.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def dropped_update(
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """keep / (1 - p) * (S U) for one tile, float32 [BLOCK_M, BLOCK_N]: by quarters, so that the mask takes few registers."""
+    """keep / (1 - p) * (S U) for one tile, float32 [BLOCK_M, BLOCK_N]; by quarters, to spare registers."""
     left = dropped_half(
         s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
         RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
@@ -205,12 +205,12 @@ def gemm_tma_kernel(
 
 
 class Plan(NamedTuple):
-    """What one shape and layout need at every launch, decided once: which kernel, its grid, sizes, strides, constexprs."""
+    """What one shape and layout need at every launch, decided once."""
 
     kernel: Any
     grid: tuple[int]
     tile: Tile
-    descriptors: tuple[tuple[list[int], list[int], list[int]], ...]  # shape, strides, block of x, w and y; none: pointers
+    descriptors: tuple[tuple[list[int], list[int], list[int]], ...]  # shape, strides, block of x, w, y; () for pointers
     numbers: tuple[int, ...]
     constants: dict[str, Any]
 
@@ -225,12 +225,12 @@ def _fit_descriptors(dtype: torch.dtype, strides: tuple[int, ...], N: int, addre
 
 @lru_cache(maxsize=4096)
 def make_plan(
-    target: Target, count: int, kind: str, dtype: torch.dtype, M: int, N: int, K: int, R: int, strides: tuple[int, ...],
-    addresses: int, has_bias: bool, dropout: bool, precision: str, tile: Tile | None,
+    target: Target, count: int, kind: str, dtype: torch.dtype, M: int, N: int, K: int, R: int,
+    strides: tuple[int, ...], addresses: int, has_bias: bool, dropout: bool, precision: str, tile: Tile | None,
 ) -> Plan:  # fmt: skip
     """The plan on a `target` of `count` multiprocessors; a pure function.
 
-    `strides` are those of x, w, bias, s and u in turn; `addresses` is 0 when x, w and y all start at multiples of 16 bytes.
+    `strides` are those of x, w, bias, s and u in turn; `addresses` is 0 when x, w and y start at multiples of 16 bytes.
     """
     stride_xm, _, stride_wk, stride_wn = strides[:4]
     fit = _fit_descriptors(dtype, strides, N, addresses)
@@ -243,7 +243,7 @@ def make_plan(
             tma=fit and target.has_tma, multiprocessors=count,
         )  # fmt: skip
     elif tile.tma and not fit:
-        raise ValueError(f"a tile with tma needs rows of 16-byte pieces: strides {strides[:4]} of x and w, {N} columns of y")
+        raise ValueError(f"tma needs rows of whole 16-byte pieces: strides of x and w {strides[:4]}, columns of y {N}")
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     block_r = min(padded_rank(R), rank_block(target, dtype, precision))
     constants = {
@@ -256,8 +256,8 @@ def make_plan(
     if not tile.tma:
         constants |= {"EVEN_K": K % block_k == 0, **tile.options}
         return Plan(gemm_kernel, grid, tile, (), (M, N, K, R, *strides, N), constants)
-    # One flat loop over tiles and K loads the next tile while this one is stored. Not with dropout, whose update opens a
-    # tile: that loop would not be pipelined. Not on sm_100: triton 3.6 fails on its tensor memory there.
+    # One flat loop over tiles and K loads the next tile while this one is stored. Not with dropout, whose update opens
+    # a tile: that loop would not be pipelined. Not on sm_100: triton 3.6 fails on its tensor memory there.
     flatten = target.arch == 90 and not dropout
     constants |= {"W_BY_N": w_by_n, "FLATTEN": flatten, **tile.options}
     w_map = ([N, K], [w_row, 1], [block_n, block_k]) if w_by_n else ([K, N], [w_row, 1], [block_k, block_n])
@@ -301,9 +301,10 @@ def gemm_forward(
     out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + bias + S Bᵀ: x (M, K), weight (N, K), bias (N,) or None, S (M, R), lora_B (N, R) -> y (M, N), contiguous.
+    """y = x Wᵀ + bias + S Bᵀ: x (M, K), weight (N, K), bias (N,) or None, S (M, R), lora_B (N, R) -> y (M, N).
 
-    x, weight and S share a dtype (float16, bfloat16, float32), which y has too; lora_B has it or is float32. Any strides.
+    x, weight and S share a dtype (float16, bfloat16, float32), which y has too; lora_B has it or is float32. Any
+    strides; y is contiguous.
     `out`, contiguous (M, N), receives y when given. `tile` overrides the table.
     """
     return _gemm("forward", x, weight.t(), bias, S, lora_B.t(), None, out, tile)
@@ -318,9 +319,9 @@ def gemm_dx(
     out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """dx = dy W + keep / (1 - p) * (dS A): dy (M, N), weight (N, K), dS (M, R), lora_A (R, K) -> dx (M, K), contiguous.
+    """dx = dy W + keep / (1 - p) * (dS A): dy (M, N), weight (N, K), dS (M, R), lora_A (R, K) -> dx (M, K).
 
-    dy, weight and dS share a dtype, which dx has too; lora_A has it or is float32. Any strides. The mask is the one
-    that forward applied to x, made again from `dropout.seed`.
+    dy, weight and dS share a dtype, which dx has too; lora_A has it or is float32. Any strides; dx is contiguous. The
+    mask is the one that forward applied to x, made again from `dropout.seed`.
     """
     return _gemm("dx", dy, weight, None, dS, lora_A, dropout, out, tile)

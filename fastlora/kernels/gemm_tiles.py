@@ -25,9 +25,9 @@ def _cut(*cuts: tuple[int, int, int, int, int], tma: bool = False) -> tuple[Tile
     return tuple(Tile(*cut, persistent=tma, tma=tma) for cut in cuts)
 
 
-# Rows of a table: "tma" and "tma dropout" through descriptors, "aligned" and "ragged" through pointers; 16-bit types, or
-# float32 whose products are "tf32" or "float32"; " wide" for a rank above WIDE, where that needs other tiles. A cut is
-# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages.
+# Rows of a table: "tma" and "tma dropout" through descriptors, "aligned" and "ragged" through pointers; 16-bit types,
+# or float32 whose products are "tf32" or "float32"; " wide" for a rank above WIDE, where that needs other tiles. A cut
+# is BLOCK_M, BLOCK_N, BLOCK_K, warps, stages.
 _COMMON = {
     "aligned": _cut((64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
     "ragged": _cut((64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
@@ -76,7 +76,7 @@ def tiles_of(target: Target, row: str, R: int) -> tuple[Tile, ...]:
 
 
 def _cost(tile: Tile, M: int, N: int, multiprocessors: int) -> float:
-    """Waves times the time of one wave: a tile's area, and the traffic of its two edges, which small tiles pay more often."""
+    """Waves times the time of one: a tile's area, and the traffic of its edges, which small tiles pay more often."""
     waves = -(-(-(-M // tile.block_m) * -(-N // tile.block_n)) // multiprocessors)
     return waves * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
 
@@ -98,9 +98,9 @@ def gemm_tile(
 ) -> Tile:
     """The tile for Y (M, N) = X (M, K) W (K, N) + S U of rank R; a pure function.
 
-    `kind` is "forward" or "dx" (both share the table today). `aligned`: every row starts at 16 bytes and its
-    elements lie side by side. `tma`: the operands can be described to the tensor memory accelerator; it is used where the
-    architecture's table has a row for it.
+    `kind` is "forward" or "dx" (both share the table today). `aligned`: every row starts at a multiple of 16 elements
+    and lies side by side. `tma`: the operands can be described to the tensor memory accelerator, which is used where
+    the architecture's table has a row for it.
     """
     if target.backend == "interpreter":
         return INTERPRETER_TMA_TILE if tma else INTERPRETER_TILE

@@ -2,8 +2,9 @@
 
     python -m fastlora.kernels.matrix [--quick] [--target cuda:90] [--kernel gemm] [--json FILE]
 
-Triton's offline compiler and `cuobjdump -res-usage` tell, before any GPU is seen, what a launch would find there: registers
-and stack of each thread, shared memory, the instructions used. The claims, of which one that fails makes the exit status 1:
+Triton's offline compiler and `cuobjdump -res-usage` tell, before any GPU is seen, what a launch would find there:
+registers and stack of each thread, shared memory, the instructions used. The claims, any of which makes the exit
+status 1 when it fails:
 
 - it compiles;
 - it keeps everything in registers (CUDA: no stack; HIP: no spilled vector registers);
@@ -68,7 +69,7 @@ class Report:
 def specimens(
     targets: Iterable[Target] = TARGETS, kernels: Iterable[str] = KERNELS, quick: bool = False
 ) -> Iterator[tuple[str, Specimen]]:
-    """(kernel, specimen) of every launch to be compiled; `quick` keeps the first of each kernel, dtype and alignment."""
+    """(kernel, specimen) of every launch to compile; `quick` keeps the first of each kernel, dtype and alignment."""
     for kernel in kernels:
         module = importlib.import_module(MODULES[kernel])
         for make in getattr(module, "SPECIMENS", ()):
@@ -143,10 +144,11 @@ def examine(item: tuple[str, Specimen]) -> Report:
         if shared > target.shared_limit:
             failures.append(f"takes {shared} bytes of shared memory, {target.shared_limit} there are")
         if getattr(binary.metadata, "tmem_size", 0) > TENSOR_MEMORY_LIMIT:
-            failures.append(f"takes {binary.metadata.tmem_size} columns of tensor memory, {TENSOR_MEMORY_LIMIT} there are")
+            failures.append(f"takes {binary.metadata.tmem_size} of {TENSOR_MEMORY_LIMIT} columns of tensor memory")
         if specimen.wgmma and not wgmma:
             failures.append("has no wgmma")
-    cut = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}{' tma' if tile.tma else ''}"
+    cut = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
+    cut += " tma" if tile.tma else ""
     return Report(
         kernel, specimen.label, str(target), cut, registers, spilled, shared, target.shared_limit, wgmma,
         round(time.perf_counter() - started, 2), tuple(failures),

@@ -1,8 +1,8 @@
 """A kernel launch written down without a GPU, so that the compile matrix can compile what a launcher would launch.
 
-Each kernel file offers `SPECIMENS`, a list of functions `(target, dtype, adapter_dtype, aligned) -> Iterable[Specimen]`, one
-specimen for each tile that the launcher can choose there. `args` are the launch's own arguments by name: `Pointer` for a
-tensor, plain numbers for sizes and strides, and the constexprs. From these Triton's own binder derives the signature, the
+The files of specimens offer `SPECIMENS`, functions `(target, dtype, adapter_dtype, aligned) -> Iterable[Specimen]`: one
+specimen for each tile that the launcher can choose there. `args` are the launch arguments by name: `Pointer` for a
+tensor, plain numbers for sizes and strides, and the constexprs. From these Triton's binder derives the signature, the
 attributes (divisible by 16, equal to 1) and the constants, as at run time.
 """
 

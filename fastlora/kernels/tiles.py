@@ -1,7 +1,7 @@
 """What a GPU can hold, and how a kernel cuts its work: `Target`, `Tile`, and the tables' common ground.
 
-A tile is chosen by a pure function of (target, shape, dtype, alignment), so the tables can be tested and compiled offline
-on a machine with no GPU. Nothing here asks a device anything until `target_of` or `multiprocessors` is called.
+A tile is chosen by a pure function of (target, shape, dtype, alignment), so the tables can be tested and compiled
+offline on a machine with no GPU. Nothing here asks a device anything until `target_of` or `multiprocessors` is called.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fastlora import env
 
 KIB = 1024
 
-# Shared memory that one program may use, in bytes. CUDA: "Technical specifications per compute capability" of the CUDA C++
-# programming guide, the limit per block. HIP: LDS per workgroup of the CDNA3 and CDNA4 ISA documents.
+# Shared memory that one program may use, in bytes. CUDA: "Technical specifications per compute capability" of the CUDA
+# C++ programming guide, the limit per block. HIP: LDS per workgroup of the CDNA3 and CDNA4 ISA documents.
 SHARED_LIMIT = {
     75: 64 * KIB,
     80: 163 * KIB,
@@ -33,7 +33,7 @@ REGISTER_LIMIT = 255  # per thread, every CUDA architecture above
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU architecture: `backend` "cuda" with `arch` 75, 80, ... or "hip" with "gfx942", ...; "interpreter" with 0."""
+    """A GPU architecture: backend "cuda" with arch 75, 80, ...; "hip" with "gfx942", ...; "interpreter" with 0."""
 
     backend: str
     arch: int | str

@@ -1,8 +1,8 @@
 """Two kinds of kernel tests that cannot share a process, for Triton is either its interpreter or its compiler:
 
 - `test_matrix.py` compiles offline; a plain run collects only it.
-- All others run the kernels in the interpreter, with TRITON_INTERPRET=1 set before Triton is imported. A plain run of the
-  whole suite starts them in a process of their own (`tests/test_interpreter.py`); by hand:
+- All others run the kernels in the interpreter, with TRITON_INTERPRET=1 set before Triton is imported. A plain run of
+  the whole suite starts them in a process of their own (`tests/test_interpreter.py`); by hand:
   `TRITON_INTERPRET=1 python -m pytest tests/kernels`.
 """
 
