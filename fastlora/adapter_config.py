@@ -15,7 +15,7 @@ from fastlora.errors import warn_once
 from fastlora.targets import TASK_HEADS, AdapterConfig
 
 MAX_PATTERNS = 20_000
-PLAIN_KEY = re.compile(r"(\^?)((?:[\w.-]|\\[^\w\s])+)\$?")
+PLAIN_KEY = re.compile(r"(\^?)((?:[\w.-]|\\\W)+)\$?")
 
 # Settings that change what a LoRA layer computes: an adapter that uses one cannot be loaded as a plain one.
 UNSUPPORTED = {
@@ -127,18 +127,19 @@ def alphas_of(config: AdapterConfig, names: Iterable[str]) -> dict[str, float]:
     keys = []
     for key, alpha in config.alpha_pattern.items():
         whole, text = PLAIN_KEY.fullmatch(key).groups()
-        keys.append((bool(whole), [part[-1] if part != "." else None for part in re.findall(r"\\.|.", text)], alpha))
+        letters = [part[-1] if part != "." else None for part in re.findall(r"(?s)\\.|.", text)]
+        keys.append((bool(whole), letters, alpha))
     return {
-        name: next((alpha for whole, text, alpha in keys if _names_layer(whole, text, name)), config.lora_alpha)
+        name: next((alpha for whole, letters, alpha in keys if _ends_in(name, letters, whole)), config.lora_alpha)
         for name in names
     }
 
 
-def _names_layer(whole: bool, text: list[str | None], name: str) -> bool:
-    start = len(name) - len(text)
+def _ends_in(name: str, letters: list[str | None], whole: bool) -> bool:
+    start = len(name) - len(letters)
     if start < 0 or (start > 0 and (whole or name[start - 1] != ".")):
         return False
-    return all(letter in (None, found) for letter, found in zip(text, name[start:], strict=True))
+    return all(letter in (None, found) for letter, found in zip(letters, name[start:], strict=True))
 
 
 def exact_key(name: str) -> str:

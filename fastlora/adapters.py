@@ -33,8 +33,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save
     An adapter already in `directory` is replaced; its other files are not touched. Each file is whole or not there at
     all. Layers put in by hand, without `inject`, are saved as well. A model in DistributedDataParallel or
     `torch.compile` is saved as the model inside. Merged layers are saved as if unmerged. A `scaling` set outright is
-    saved as the lora_alpha that gives it, to the last bit or, where no alpha does, to the one next to it. Trainable
-    parameters that are not part of the adapter are named in a warning.
+    saved as the lora_alpha that gives it, to the last bit or, where no alpha does, to the one next to it. Ranks and
+    alphas by pattern are saved under the layers' whole names. Trainable parameters that are not part of the adapter
+    are named in a warning.
 
     Args:
         model: a model with `FusedLoRALinear` layers.
@@ -43,10 +44,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save
             be saved, [] the LoRA layers alone, and no warning follows.
 
     Raises:
-        ValueError: the model has no LoRA layers, is itself one, or holds a tensor that cannot be written: not
-            finite, sharded, or without data (on the meta device). Nothing is written.
-        AdapterError: (a UserError and a ValueError) `directory` cannot take an adapter: a file, or another's
-            adapter.
+        ValueError: the model has no LoRA layers, is itself one, or holds a tensor that cannot be written: not finite,
+            sharded, or without data (on the meta device). Nothing is written.
+        AdapterError: (a UserError and a ValueError) `directory` cannot take an adapter: a file, or another's adapter.
         WorkError: writing failed; an older adapter there is untouched.
     """
     model = _inner(model)

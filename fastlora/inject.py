@@ -40,30 +40,29 @@ def inject(
 ) -> nn.Module:
     """Replace layers of `model` by LoRA layers in place, freeze everything else, and return the model.
 
-    Layers are named as PEFT names them. Hooks on a replaced layer keep working. A layer that the model holds
-    under several names is replaced under all of them and adapted once. The base weights stay where they are,
-    shared with whatever they were shared with. Nothing is changed when an error is raised.
+    Layers are named as PEFT names them. Hooks on a replaced layer keep working. A layer that the model holds under
+    several names is replaced under all of them and adapted once. The base weights stay where they are, shared with
+    whatever they were shared with. Nothing is changed when an error is raised.
 
     Args:
         model: any module that holds `nn.Linear` or transformers' `Conv1D` layers.
         r, lora_alpha, lora_dropout, use_rslora, adapter_dtype: as for `FusedLoRALinear`.
-        target_modules: a list of names, each a whole name or its end after a dot ("q_proj" means every
-            "...q_proj"); or a regular expression that must match the whole name; or "all-linear": every
-            nn.Linear and Conv1D but the output head of a transformers model.
-        modules_to_save: name ends of modules that are trained in full and saved with the adapter. They get no
-            LoRA layer. One that shares parameters with another module (a tied output head) is copied first,
-            and so untied, as PEFT does.
-        rank_pattern, alpha_pattern: other ranks and alphas for layers whose name's end matches a regular
-            expression; the first match counts.
+        target_modules: a list of names, each a whole name or its end after a dot ("q_proj" means every "...q_proj"); or
+            a regular expression that must match the whole name; or "all-linear": every nn.Linear and Conv1D but the
+            output head of a transformers model.
+        modules_to_save: name ends of modules that are trained in full and saved with the adapter. They get no LoRA
+            layer. One that shares parameters with another module (a tied output head) is copied first, and so untied,
+            as PEFT does.
+        rank_pattern, alpha_pattern: other ranks and alphas for layers whose name, or its end after a dot, matches a
+            regular expression; the first match counts.
         exclude_modules: layers left out, named as in target_modules.
-        task_type: PEFT's ("SEQ_CLS", "CAUSAL_LM", ...): written to the adapter's config; "SEQ_CLS" and
-            "TOKEN_CLS" add "classifier" and "score" to modules_to_save, "QUESTION_ANS" adds "qa_outputs", as
-            PEFT does.
+        task_type: PEFT's ("SEQ_CLS", "CAUSAL_LM", ...): written to the adapter's config; "SEQ_CLS" and "TOKEN_CLS" add
+            "classifier" and "score" to modules_to_save, "QUESTION_ANS" adds "qa_outputs", as PEFT does.
         layer_class: `FusedLoRALinear` or a subclass of it.
 
     Raises:
-        TypeError, ValueError: nothing matches, a named layer is of an unsupported kind, the model already has
-            LoRA layers, or an argument is out of its range; the message names it.
+        TypeError, ValueError: nothing matches, a named layer is of an unsupported kind, the model already has LoRA
+            layers, or an argument is out of its range; the message names it.
     """
     if task_type is not None and task_type not in TASK_HEADS:
         raise ValueError(f"task_type must be None or one of {', '.join(TASK_HEADS)}, got {task_type!r}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from contextlib import contextmanager
 from numbers import Real
 
@@ -16,22 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora import reference
+from fastlora.base_layer import DTYPES, base_parameters
 from fastlora.functional import lora_linear
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FusedLoRALinear(nn.Module):
-    """A linear layer whose weight is frozen and whose update of rank `r` is trained, in one fused
-    computation.
+    """A linear layer whose weight is frozen and whose update of rank `r` is trained, in one fused computation.
 
     Attributes: `weight` (N, K) and `bias` (N,) or None, frozen; `lora_A` (R, K) and `lora_B` (N, R), trained;
-    `scaling`, a float; `lora_dropout`, a probability; `merged`. N is out_features, K in_features, R the rank.
-    Input (..., K) in the weight's dtype, output (..., N). lora_A starts Kaiming-uniform as in PEFT, lora_B at
-    zero, so a new layer computes exactly what its base computes.
+    `scaling`, a float; `lora_dropout`, a probability; `merged`. N is out_features, K in_features, R the rank. Input
+    (..., K) in the weight's dtype, output (..., N). lora_A starts Kaiming-uniform as in PEFT, lora_B at zero, so a new
+    layer computes exactly what its base computes.
 
-    The state dict speaks of the layer as it is unmerged: `weight` (in the layout of the layer it was made
-        from),
+    The state dict speaks of the layer as it is unmerged: `weight` (in the layout of the layer it was made from),
     `bias`, `lora_A`, `lora_B`, under the same names whether the layer is merged or not.
 
     Args:
@@ -55,6 +51,7 @@ class FusedLoRALinear(nn.Module):
     out_features: int
     lora_dropout: float
     scaling: float
+    _lora_linear = staticmethod(lora_linear)
 
     def __init__(
         self,
@@ -92,14 +89,13 @@ class FusedLoRALinear(nn.Module):
     ) -> FusedLoRALinear:
         """The layer over an existing `nn.Linear` or transformers' `Conv1D`, sharing its weight and bias.
 
-        Nothing is copied: an `nn.Linear`'s own parameters are taken over (and so frozen in `linear` too); a
-            `Conv1D`
-        keeps its weight as (K, N), and `weight` is the transposed view (N, K) of the same memory. The adapter
-        starts on the weight's device. The other arguments are as for the class.
+        Nothing is copied: an `nn.Linear`'s own parameters are taken over (and so frozen in `linear` too); a `Conv1D`
+        keeps its weight as (K, N), and `weight` is the transposed view (N, K) of the same memory. The adapter starts on
+        the weight's device. The other arguments are as for the class.
 
         Raises:
-            TypeError: `linear` is another kind of module, or its weight is not a plain floating-point
-                parameter (quantised or parametrised weights are not supported).
+            TypeError: `linear` is another kind of module, or its weight is not a plain floating-point parameter
+                (quantised or parametrised weights are not supported).
         """
         weight, bias, transposed = base_parameters(linear)
         layer = cls.__new__(cls)
@@ -157,16 +153,8 @@ class FusedLoRALinear(nn.Module):
         """x (..., K) in the weight's dtype -> (..., N). Merged, it is the plain linear layer: no dropout."""
         if self._base is not None:
             return F.linear(x, self.weight, self.bias)
-        return lora_linear(
-            x,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            self.bias,
-            self.scaling,
-            self.lora_dropout,
-            self.training,
-        )
+        A, B, p = self.lora_A, self.lora_B, self.lora_dropout
+        return self._lora_linear(x, self.weight, A, B, self.bias, self.scaling, p, self.training)
 
     @property
     def merged(self) -> bool:
@@ -175,14 +163,12 @@ class FusedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put `base + scaling * lora_B @ lora_A` in the place of `weight`; forward is then one plain linear
-        layer.
+        """Put `base + scaling * lora_B @ lora_A` in the place of `weight`; forward is then one plain linear layer.
 
-        The base weight itself is left untouched and kept beside the merged one until `unmerge` puts it back,
-        so that coming back is exact in every dtype and a weight that is shared with another module (a tied
-        embedding) keeps its value there. A merged layer therefore holds one weight more. It does not train:
-        the adapter gets no gradient. The sum is formed in float32 (float64 for a float64 layer) and rounded
-        once. Merging twice does nothing.
+        The base weight itself is left untouched and kept beside the merged one until `unmerge` puts it back, so that
+        coming back is exact in every dtype and a weight that is shared with another module (a tied embedding) keeps its
+        value there. A merged layer therefore holds one weight more. It does not train: the adapter gets no gradient.
+        The sum is formed in float32 (float64 for a float64 layer) and rounded once. Merging twice does nothing.
 
         Raises:
             ValueError: the sum is not finite where the base weight was; the layer is left unmerged.
@@ -191,9 +177,8 @@ class FusedLoRALinear(nn.Module):
             return
         base = self.weight
         wide = torch.promote_types(torch.float32, torch.promote_types(base.dtype, self.lora_A.dtype))
-        merged = torch.addmm(base.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling).to(
-            base.dtype
-        )
+        total = torch.addmm(base.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
+        merged = total.to(base.dtype)
         if not base.is_meta and bool((torch.isfinite(base) & ~torch.isfinite(merged)).any()):
             raise ValueError(f"the merged weight is not finite in {base.dtype}; the layer is left unmerged")
         self._keep_base(base)
@@ -268,45 +253,7 @@ class FusedLoRALinear(nn.Module):
 class EagerLoRALinear(FusedLoRALinear):
     """The same layer computed by the eager reference: what the fused one is compared with."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._base is not None:
-            return F.linear(x, self.weight, self.bias)
-        return reference.lora_linear(
-            x,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            self.bias,
-            self.scaling,
-            self.lora_dropout,
-            self.training,
-        )
-
-
-def base_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
-    """(weight as (N, K), bias, whether the module stores it as (K, N)) of an `nn.Linear` or transformers'
-    `Conv1D`.
-
-    Raises TypeError for any other module, and for weights that are not plain floating-point parameters.
-    transformers is never imported: a `Conv1D` can only be met once it has been.
-    """
-    kind = type(linear).__name__
-    transposed = is_conv1d(linear)
-    if not transposed and not (isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward):
-        raise TypeError(f"linear must be an nn.Linear or transformers' Conv1D, got {kind}")
-    if "forward" in linear.__dict__:
-        raise TypeError(f"linear has a forward of its own (off-loading hooks, say) that would be lost: {kind}")
-    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    if weight is None or type(weight.data) is not Tensor or weight.dtype not in DTYPES or weight.ndim != 2:
-        what = "no plain parameter" if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
-        raise TypeError(f"linear.weight must be a plain 2-D parameter of 16, 32 or 64-bit floats, got {what}")
-    return (weight.detach().t() if transposed else weight), bias, transposed
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' `Conv1D`, which stores its weight as (K, N)."""
-    home = sys.modules.get("transformers.pytorch_utils")
-    return home is not None and isinstance(module, home.Conv1D)
+    _lora_linear = staticmethod(reference.lora_linear)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from fastlora.base_layer import base_parameters, is_conv1d
 from fastlora.errors import warn_once
-from fastlora.linear import FusedLoRALinear, base_parameters, is_conv1d
+from fastlora.linear import FusedLoRALinear
 
 # Heads that PEFT trains in full for a task, whether asked or not.
 TASK_HEADS = {

@@ -96,6 +96,15 @@ class TestRoundTrip:
         other = load_adapter(make(), tmp_path)
         assert type(other["fc1"]) is FusedLoRALinear and type(other["block"]["fc1"]) is nn.Linear
 
+    def test_alphas_under_names_of_any_letters(self, tmp_path):
+        def make():
+            return nn.ModuleDict({"a-b (1)|ü": nn.Linear(3, 3), "plain": nn.Linear(3, 3)})
+
+        model = inject(make(), r=2, alpha_pattern={".*ü": 7})
+        save_adapter(model, tmp_path)
+        other = load_adapter(make(), tmp_path)
+        assert [layer.scaling for layer in other.values()] == [3.5, 8]
+
     def test_tensors_that_share_memory(self, tmp_path):
         def make():
             model = small()
