@@ -66,9 +66,9 @@ def campaign(kills: int, seed: int, argv: list[str], folder: Path) -> str:
             with_checkpoint += (output / "checkpoint.safetensors").exists()
         wait(start(command))
         again = small.left(output)
-        for part in whole:
-            if again[part] != whole[part]:
-                raise SystemExit(f"trial {trial} (seed {seed}): {part} differs from the run that was never killed")
+        other = [part for part in whole if again[part] != whole[part]]
+        if other:
+            raise SystemExit(f"trial {trial} (seed {seed}): {other} differ from the run that was never killed")
         if list(output.glob(".*.part")):
             raise SystemExit(f"trial {trial} (seed {seed}): a half-written file stayed behind")
     return f"{done} kills in {trial} runs, {with_checkpoint} after a checkpoint: the same final bits each time"

@@ -24,10 +24,17 @@ def left(folder: Path) -> dict:
     with open(folder / "history.csv", newline="") as file:
         history = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
     return {
-        "adapter": (folder / "adapter_model.safetensors").read_bytes(),
+        "adapter": _tensors(folder / "adapter_model.safetensors"),
         "report": {key: value for key, value in report.items() if key not in TIMES},
         "history": history,
     }
+
+
+def _tensors(path: Path) -> tuple[dict, bytes]:
+    """A safetensors file's header and its numbers' bytes. The library writes the header's keys in no fixed order."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
 
 
 if __name__ == "__main__":
