@@ -16,7 +16,7 @@ from fastlora.kernels.tiles import Target, Tile
 # Two programs for each multiprocessor of an architecture's largest common card. Nominal, so that the order of
 # additions, and with it every bit of a result, depends on the architecture alone.
 PROGRAMS = {0: 4, 75: 144, 80: 216, 86: 168, 89: 256, 90: 264, 100: 296, 120: 340, "gfx942": 608, "gfx950": 512}
-# Architectures whose limits and instructions, for these kernels, are those of another.
+# Whose row an architecture takes where a table has none of its own.
 LIKE = {89: 86, 120: 86, 100: 90, "gfx950": "gfx942"}
 
 Cut = tuple[int, int, int, int]  # two edges, warps, stages
@@ -39,6 +39,11 @@ S: dict[int | str, dict[str, tuple[Cut, Cut]]] = {
         "half": ((32, 128, 4, 5), (32, 64, 8, 3)),
         "ieee": ((32, 64, 8, 3), (32, 64, 8, 3)),
         "tf32": ((32, 64, 4, 4), (32, 32, 4, 3)),
+    },
+    120: {
+        "half": ((32, 64, 4, 4), (32, 32, 4, 3)),
+        "ieee": ((32, 64, 4, 3), (16, 32, 8, 2)),
+        "tf32": ((32, 64, 8, 3), (32, 32, 8, 3)),
     },
     "gfx942": {"half": ((32, 64, 4, 4), (32, 32, 4, 2)), "ieee": ((32, 32, 4, 3), (32, 32, 4, 2))},
 }
@@ -104,6 +109,11 @@ ONEPASS: dict[int | str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
         "ieee": ((32, 64, 32, 8, 3), (32, 32, 16, 8, 2)),
         "tf32": ((32, 32, 32, 4, 3), (32, 32, 16, 4, 2)),
     },
+    120: {
+        "half": ((32, 64, 32, 4, 3), (32, 64, 32, 4, 3)),
+        "ieee": ((32, 32, 32, 8, 3), (16, 32, 16, 8, 2)),
+        "tf32": ((32, 32, 32, 4, 3), (32, 32, 16, 4, 2)),
+    },
     "gfx942": {"half": ((64, 64, 32, 4, 2), (32, 32, 32, 4, 2)), "ieee": ((32, 64, 32, 4, 2), (32, 32, 32, 4, 2))},
 }
 
@@ -112,7 +122,7 @@ INTERPRETER_CUT = (32, 64, 4, 1)
 
 def _row(table: dict, target: Target, kind: str):
     arch = target.family.arch
-    return table[LIKE.get(arch, arch)][kind]
+    return table[arch if arch in table else LIKE[arch]][kind]
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> str:
