@@ -60,7 +60,8 @@ def onepass_kernel(
     factor = tl.load(scaling).to(tl.float32) if SCALING_POINTER else scaling
     if DROPOUT:
         factor *= keep_scale(threshold)
-    s = (acc_s * factor).to(x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R], rounded as backward will see it
+    s = tl.where(mask_r, acc_s * factor, 0.0)  # an infinity in x has made NaN of the padding's zeros
+    s = s.to(x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R], rounded as backward will see it
     if tile_n == 0:
         tl.store(s_ptr + rows[:, None] * R + offs_r[None, :], s, mask=mask_m & mask_r)
     b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br

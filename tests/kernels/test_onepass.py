@@ -77,3 +77,13 @@ def test_offsets_past_two_to_the_31():
     tensors = inputs(3, 20, 24, 2, torch.float16)
     x = torch.empty(3 * stride, dtype=torch.float16).as_strided((3, 24), (stride, 1))  # pages are mapped when touched
     check(x.copy_(tensors[0]), *tensors[1:])
+
+
+@pytest.mark.parametrize("R", [3, 16])
+def test_an_infinity_stays_one(R):
+    x, weight, lora_A, lora_B, bias = inputs(3, 5, 4, R, torch.float32)
+    x[1, 2] = float("inf")
+    y, S = onepass_forward(x, weight, bias, lora_A, lora_B, 2.0, None)
+    base, update = x @ weight.T + bias, (2.0 * x @ lora_A.T) @ lora_B.T
+    assert torch.equal(y.isnan(), (base + update).isnan()) and torch.equal(y.isinf(), (base + update).isinf())
+    assert S[1].isinf().all() and S[::2].isfinite().all()
