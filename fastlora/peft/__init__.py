@@ -13,7 +13,7 @@ from __future__ import annotations
 try:
     import peft  # noqa: F401
 except ImportError as error:
-    raise ImportError("fastlora.peft needs the package peft: pip install 'fastlora[peft]'") from error
+    raise ImportError("fastlora.peft needs the package peft: pip install 'fastlora-kernels[peft]'") from error
 
 from fastlora.peft.layer import FusedLinear
 from fastlora.peft.patching import KNOWN_VERSIONS, LayerReport, Report, patch, report, unpatch
