@@ -20,7 +20,7 @@ from fastlora.errors import UserError, WorkError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 4 << 20
-MAX_HEADER_BYTES = 32 << 20
+MAX_HEADER_BYTES = 16 << 20
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -219,8 +219,8 @@ def _by_pattern(argument: str, patterns: Mapping, names: Iterable[str], default)
 def _nothing_matches(argument: str, wanted: tuple[str, ...] | str, modules: dict[str, nn.Module]) -> str:
     ends = sorted({name.rpartition(".")[2] for name in modules if name and not name.rpartition(".")[2].isdigit()})
     asked = [wanted] if isinstance(wanted, str) else wanted
-    near = [end for name in asked for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=3)]
+    near = [end for name in asked[:5] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=3)]
     listed = list(dict.fromkeys(near)) or ends[:12]
-    what = repr(wanted) if isinstance(wanted, str) else repr(list(wanted))
+    what = ", ".join(repr(name[:100]) for name in asked[:5]) + (f" and {len(asked) - 5} more" if len(asked) > 5 else "")
     there = f"names there: {', '.join(listed)}" if listed else "it has no such layer at all"
-    return f"{argument} {what} matches no module of the model; {there}"
+    return f"{argument}: {what or 'an empty list'} matches no module of the model; {there}"

@@ -182,6 +182,9 @@ class TestStrangersWeights:
             wider.add_module(name, nn.Linear(6, 7) if name == "fc1" else part)
         assert "(5, 2), the model needs (7, 2)" in refused(saved, wider)
         assert "matches no module" in refused(saved, nn.Sequential(nn.Linear(2, 2)))
+        configure(saved, target_modules=["x" * 1000] * 1000)
+        assert "matches no module" in refused(saved, nn.Sequential(nn.Linear(2, 2)))
+        configure(saved, target_modules=["fc1"])
         assert "is missing" in refused(saved, inject(small(), r=2, target_modules=["fc1", "fc2"]))
 
     def test_dtypes_that_would_lose_numbers(self, saved):
