@@ -17,7 +17,8 @@ CHECKPOINTS = "checkpoints"
 class TokenDataset(Dataset):
     """Tokenised texts: rows of input_ids, attention_mask (lists, not padded) and labels.
 
-    Sorted by length unless it is the training set's turn to be sampled: neighbours then need little padding.
+    Sorted by length, so that the neighbours of an evaluation batch need little padding; training batches are drawn by
+    the Trainer's own sampler of similar lengths.
     """
 
     def __init__(self, tokenizer, texts: list[str], labels: list[int], max_length: int):

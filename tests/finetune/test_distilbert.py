@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -24,7 +25,7 @@ from transformers import (
 
 from fastlora.cli import main
 from fastlora.errors import UserError
-from fastlora.finetune import distilbert, sample
+from fastlora.finetune import distilbert, hub_trainer, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -146,6 +147,21 @@ def test_a_damaged_run_is_refused(folders, tmp_path):
     )
     with pytest.raises(UserError, match="adapter cannot be loaded"):
         distilbert.load_predictor(run)
+
+
+def test_batches_are_grouped_by_length(folders, tmp_path):
+    """At most a few per cent of padding, where batches in random order have a third."""
+    tokenizer, model = distilbert._load(str(folders["bert"]))
+    texts = [" ".join(["film"] * (1 + 7 * i % 60)) for i in range(400)]
+    data = hub_trainer.TokenDataset(tokenizer, texts, [i % 2 for i in range(400)], 64)
+    recipe = distilbert.Recipe("", (), 64, 0.0, 1, 3, 8.0, 8, 1e-3)
+    trainer = hub_trainer.make_trainer(
+        model, tokenizer, {"train": data, "valid": data}, argparse.Namespace(output=tmp_path, seed=0), recipe,
+        torch.device("cpu"),
+    )
+    batches = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+    kept, size = sum(int(mask.sum()) for mask in batches), sum(mask.numel() for mask in batches)
+    assert kept == data.tokens and 1 - kept / size < 0.1
 
 
 def test_the_tutorials_parameter_count():
