@@ -93,7 +93,10 @@ def dropped_update(
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """keep / (1 - p) * (S U) for one tile, float32 [BLOCK_M, BLOCK_N]; by quarters, to spare registers."""
+    """keep / (1 - p) * (S U) for one tile, float32 [BLOCK_M, BLOCK_N]; by quarters, to spare registers.
+
+    A quarter must hold the eight columns of a Philox call: BLOCK_N is 32 or more.
+    """
     left = dropped_half(
         s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
         RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,

@@ -29,34 +29,58 @@ def _cut(*cuts: tuple[int, int, int, int, int], tma: bool = False) -> tuple[Tile
 # or float32 whose products are "tf32" or "float32"; " wide" for a rank above WIDE, where that needs other tiles. A cut
 # is BLOCK_M, BLOCK_N, BLOCK_K, warps, stages.
 _COMMON = {
-    "aligned": _cut((64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
+    "aligned": _cut((128, 128, 64, 8, 2), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
     "ragged": _cut((64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
     "aligned tf32": _cut((64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
-    "ragged tf32": _cut((32, 32, 32, 4, 2)),
+    "ragged tf32": _cut((64, 64, 32, 8, 3), (32, 32, 32, 4, 2)),
     "aligned float32": _cut((32, 32, 16, 8, 1)),
     "ragged float32": _cut((32, 32, 16, 8, 1)),
 }
-TABLE: dict[int | str, dict[str, tuple[Tile, ...]]] = {arch: dict(_COMMON) for arch in USUAL_MULTIPROCESSORS}
-TABLE[90] |= {
-    "tma": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
-    "tma dropout": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
-    "tma dropout wide": _cut((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
-    "aligned": _cut((128, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
-    "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
-    "ragged": _cut((128, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
-    "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
-    "ragged tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+_CDNA = {
+    "aligned": _cut((128, 128, 64, 8, 2), (64, 64, 64, 4, 2), (32, 64, 64, 4, 2)),
+    "aligned wide": _cut((64, 64, 64, 4, 2), (32, 64, 64, 4, 2)),
+    "ragged": _cut((64, 64, 32, 4, 2)),
+    "aligned float32": _cut((64, 64, 32, 4, 2)),
+    "ragged float32": _cut((32, 64, 32, 4, 2)),
 }
-TABLE[80] |= {
-    "aligned": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
-    "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 32, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
-    "ragged": _cut((128, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
-    "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+TABLE: dict[int | str, dict[str, tuple[Tile, ...]]] = {
+    75: {  # no matrix instructions for these kernels: all products in registers
+        "aligned": _cut((32, 32, 16, 8, 1)),
+        "ragged": _cut((32, 32, 16, 8, 1)),
+        "aligned float32": _cut((16, 32, 16, 8, 1)),
+        "ragged float32": _cut((32, 32, 16, 8, 1)),
+    },
+    80: _COMMON
+    | {
+        "aligned": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+        "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 32, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+        "ragged": _cut((128, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
+        "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+        "ragged tf32": _cut((32, 32, 32, 4, 2)),
+    },
+    86: _COMMON,
+    89: _COMMON,
+    90: _COMMON
+    | {
+        "tma": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
+        "tma dropout": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
+        "tma dropout wide": _cut((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
+        "aligned": _cut((128, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+        "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+        "ragged": _cut((128, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
+        "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+        "ragged tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+    },
+    100: _COMMON
+    | {
+        "tma": _cut((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), tma=True),
+        "tma dropout": _cut((128, 256, 64, 8, 3), (64, 64, 64, 4, 4), tma=True),
+        "aligned": _cut((128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
+    },
+    120: _COMMON,
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
 }
-_CONSUMER = {"aligned": _cut((128, 128, 64, 8, 2), (64, 128, 64, 8, 2), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3))}
-TABLE[86] |= _CONSUMER
-TABLE[89] |= _CONSUMER
-TABLE[120] |= _CONSUMER
 
 
 def row_of(dtype: torch.dtype, precision: str, aligned: bool, dropout: bool, tma: bool) -> str:

@@ -137,7 +137,7 @@ def padded_rank(R: int) -> int:
 
 def rank_block(target: Target, dtype: torch.dtype, precision: str) -> int:
     """Columns of the rank that the GEMM multiplies at once: few, to spare registers; sm_100 accumulates elsewhere."""
-    if dtype == torch.float32 and precision == "ieee":
+    if target.arch == 75 or (dtype == torch.float32 and precision == "ieee"):  # no matrix instructions there
         return 16
     return 128 if target.backend == "cuda" and target.family.arch == 100 else 32
 

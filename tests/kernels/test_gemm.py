@@ -140,7 +140,7 @@ def test_mask_does_not_depend_on_the_tile():
     args = whole["dy"], whole["weight"], whole["S"], whole["lora_A"], seeded(0.5)
     results = [
         gemm_dx(*args, tile=tile)
-        for tile in (None, TMA, Tile(16, 64, 16, 4, 1), Tile(64, 16, 64, 4, 1), Tile(128, 128, 32, 4, 1, group_m=1))
+        for tile in (None, TMA, Tile(16, 64, 16, 4, 1), Tile(64, 32, 64, 4, 1), Tile(128, 128, 32, 4, 1, group_m=1))
     ]
     assert all(torch.equal(results[0], other) for other in results[1:])
 
@@ -186,7 +186,7 @@ def test_tile_is_one_of_the_table(target, dtype):
 
 
 def test_few_rows_get_a_low_tile_and_many_a_large_one():
-    for target in TARGETS:
+    for target in TARGETS[1:]:  # Turing has one tile
         few, many = (gemm_tile(target, "forward", M, 4096, 4096, 16, torch.float16, True) for M in (16, 16384))
         assert few.block_m < many.block_m
         assert few.block_m * few.block_n < many.block_m * many.block_n
