@@ -73,8 +73,8 @@ def run(function: Callable[..., Tensor], inputs: Inputs, **keywords) -> dict[str
     return {"Y": y.detach(), **gradients}
 
 
-def violations(got: dict[str, Tensor], inputs: Inputs) -> list[str]:
-    """Every way in which `got`, what `run` returned, breaks the rule; empty when it is correct.
+def violations(got: dict[str, Tensor], inputs: Inputs, units: float = 2.0) -> list[str]:
+    """Every way in which `got`, what `run` returned, breaks the rule, for that many units; empty when it is correct.
 
     NaN and infinity must stand where the eager reference has them, and are left out of the figures. Where eager only
     overflowed, the truth rounded to its dtype is right as well: a number, or the infinity that it rounds to.
@@ -106,7 +106,7 @@ def violations(got: dict[str, Tensor], inputs: Inputs) -> list[str]:
             continue
         error = torch.where(finite, value.double() - truth[name], 0.0)
         error_eager = torch.where(finite & eager[name].isfinite(), eager[name].double() - truth[name], 0.0)
-        allowed = torch.where(finite, 2.0 * (unit * absolute[name] + tiny), 0.0)
+        allowed = torch.where(finite, units * (unit * absolute[name] + tiny), 0.0)
         for measure, size in (("largest element", _largest), ("norm", torch.linalg.vector_norm)):
             limit = 2.0 * size(error_eager) + size(allowed)
             if not size(error) <= limit:

@@ -47,7 +47,10 @@ def read_texts(
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: damaged or not a parquet file ({str(error).splitlines()[0][:90]})") from None
     table = table if limit is None else table.slice(0, limit)
-    texts, labels = table.column(text).to_pylist(), table.column(label).to_pylist()
+    try:
+        texts, labels = table.column(text).to_pylist(), table.column(label).to_pylist()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: damaged, a text is not UTF-8") from None
     if not texts:
         raise UserError(f"{path}: holds no rows")
     known = set(range(classes))

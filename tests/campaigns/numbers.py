@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from .case import Case, draw, simpler
-from .observe import faults
+from .observe import faults, near
 
 
 def campaign(
@@ -80,9 +80,10 @@ def main(argv: list[str] | None = None) -> int:
         return bool(found)
     began = time.monotonic()
     paths = ("split", "onepass") if args.interpreter else (None, "torch")
+    near.clear()
     ran, failed, modes = campaign(args.count, args.seconds, args.seed, paths, most=args.most)
     kinds = ", ".join(f"{name} {number}" for name, number in sorted(modes.items()))
-    print(f"seed {args.seed}: {ran} calls, {len(failed)} wrong, {time.monotonic() - began:.0f} s ({kinds})")
+    print(f"seed {args.seed}: {ran} calls, {len(failed)} wrong, {len(near)} in the last place, {time.monotonic() - began:.0f} s ({kinds})")
     return bool(failed)
 
 

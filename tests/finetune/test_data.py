@@ -154,3 +154,13 @@ def test_the_sample_is_made_once_and_always_the_same(tmp_path):
     for name in ("train", "valid", "test"):
         messages = pd.read_parquet(folder / "spam" / f"{name}.parquet")
         assert list(messages.columns) == ["Text", "Label"] and set(messages.Label) == {0, 1}
+
+
+def test_a_text_that_is_not_utf8_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = pyarrow.array([b"fine", b"\x80\x81"]).cast(pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": [0, 1]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t\.parquet: damaged, a text is not UTF-8"):
+        read_texts(tmp_path / "t.parquet", 2)
