@@ -3,8 +3,8 @@
 Forward:   Y = X Wᵀ + bias;  S = drop(X)·Aᵀ;  Y += s·S·Bᵀ in place.
 Backward:  dB = s·(Sᵀ·dY)ᵀ;  dS = s·dY·B;  dA = dSᵀ·drop(X);  dX = dY·W;  dX += drop'(dS·A) in place.
 
-The scaling s rides on GEMMs as their alpha: no pass of its own. It stands where eager has it, S without and dS with s, so
-that 16 bits overflow and underflow where eager's do.
+The scaling s rides on GEMMs as their alpha: no pass of its own. It stands where eager has it, S without and dS with
+s, so that 16 bits overflow and underflow where eager's do.
 
 With dropout the mask is made twice from one seed: 16 random bits an element, on a CPU several times cheaper than
 `Tensor.bernoulli_`.
