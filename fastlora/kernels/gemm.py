@@ -42,16 +42,34 @@ def add_update(
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + S U for one tile, float32 [BLOCK_M, BLOCK_N]; U is cast to S's dtype in registers."""
+    if BLOCK_R == 16 and RANK_STEPS > 1:  # products without matrix instructions: unrolled, they would spill
+        for step in tl.range(0, RANK_STEPS, num_stages=1):
+            acc = add_step(
+                acc, s_ptr, u_ptr, start_m, start_n, step * BLOCK_R, M, N, R,
+                stride_sm, stride_sr, stride_ur, stride_un, BLOCK_R, INPUT_PRECISION,
+            )  # fmt: skip
+    else:
+        for step in tl.static_range(RANK_STEPS):
+            acc = add_step(
+                acc, s_ptr, u_ptr, start_m, start_n, step * BLOCK_R, M, N, R,
+                stride_sm, stride_sr, stride_ur, stride_un, BLOCK_R, INPUT_PRECISION,
+            )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def add_step(
+    acc, s_ptr, u_ptr, start_m, start_n, start_r, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
+    BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
     offs_m = (start_m + tl.arange(0, acc.shape[0])).to(tl.int64)
     offs_n = (start_n + tl.arange(0, acc.shape[1])).to(tl.int64)
-    for step in tl.static_range(RANK_STEPS):
-        offs_r = step * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
-        u_ptrs = u_ptr + offs_r[:, None] * stride_ur + offs_n[None, :] * stride_un
-        s = tl.load(s_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R), other=0.0)  # [BLOCK_M, BLOCK_R]
-        u = tl.load(u_ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0)  # [BLOCK_R, BLOCK_N]
-        acc = tl.dot(s, u.to(s.dtype), acc, input_precision=INPUT_PRECISION)
-    return acc
+    offs_r = start_r + tl.arange(0, BLOCK_R).to(tl.int64)
+    s_ptrs = s_ptr + offs_m[:, None] * stride_sm + offs_r[None, :] * stride_sr
+    u_ptrs = u_ptr + offs_r[:, None] * stride_ur + offs_n[None, :] * stride_un
+    s = tl.load(s_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R), other=0.0)  # [BLOCK_M, BLOCK_R]
+    u = tl.load(u_ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0)  # [BLOCK_R, BLOCK_N]
+    return tl.dot(s, u.to(s.dtype), acc, input_precision=INPUT_PRECISION)
 
 
 @triton.jit

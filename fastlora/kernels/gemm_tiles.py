@@ -33,8 +33,8 @@ _COMMON = {
     "ragged": _cut((64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
     "aligned tf32": _cut((64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
     "ragged tf32": _cut((64, 64, 32, 8, 3), (32, 32, 32, 4, 2)),
-    "aligned float32": _cut((32, 32, 16, 8, 1)),
-    "ragged float32": _cut((32, 32, 16, 8, 1)),
+    "aligned float32": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
+    "ragged float32": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
 }
 _CDNA = {
     "aligned": _cut((128, 128, 64, 8, 2), (64, 64, 64, 4, 2), (32, 64, 64, 4, 2)),
@@ -45,10 +45,10 @@ _CDNA = {
 }
 TABLE: dict[int | str, dict[str, tuple[Tile, ...]]] = {
     75: {  # no matrix instructions for these kernels: all products in registers
-        "aligned": _cut((32, 32, 16, 8, 1)),
-        "ragged": _cut((32, 32, 16, 8, 1)),
+        "aligned": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
+        "ragged": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
         "aligned float32": _cut((16, 32, 16, 8, 1)),
-        "ragged float32": _cut((32, 32, 16, 8, 1)),
+        "ragged float32": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
     },
     80: _COMMON
     | {
@@ -57,6 +57,7 @@ TABLE: dict[int | str, dict[str, tuple[Tile, ...]]] = {
         "ragged": _cut((128, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
         "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
         "ragged tf32": _cut((32, 32, 32, 4, 2)),
+        "ragged float32": _cut((32, 64, 16, 4, 1)),
     },
     86: _COMMON,
     89: _COMMON,
@@ -70,6 +71,7 @@ TABLE: dict[int | str, dict[str, tuple[Tile, ...]]] = {
         "ragged": _cut((128, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
         "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
         "ragged tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+        "aligned float32": _cut((32, 64, 16, 4, 1)),
     },
     100: _COMMON
     | {
