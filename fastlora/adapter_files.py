@@ -155,7 +155,8 @@ def write_adapter(directory: str | os.PathLike, config: Mapping, tensors: Mappin
         raise AdapterError(f"{directory / CONFIG_NAME} is there already and not a LoRA adapter's: nothing written")
     # Copies, because the library refuses tensors that share memory.
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    weights = save(tensors, {"format": "pt", "sha256": _sha256(tensors[name] for name in sorted(tensors))})
+    summed = _sha256(tensors[name] for name in sorted(tensors))
+    weights = _in_order(save(tensors, {"format": "pt", "sha256": summed}))
     settings = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
     suffix = f".{os.getpid()}.{os.urandom(4).hex()}.tmp"
     new_config, new_weights = directory / (CONFIG_NAME + suffix), directory / (WEIGHTS_NAME + suffix)
@@ -182,6 +183,16 @@ def _sha256(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         summed.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return summed.hexdigest()
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: the library leaves their order to chance."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def _flush(file: BinaryIO) -> None:

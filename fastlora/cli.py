@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fastlora import env
+from fastlora._version import __version__
 from fastlora.errors import UserError, WorkError
 
 PROGRAMS = {
@@ -73,7 +75,11 @@ def _run(argv: list[str]) -> int:
         importlib.import_module(PREPARE[0]).add_arguments(spam)
     commands.add_parser("info", help="versions, devices, paths usable here, data found")
 
+    parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
+
     args = parser.parse_args(argv)
+    if args.command in ("train", "predict"):
+        _check_forced_path(getattr(args, "device", "cpu"))
     if args.command == "train":
         importlib.import_module(PROGRAMS[args.program][0]).train(args)
     elif args.command == "predict":
@@ -85,6 +91,22 @@ def _run(argv: list[str]) -> int:
 
         print(info())
     return DONE
+
+
+def _check_forced_path(device: str) -> None:
+    """Name a FASTLORA_PATH that cannot run before any work is done."""
+    path = env.forced_path()
+    if path is None:
+        return
+    from fastlora.finetune.options import pick_device
+    from fastlora.paths import check, registry
+
+    if path not in registry.NAMES:
+        raise UserError(f"FASTLORA_PATH is {path!r}; it needs to be one of {', '.join(registry.NAMES)}, or unset")
+    device = pick_device(device)
+    reason = registry.load(path).unavailable(device) or check.admit(path, device)
+    if reason:
+        raise UserError(f"FASTLORA_PATH={path} cannot run here: {reason}")
 
 
 def _train_parsers(parser: argparse.ArgumentParser, argv: list[str]) -> None:

@@ -208,7 +208,9 @@ def _leave(args, recipe: Recipe, data: _Data, model: TextClassifier, trainer: Tr
     kept = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
     write_checkpoint(folder / MODEL, kept, {"data": data.digest, "pretrained": results["pretrained"]})
     reports.write_history(folder, trainer.history)
-    plot_history(folder / "curves.png", trainer.history, f"IMDb, {args.impl}: {results['test_accuracy']:.1%} on test")
+    which = "made-up sample" if args.data == "sample" else "IMDb"
+    title = f"{which}, {args.impl}: {results['test_accuracy']:.1%} on test"
+    plot_history(folder / "curves.png", trainer.history, title)
     size = (folder / "adapter_model.safetensors").stat().st_size
     path = "eager"
     if args.impl == "fused":
