@@ -30,7 +30,7 @@ class Case:
     face: str = "function"  # or layer, peft, conv1d (PEFT's layer over transformers' Conv1D)
     path: str | None = None
     mode: str = "plain"
-    lead: tuple[int, ...] = (1,)
+    lead: tuple[int, ...] = ()
     N: int = 1
     K: int = 1
     R: int = 1

@@ -83,7 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     near.clear()
     ran, failed, modes = campaign(args.count, args.seconds, args.seed, paths, most=args.most)
     kinds = ", ".join(f"{name} {number}" for name, number in sorted(modes.items()))
-    print(f"seed {args.seed}: {ran} calls, {len(failed)} wrong, {len(near)} in the last place, {time.monotonic() - began:.0f} s ({kinds})")
+    seconds = time.monotonic() - began
+    counts = f"{ran} calls, {len(failed)} wrong, {len(near)} in the last place"
+    print(f"seed {args.seed}: {counts}, {seconds:.0f} s ({kinds})")
     return bool(failed)
 
 

@@ -1,0 +1,122 @@
+"""Each campaign in its quick form. The long ones are commands; see each module."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+
+from campaigns import concurrency, files, memory, numbers, observe, properties, runs
+from campaigns.case import Case
+from campaigns.loaders import LOADERS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_numbers():
+    said = []
+    ran, failed, _ = numbers.campaign(800, 25, seed=1, say=said.append)
+    assert not failed, said
+    assert ran >= 100
+
+
+def test_a_wrong_layer_is_found_and_shrunk(monkeypatch):
+    import fastlora
+
+    right = fastlora.lora_linear
+
+    def wrong(x, weight, *rest, **keywords):
+        y = right(x, weight, *rest, **keywords)
+        return y * (1 + 1e-3) if x.shape[-1] >= 7 else y
+
+    monkeypatch.setattr(fastlora, "lora_linear", wrong)
+    case = Case(seed=5, lead=(4, 3), N=8, K=31, R=8, bias=True, scaling=2.0, x="stepped", mode="no_grad")
+    assert observe.faults(case)
+    small = numbers.shrink(case)
+    assert observe.faults(small) and (small.K, small.N, small.R, small.mode) == (7, 1, 1, "plain")
+    assert eval(str(small), {"Case": Case}) == small
+
+
+def test_numbers_in_the_interpreter():
+    command = [sys.executable, "-m", "tests.campaigns.numbers", "--interpreter", "--count", "40", "--seconds", "20"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " 0 wrong" in done.stdout, done.stdout + done.stderr[-2000:]
+
+
+def test_what_is_kept_for_backward():
+    import random
+
+    rng = random.Random(1)
+    for _ in range(40):
+        case = memory.random_case(rng)
+        kept, wanted = memory.kept_bytes(case)
+        assert kept == wanted, str(case)
+
+
+@pytest.mark.parametrize("kind", memory.KINDS)
+def test_steps_leave_nothing_behind(kind):
+    more, tensors = memory.steps(200, kind)
+    assert tensors <= 0
+    assert more < 4 << 20
+
+
+def test_properties():
+    assert properties.campaign(40, seed=1) == []
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_damaged_files(name):
+    found, refused = files.campaign(name, 120, seed=1)
+    assert not found and refused > 60
+
+
+def test_no_pickle_is_loaded():
+    """Nothing of ours names pickle or torch.load but to forbid it, and no loader calls either."""
+    sources = {path: path.read_text() for path in (ROOT / "fastlora").rglob("*.py")}
+    for path, text in sources.items():
+        for word in ("torch.load", "import pickle", "pickle.load", "import marshal", "allow_pickle=True"):
+            assert word not in text, (path, word)
+    guard = (
+        "import pickle, torch, tempfile, sys\n"
+        "from pathlib import Path\n"
+        "from tests.campaigns.loaders import LOADERS\n"
+        "for name, loader in LOADERS.items():\n"
+        "    folder = Path(tempfile.mkdtemp()); loader.make(folder)\n"
+        "    def no(*a, **k): raise SystemExit(f'{name}: a pickle was loaded')\n"
+        "    pickle.load = pickle.loads = pickle.Unpickler = torch.load = no\n"
+        "    loader.load(folder)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", guard], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_threads_forks_and_workers():
+    assert concurrency.threads(4, 50) == 0
+    assert concurrency.forks(3) == 0
+    assert concurrency.workers(2, 20, "fork") == 0
+
+
+def test_a_disk_that_fills_up():
+    """Two runs in one folder, kills and damage are in `tests/finetune`."""
+    assert runs.campaign(["full_disk"], tries=1, seed=1) == []
+
+
+@pytest.mark.slow
+def test_all_hardships():
+    assert runs.campaign(list(runs.HARDSHIPS), tries=5, seed=2) == []
