@@ -247,7 +247,7 @@ def test_mask_statistics(p):
 
 
 def test_mask_without_the_host_has_the_same_statistics():
-    bits = torch_path._splitmix64(torch.tensor(99), 250_000).view(torch.int16).view(1000, 1000)
+    bits = torch_path._splitmix64(torch.tensor(99), (250_000,)).view(torch.int16).view(1000, 1000)
     keep = (bits >= round(0.1 * 65536) - 32768).double()
     assert abs(keep.mean().item() - 0.9) < 5 * (0.09 / 1e6) ** 0.5
     assert abs((keep[:, 1:] * keep[:, :-1]).mean().item() - 0.81) < 1e-3

@@ -12,6 +12,8 @@ With dropout the mask is made twice from one seed: 16 random bits an element, on
 
 from __future__ import annotations
 
+import math
+import threading
 from functools import cache
 
 import torch
@@ -138,24 +140,37 @@ def keep_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype) -> tup
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
     if seed.dtype is torch.bool:
         return seed, scale
-    drop = round(p * 65536)
-    words = (M * K + 3) // 4
+    words = (M, K // 4) if K % 4 == 0 else ((M * K + 3) // 4,)
     if seed.is_cpu:
-        generator = torch.Generator()
-        generator.manual_seed(seed.item())
+        generator = _private.generator.manual_seed(seed.item())
         random = torch.empty(words, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     else:
         random = _splitmix64(seed, words)
-    # the bits are uniform over [-32768, 32768), since ATen compares no unsigned 16-bit integers
-    bits = random.view(torch.int16)[: M * K].view(M, K)
+    bits = random.view(torch.int16)  # uniform over [-32768, 32768): ATen compares no unsigned 16-bit integers
+    if K % 4:
+        bits = bits[: M * K].view(M, K)
     keep = torch.empty((M, K), dtype=dtype, device=seed.device)
-    torch.ge(bits, drop - 32768, out=keep)
+    torch.ge(bits, round(p * 65536) - 32768, out=keep)
     return keep, scale
 
 
-def _splitmix64(seed: Tensor, count: int) -> Tensor:
-    """`count` random int64 on seed's device, with no word from the host. Source: Steele et al. 2014, SplitMix."""
-    z = torch.arange(1, count + 1, dtype=torch.int64, device=seed.device).mul_(-7046029254386353131).add_(seed)
+class _Private(threading.local):
+    """Each thread's own generator, seeded anew for every mask: making one costs more than seeding it."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+
+
+_private = _Private()
+
+
+def _splitmix64(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Random int64 of `shape` on seed's device, with no word from the host. Source: Steele et al. 2014."""
+    z = (
+        torch.arange(1, math.prod(shape) + 1, dtype=torch.int64, device=seed.device)
+        .mul_(-7046029254386353131)
+        .add_(seed)
+    )
     z.bitwise_xor_((z >> 30).bitwise_and_((1 << 34) - 1)).mul_(-4658895280553007687)
     z.bitwise_xor_((z >> 27).bitwise_and_((1 << 37) - 1)).mul_(-7723592293110705685)
-    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
+    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1)).view(shape)
