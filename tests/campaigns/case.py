@@ -84,7 +84,8 @@ def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), fa
     mixed = half and adapter != "f16" and (adapter or mode == "autocast")  # the range of float16 where eager has more
     factors = (1e-2, 1e2) if half or dtype == "bf16" else (1e-6, 1e-2, 1e2, 1e6)
     names = [name for name in TENSORS if bias or name != "bias"]
-    special = tuple((rng.choice(names), rng.choice(SPECIALS)) for _ in range(rng.choice((1, 1, 2))))
+    # one alone: of two infinities that meet, the signs and so NaN may hang on sums that cancel
+    special = ((rng.choice(names), rng.choice(SPECIALS)),)
     scalings = (1.0, 2.0, 2.0, 0.5, 16.0, 1 / 3, -2.5, 0.0, *(() if mixed else (100.0,) if half else (1e4, 1e30)))
     dropout = 0.0 if mode in TRANSFORMS else rng.choice((0.0, 0.0, 0.1, 0.5, 0.9))
     if kernels and dropout:
