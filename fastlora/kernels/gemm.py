@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels.dropout import Dropout, keep_scale, keep_tile
-from fastlora.kernels.gemm_tiles import gemm_tile
+from fastlora.kernels.gemm_tiles import gemm_tile, tma_holds
 from fastlora.kernels.tiles import Target, Tile, input_precision, multiprocessors, padded_rank, rank_block, target_of
 
 
@@ -261,7 +261,7 @@ def make_plan(
         aligned = fit and (stride_xm | N | K | w_row) % 16 == 0
         tile = gemm_tile(
             target, kind, M, N, K, R, dtype, aligned, dropout=dropout, precision=precision,
-            tma=fit and target.has_tma, multiprocessors=count,
+            tma=fit and target.has_tma and tma_holds(aligned, dropout, R), multiprocessors=count,
         )  # fmt: skip
     elif tile.tma and not fit:
         raise ValueError(f"tma needs rows of whole 16-byte pieces: strides of x and w {strides[:4]}, columns of y {N}")

@@ -9,7 +9,7 @@ import torch
 
 from fastlora.kernels import gemm
 from fastlora.kernels.dropout import Dropout
-from fastlora.kernels.gemm_tiles import row_of, tiles_of
+from fastlora.kernels.gemm_tiles import row_of, tiles_of, tma_holds
 from fastlora.kernels.specimen import Pointer, Specimen
 from fastlora.kernels.tiles import Target, Tile
 
@@ -56,6 +56,8 @@ def gemm_specimens(
                 if tma and not row.startswith("tma"):
                     continue
                 for R, layout in itertools.product(RANKS, layouts):
+                    if tma and not tma_holds(aligned, dropout, R):
+                        continue
                     for tile in tiles_of(target, row, R):
                         yield specimen(target, tile, kind, dropout, R, dtype, adapter_dtype, layout, precision)
 

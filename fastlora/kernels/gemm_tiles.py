@@ -70,7 +70,7 @@ TABLE: dict[int | str, dict[str, tuple[Tile, ...]]] = {
         "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
         "ragged": _cut((128, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
         "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
-        "ragged tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+        "ragged tf32": _cut((128, 64, 32, 8, 3), (64, 64, 32, 8, 3), (32, 32, 32, 4, 2)),
         "aligned float32": _cut((32, 64, 16, 4, 1)),
     },
     100: _COMMON
@@ -93,6 +93,11 @@ def row_of(dtype: torch.dtype, precision: str, aligned: bool, dropout: bool, tma
     if dtype != torch.float32:
         return row
     return f"{row} tf32" if precision == "tf32" else f"{row} float32"
+
+
+def tma_holds(aligned: bool, dropout: bool, R: int) -> bool:
+    """False for the one case whose registers spill through descriptors: a wide dropped update on rows not aligned."""
+    return aligned or not dropout or R <= WIDE
 
 
 def tiles_of(target: Target, row: str, R: int) -> tuple[Tile, ...]:
