@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fastlora import errors
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # for `import accuracy`
 
@@ -23,7 +25,8 @@ def data_dir() -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    """No test reads or writes the user's cache, and none inherits a forced path."""
+    """No test reads or writes the user's cache, none inherits a forced path, or a warning already given once."""
+    monkeypatch.setattr(errors, "_said", set())
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     for name in ("FASTLORA_PATH", "FASTLORA_DATA", "FASTLORA_AUTOTUNE"):
         monkeypatch.delenv(name, raising=False)
