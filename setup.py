@@ -1,11 +1,37 @@
-"""The build. All of it is declared in pyproject.toml but one switch, which must not be ignored silently."""
+"""The build. What is not here is declared in pyproject.toml: the CPU kernels, and one switch that must not be ignored."""
 
 import os
+import platform
 import sys
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 if os.environ.get("FASTLORA_BUILD_CUDA", "0") not in ("", "0"):
     sys.exit("FASTLORA_BUILD_CUDA: this version has no CUDA C++ library to build; unset it to install the rest")
 
-setup()
+
+class StableABIWheel(bdist_wheel):
+    """One wheel for every Python from 3.10 on: the extension keeps to the limited API."""
+
+    def get_tag(self):
+        python, abi, system = super().get_tag()
+        return ("cp310", "abi3", system) if python.startswith("cp") else (python, abi, system)
+
+
+# Without a compiler or Python's headers the install goes on: the path `torch` then runs on CPUs.
+cpu_kernels = Extension(
+    "fastlora._cpu",
+    sources=["csrc/cpu.cpp"],
+    depends=["csrc/cpu_kernels.h", "csrc/cpu_bfloat16.h"],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17"],
+    py_limited_api=True,
+    optional=True,
+)
+
+# Elsewhere torch does not run on GNU OpenMP, whose threads the kernels borrow.
+if platform.system() == "Linux":
+    setup(ext_modules=[cpu_kernels], cmdclass={"bdist_wheel": StableABIWheel})
+else:
+    setup()

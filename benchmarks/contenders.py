@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.measure import ROOT
 from fastlora import lora_linear, reference
-from fastlora.paths import Problem, choose, select
-from fastlora.paths.registry import NAMES as PATHS
+from fastlora.dispatch import Problem, choose, select
+from fastlora.dispatch.registry import NAMES as PATHS
 
 SCALING = 2.0
 PEERS = ROOT / ".peers"  # ignored by git: a checkout of a peer's sources is measured when it lies here

@@ -117,7 +117,7 @@ def _tests(seconds: float) -> str:
 
 
 def _selfcheck(_: float) -> str:
-    from fastlora.paths import registry, selfcheck
+    from fastlora.dispatch import registry, selfcheck
 
     results = selfcheck("cuda")
     wrong = {
@@ -161,7 +161,7 @@ def _sanitizer(seconds: float) -> str:
 
 def _tune(seconds: float, folder: Path | None) -> str:
     from benchmarks import tune
-    from fastlora.paths import choice, table
+    from fastlora.dispatch import choice, table
 
     tune.main(seconds, None, folder)
     file = table.FOLDER / f"{table.device_class(torch.device('cuda'))}.json"

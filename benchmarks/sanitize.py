@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastlora import accuracy
-from fastlora.paths import Problem, registry
+from fastlora.dispatch import Problem, registry
 
 SHAPES = ((37, 53, 41, 3), (64, 128, 96, 16))  # no size a multiple of a tile; then one that descriptors take
 

@@ -9,9 +9,9 @@ import torch
 
 from benchmarks import cases, measure
 from benchmarks.cases import TRAIN
-from fastlora.paths import autotune, registry, table
-from fastlora.paths.check import admit
-from fastlora.paths.problem import Problem
+from fastlora.dispatch import autotune, registry, table
+from fastlora.dispatch.check import admit
+from fastlora.dispatch.problem import Problem
 
 PROJECT_LAYERS = (  # GPT-2's and DistilBERT's, at the tokens of their batches: (K, N, R)
     (768, 2304, 8),

@@ -98,8 +98,8 @@ def _check_forced_path(device: str) -> None:
     path = env.forced_path()
     if path is None:
         return
+    from fastlora.dispatch import check, registry
     from fastlora.finetune.options import pick_device
-    from fastlora.paths import check, registry
 
     if path not in registry.NAMES:
         raise UserError(f"FASTLORA_PATH is {path!r}; it needs to be one of {', '.join(registry.NAMES)}, or unset")

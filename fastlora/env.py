@@ -15,9 +15,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# os.environ.get costs a microsecond, most of it an exception for the variable that is not set; this runs every call.
+_variables = getattr(os.environ, "_data", None)
+_FORCED_PATH = os.environ.encodekey("FASTLORA_PATH") if _variables is not None else None
+
 
 def forced_path() -> str | None:
     """The path named by `FASTLORA_PATH`, or None."""
+    if _variables is not None and _FORCED_PATH not in _variables:
+        return None
     return os.environ.get("FASTLORA_PATH") or None
 
 

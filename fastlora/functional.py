@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from fastlora import paths, reference
+from fastlora import reference
+from fastlora.dispatch import select
+from fastlora.dispatch.problem import rows
 from fastlora.errors import warn_once
-from fastlora.paths.problem import rows
 
 _PLAIN = frozenset({Tensor, Parameter})
 
@@ -60,10 +61,11 @@ def lora_linear(
         lora_B, scaling = lora_B * scaling.detach().to(lora_B.dtype), 1.0
     if not training:
         dropout_p = 0.0
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch._C._is_any_autocast_enabled():
         x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, lora_A, lora_B, bias, dropout_p)
-    if torch.compiler.is_compiling():
+    if compiling:
         seed = torch.randint(2**63 - 1, (), device=x.device) if dropout_p > 0.0 else None
         return _forward_op(x, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed, path or "")[0]
     if (
@@ -75,7 +77,7 @@ def lora_linear(
     ):
         return _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path)
 
-    run = paths.select(x, weight, lora_A, dropout_p, path)
+    run = select(x, weight, lora_A, dropout_p, path)
     if torch.is_grad_enabled():
         if weight.requires_grad:
             weight = _freeze(weight)
@@ -105,17 +107,18 @@ def _freeze(weight: Tensor) -> Tensor:
 
 def _check(x, weight, lora_A, lora_B, bias, dropout_p) -> None:
     """One expression when all is well: this runs every call."""
+    x_shape, weight_shape, A_shape, B_shape, dtype = x.shape, weight.shape, lora_A.shape, lora_B.shape, x.dtype
     if (
-        weight.dim() == lora_A.dim() == lora_B.dim() == 2
-        and x.dim()
-        and (x.shape[-1], *lora_B.shape) == (weight.shape[1], weight.shape[0], lora_A.shape[0])
-        and lora_A.shape[1] == weight.shape[1]
-        and lora_A.shape[0]
-        and x.dtype is weight.dtype
-        and x.is_floating_point()
-        and lora_A.is_floating_point()
-        and lora_B.is_floating_point()
-        and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype is x.dtype))
+        len(weight_shape) == len(A_shape) == len(B_shape) == 2
+        and x_shape
+        and x_shape[-1] == weight_shape[1] == A_shape[1]
+        and weight_shape[0] == B_shape[0]
+        and A_shape[0] == B_shape[1] != 0
+        and weight.dtype is dtype
+        and dtype.is_floating_point
+        and lora_A.dtype.is_floating_point
+        and lora_B.dtype.is_floating_point
+        and (bias is None or (bias.shape == weight_shape[:1] and bias.dtype is dtype))
         and 0.0 <= dropout_p <= 1.0
     ):
         return
@@ -210,7 +213,7 @@ def _forward_op(
     seed: Tensor | None,
     path: str,
 ) -> tuple[Tensor, Tensor]:
-    run = paths.select(x, weight, lora_A, dropout_p, path or None)
+    run = select(x, weight, lora_A, dropout_p, path or None)
     return run.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
 
 
@@ -236,7 +239,7 @@ def _backward_op(
     need_A: bool,
     need_B: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = paths.select(x, weight, lora_A, dropout_p, path or None)
+    run = select(x, weight, lora_A, dropout_p, path or None)
     dx, dA, dB = run.backward(
         rows(dy),
         x if need_A else None,

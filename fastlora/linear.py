@@ -118,7 +118,7 @@ class FusedLoRALinear(nn.Module):
             raise ValueError(f"lora_dropout must be at least 0 and less than 1, got {lora_dropout}")
         self.set_scaling(lora_alpha, use_rslora, scaling)
         self.weight = _frozen(weight)
-        self.bias = None if bias is None else _frozen(bias)
+        self.register_parameter("bias", None if bias is None else _frozen(bias))
         self.lora_A = nn.Parameter(weight.new_empty((self.r, self.in_features), dtype=adapter_dtype))
         self.lora_B = nn.Parameter(weight.new_empty((self.out_features, self.r), dtype=adapter_dtype))
         self.fan_in_fan_out = False
@@ -153,8 +153,12 @@ class FusedLoRALinear(nn.Module):
         """x (..., K) in the weight's dtype -> (..., N). Merged, it is the plain linear layer: no dropout."""
         if self._base is not None:
             return F.linear(x, self.weight, self.bias)
-        A, B, p = self.lora_A, self.lora_B, self.lora_dropout
-        return self._lora_linear(x, self.weight, A, B, self.bias, self.scaling, p, self.training)
+        try:  # past nn.Module.__getattr__, which costs half a microsecond a name
+            own = self._parameters
+            weight, bias, A, B = own["weight"], own["bias"], own["lora_A"], own["lora_B"]
+        except KeyError:  # pruned or parametrised
+            weight, bias, A, B = self.weight, self.bias, self.lora_A, self.lora_B
+        return self._lora_linear(x, weight, A, B, bias, self.scaling, self.lora_dropout, self.training)
 
     @property
     def merged(self) -> bool:

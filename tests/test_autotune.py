@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from fastlora.paths import autotune, table
-from fastlora.paths.problem import Problem
+from fastlora.dispatch import autotune, table
+from fastlora.dispatch.problem import Problem
 
 CPU = torch.device("cpu")
 
@@ -152,7 +152,7 @@ def test_timing_tries_the_paths_that_run_here_and_leaves_the_callers_random_numb
 
 
 def test_a_path_that_raises_is_no_candidate(monkeypatch):
-    from fastlora.paths import registry
+    from fastlora.dispatch import registry
 
     def refuse(*_):
         raise ArithmeticError("out of registers")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.paths import check
-from fastlora.paths import torch as torch_path
+from fastlora.dispatch import check, select
+from fastlora.dispatch import torch as torch_path
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,8 +22,8 @@ def with_mask(inputs, dropout_p, seed):
     """The inputs with the mask that the next call after `torch.manual_seed(seed)` draws, as the reference needs it."""
     torch.manual_seed(seed)
     M, K = inputs.x.reshape(-1, inputs.x.shape[-1]).shape
-    token = torch_path.draw(inputs.x, dropout_p)
-    mask = check.mask_of(torch_path, token, M, K, dropout_p).view(inputs.x.shape)
+    path = select(inputs.x, inputs.weight, inputs.lora_A, dropout_p, None)
+    mask = check.mask_of(path, path.draw(inputs.x, dropout_p), M, K, dropout_p).view(inputs.x.shape)
     torch.manual_seed(seed)
     return replace(inputs, dropout_p=dropout_p, mask=mask)
 

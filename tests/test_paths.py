@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastlora
+from fastlora.dispatch import Problem, check, choice, choose, registry, table
 from fastlora.errors import FastLoRAWarning
-from fastlora.paths import Problem, check, choice, choose, registry, table
 
 GPU = torch.device("cuda", 0)
 PROBLEM = Problem(8192, 4096, 4096, 16, torch.bfloat16, torch.bfloat16, GPU, False)
@@ -37,14 +37,17 @@ def measured(folder, path, **changes):
 
 
 def test_names():
-    assert set(fastlora.paths()) == {"torch", "onepass", "split", "cuda"}
+    assert set(fastlora.paths()) == {"torch", "cpu", "onepass", "split", "cuda"}
     assert fastlora.paths("cpu")["torch"] == "usable"
     assert "TRITON_INTERPRET=1" in fastlora.paths("cpu")["split"]
 
 
-def test_a_cpu_runs_torch():
+def test_a_cpu_runs_a_path_of_its_own():
     chosen = choose(PROBLEM._replace(device=torch.device("cpu")))
-    assert chosen.path == "torch" and "CPU" in chosen.reason
+    usable = fastlora.paths("cpu")["cpu"] == "usable"
+    assert chosen.path == ("cpu" if usable else "torch") and "CPU" in chosen.reason
+    chosen = choose(PROBLEM._replace(device=torch.device("cpu"), dtype=torch.float64))
+    assert chosen.path == "torch" and ("float64" in chosen.reason or not usable)
 
 
 def test_an_unknown_gpu_gets_the_safe_default(gpu):
@@ -102,6 +105,10 @@ def test_a_read_only_cache_costs_only_time(gpu, monkeypatch, tmp_path):
         assert check.admit("onepass", GPU) is None
 
 
+def test_nothing_to_multiply_is_for_aten_on_a_gpu(gpu):
+    assert choose(PROBLEM._replace(M=0)).reason.startswith("M, N or K is 0")
+
+
 def test_selfcheck_runs_the_torch_path_for_real():
     verdicts = fastlora.selfcheck("cpu")
     assert verdicts["torch"] == "ok" and "TRITON_INTERPRET" in verdicts["split"]
@@ -131,8 +138,7 @@ def test_forced_by_the_environment(monkeypatch):
 def test_explain():
     layer = fastlora.FusedLoRALinear(8, 6, r=2)
     said = fastlora.explain(layer, torch.randn(3, 8))
-    assert said.path == "torch" and "CPU" in said.reason
-    assert fastlora.explain(layer, torch.randn(0, 8)).reason.startswith("M, N or K is 0")
+    assert said.path in ("cpu", "torch") and "CPU" in said.reason
     with pytest.raises(TypeError, match="Linear"):
         fastlora.explain(torch.nn.Linear(8, 6), torch.randn(3, 8))
 
@@ -146,7 +152,7 @@ def test_every_path_answers_the_same_questions():
 
 BROKEN_KERNEL = """
 import torch
-from fastlora.paths import check
+from fastlora.dispatch import check
 import fastlora.kernels.s as s
 cpu = torch.device("cpu")
 assert check.examine("split", cpu) is None, check.examine("split", cpu)
@@ -190,7 +196,7 @@ import sys, torch
 sys.path.insert(0, "tests")
 import accuracy, fastlora
 from dataclasses import replace
-from fastlora.paths import check, registry
+from fastlora.dispatch import check, registry
 assert fastlora.paths("cpu")["split"] == "usable"
 assert {fastlora.selfcheck("cpu")[name] for name in ("torch", "onepass", "split")} == {"ok"}
 for name in ("onepass", "split"):

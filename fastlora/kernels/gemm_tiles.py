@@ -1,9 +1,8 @@
 """Which tile the GEMM runs with: a table for each architecture, and the arithmetic that picks from it.
 
 A tile belongs here when it compiles on its architecture without spilling registers and within shared memory, for all
-that its row can be asked: `python -m fastlora.kernels.matrix` tells. sm_90 was compiled widely; the rows of sm_86, 89,
-120 and gfx950 come from a few probes or from their relatives. The choice within a row is arithmetic (waves over the
-multiprocessors, times the work of a wave), not measurement: no GPU has timed it.
+that its row can be asked: `python -m fastlora.kernels.matrix` tells. The choice within a row is arithmetic (waves over
+the multiprocessors, times the work of a wave), not measurement: no GPU has timed it.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ TABLE: dict[int | str, dict[str, tuple[Tile, ...]]] = {
         "ragged tf32": _cut((32, 32, 32, 4, 2)),
         "ragged float32": _cut((32, 64, 16, 4, 1)),
     },
-    86: _COMMON,
-    89: _COMMON,
+    86: _COMMON | {"ragged tf32 wide": _cut((32, 32, 32, 4, 2))},
+    89: _COMMON | {"ragged tf32 wide": _cut((32, 32, 32, 4, 2))},
     90: _COMMON
     | {
         "tma": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
@@ -77,10 +76,16 @@ TABLE: dict[int | str, dict[str, tuple[Tile, ...]]] = {
     100: _COMMON
     | {
         "tma": _cut((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), tma=True),
+        "tma wide": _cut((128, 128, 64, 8, 4), tma=True),
         "tma dropout": _cut((128, 256, 64, 8, 3), (64, 64, 64, 4, 4), tma=True),
         "aligned": _cut((128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
+        "aligned wide": _cut((128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
     },
-    120: _COMMON,
+    120: _COMMON
+    | {
+        "aligned wide": _cut((128, 128, 64, 8, 2), (64, 64, 64, 4, 3)),
+        "aligned float32": _cut((32, 64, 16, 4, 1)),
+    },
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }

@@ -16,9 +16,9 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
 
+from fastlora.dispatch import Explanation, explain
 from fastlora.errors import warn_once
 from fastlora.functional import lora_linear
-from fastlora.paths import Explanation, explain
 from fastlora.peft import reasons
 
 _functorch_active = torch._C._are_functorch_transforms_active

@@ -12,7 +12,7 @@ from benchmarks import cases, contenders, gpu, measure, runner, suite, tune
 from benchmarks.__main__ import main
 from benchmarks.cases import FORWARD, PLAIN, TRAIN, Case, Job
 from fastlora import reference
-from fastlora.paths import registry, table
+from fastlora.dispatch import registry, table
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 8, 12, 16, 2, "float32", 0.0)

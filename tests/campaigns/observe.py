@@ -15,8 +15,8 @@ import fastlora
 import fastlora.peft
 from fastlora import accuracy
 from fastlora.accuracy import Inputs
+from fastlora.dispatch import check, registry
 from fastlora.errors import FastLoRAWarning
-from fastlora.paths import check, registry
 
 from .case import Case, tensors
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.paths import Problem, autotune, check, registry
+from fastlora.dispatch import Problem, autotune, check, registry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = torch.device("cuda")

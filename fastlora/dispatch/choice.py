@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fastlora import env
+from fastlora.dispatch import check, registry, table
+from fastlora.dispatch.problem import Problem
 from fastlora.errors import warn_once
-from fastlora.paths import check, registry, table
-from fastlora.paths import torch as torch_path
-from fastlora.paths.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Explanation(Choice):
 
 
 _selected: dict[tuple, ModuleType] = {}
+_on_cpu: dict[tuple, ModuleType] = {}
 
 
 def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: str | None) -> ModuleType:
@@ -43,7 +43,8 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
     if path is None:
         path = env.forced_path()
         if path is None and x.is_cpu:
-            return torch_path
+            key = (x.dtype, lora_A.dtype, lora_A.shape[0], dropout_p > 0.0)
+            return _on_cpu.get(key) or _select_on_cpu(x, weight, key)
     N, K = weight.shape
     dropout = dropout_p > 0.0
     key = (path, x.shape[:-1], N, K, lora_A.shape[0], x.dtype, lora_A.dtype, x.device, dropout)
@@ -58,13 +59,21 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
     return chosen
 
 
+def _select_on_cpu(x: Tensor, weight: Tensor, key: tuple) -> ModuleType:
+    """There the path depends on no size but the rank's; `_on_cpu` remembers it."""
+    dtype, adapter_dtype, R, dropout = key
+    problem = Problem(x.shape[:-1].numel(), *weight.shape, R, dtype, adapter_dtype, x.device, dropout)
+    _on_cpu[key] = registry.load(choose(problem).path)
+    return _on_cpu[key]
+
+
 def choose(problem: Problem) -> Choice:
     """The path for `problem` when nobody names one. Never raises for an unknown device: `torch` serves everywhere."""
     device = problem.device
+    if device.type == "cpu":
+        return _choose_for_cpu(problem)
     if problem.empty:
         return Choice("torch", "M, N or K is 0: nothing to multiply")
-    if device.type == "cpu":
-        return Choice("torch", "the tensors are on the CPU, where ATen's GEMMs are the fastest we have")
     measured = table.lookup(problem)
     if measured is None:
         return Choice(
@@ -82,6 +91,18 @@ def choose(problem: Problem) -> Choice:
         )
         return Choice("torch", f"{name!r} cannot run: {obstacle}")
     return Choice(name, f"measured fastest ({source})")
+
+
+CPU_RANK = 32  # above it ATen's GEMMs make up for the passes that they take, where nothing is dropped
+
+
+def _choose_for_cpu(problem: Problem) -> Choice:
+    obstacle = _obstacle("cpu", problem)
+    if obstacle:
+        return Choice("torch", f"the tensors are on the CPU, and 'cpu' cannot run: {obstacle}")
+    if problem.R > CPU_RANK and not problem.dropout:
+        return Choice("torch", f"measured fastest on a CPU for R above {CPU_RANK} without dropout")
+    return Choice("cpu", f"measured fastest on a CPU for R up to {CPU_RANK}, and for any with dropout")
 
 
 def explain(layer, x: Tensor) -> Explanation:

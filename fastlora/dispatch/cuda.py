@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlora.paths.problem import Problem
+from fastlora.dispatch.problem import Problem
 
 NAME = "cuda"
 _REASON = "this version ships no CUDA C++ library"

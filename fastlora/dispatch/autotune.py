@@ -21,10 +21,10 @@ from torch import Tensor
 
 from fastlora import env
 from fastlora._version import __version__
+from fastlora.dispatch import registry, table
+from fastlora.dispatch.check import admit
+from fastlora.dispatch.problem import Problem
 from fastlora.errors import warn_once
-from fastlora.paths import registry, table
-from fastlora.paths.check import admit
-from fastlora.paths.problem import Problem
 
 FALLBACK = "torch"
 FIELDS = ("M", "N", "K", "R", "dtype", "dropout")  # of a row, in the order of `table.bucket`

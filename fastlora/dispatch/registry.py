@@ -6,7 +6,7 @@ import importlib
 from functools import cache
 from types import ModuleType
 
-NAMES = ("torch", "onepass", "split", "cuda")
+NAMES = ("torch", "cpu", "onepass", "split", "cuda")
 
 
 @cache
@@ -18,4 +18,4 @@ def load(name: str) -> ModuleType:
     """
     if name not in NAMES:
         raise ValueError(f"path is {name!r}; it needs to be one of {', '.join(map(repr, NAMES))}, or None to choose")
-    return importlib.import_module(f"fastlora.paths.{name}")
+    return importlib.import_module(f"fastlora.dispatch.{name}")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.paths.problem import Problem, rows
+from fastlora.dispatch.problem import Problem, rows
 
 NAME = "torch"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastlora import env
-from fastlora.paths.problem import Problem
+from fastlora.dispatch.problem import Problem
 
 FOLDER = Path(__file__).parent / "tables"
 
@@ -41,7 +41,7 @@ def lookup(problem: Problem) -> tuple[str, str] | None:
     if path is not None:
         return path, f"table {name}"
     if env.autotune():
-        from fastlora.paths import autotune
+        from fastlora.dispatch import autotune
 
         return autotune.lookup(problem), "tuned here"
     return None

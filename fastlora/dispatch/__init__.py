@@ -7,8 +7,8 @@ device does not run unless it is asked for by name.
 
 from __future__ import annotations
 
-from fastlora.paths.check import selfcheck
-from fastlora.paths.choice import Choice, Explanation, choose, explain, paths, select
-from fastlora.paths.problem import Problem
+from fastlora.dispatch.check import selfcheck
+from fastlora.dispatch.choice import Choice, Explanation, choose, explain, paths, select
+from fastlora.dispatch.problem import Problem
 
 __all__ = ["Choice", "Explanation", "Problem", "choose", "explain", "paths", "select", "selfcheck"]

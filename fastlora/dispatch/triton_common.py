@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora import env
-from fastlora.paths.problem import Problem, rows
+from fastlora.dispatch.problem import Problem, rows
 
 MAX_RANK = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

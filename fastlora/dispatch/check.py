@@ -1,7 +1,8 @@
 """The self-check: each path against the reference in float64, on small ragged cases, on the device itself.
 
-A Triton path runs on a GPU only after it has passed here. The verdict is kept in memory and, per device, driver, torch,
-Triton, fastlora version and kernel source, in the cache folder, so that the check costs a second once per machine.
+A Triton path runs on a GPU, and the compiled kernels on a CPU, only after they have passed here. The verdict is kept in
+memory and, per device, driver, torch, Triton, fastlora version and kernel source, in the cache folder, so that the
+check costs a second once per machine.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from fastlora import accuracy, env
 from fastlora._version import __version__
+from fastlora.dispatch import registry
+from fastlora.dispatch.problem import Problem
 from fastlora.errors import warn_once
-from fastlora.paths import registry
-from fastlora.paths.problem import Problem
 
 # (M, N, K, R, dropout_p): no size a multiple of a tile, one aligned case for the TMA kernels, one of a single row
 CASES = ((37, 53, 41, 3, 0.0), (130, 72, 100, 16, 0.25), (64, 128, 256, 8, 0.0), (1, 24, 40, 1, 0.0))
@@ -67,8 +68,8 @@ def admit(name: str, device: torch.device) -> str | None:
 
 
 def needs_check(name: str, device: torch.device) -> bool:
-    """ATen is trusted; a kernel of ours on a GPU is not, until it has been compared there."""
-    return name != "torch" and device.type != "cpu"
+    """ATen is trusted; a kernel of ours is not, until it has been compared on this device. Triton's interpreter is one."""
+    return name == "cpu" or (name != "torch" and device.type != "cpu")
 
 
 def examine(name: str, device: torch.device) -> str | None:
@@ -123,7 +124,7 @@ def _violations(path, inputs: accuracy.Inputs, dropout_p: float) -> list[str]:
 
 def mask_of(path, seed: Tensor, M: int, K: int, dropout_p: float) -> Tensor:
     """The mask (M, K), bool, True = kept, that `path` applies for `seed`."""
-    if path.NAME == "torch":
+    if path.NAME in ("torch", "cpu"):
         return path.keep_mask(seed, M, K, dropout_p, torch.float32)[0].bool()
     from fastlora.kernels.dropout import Dropout, keep_mask
 
@@ -144,7 +145,7 @@ def _indexed(device: torch.device) -> torch.device:
 def _source_digest() -> str:
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
-    for source in sorted([*package.glob("kernels/*.py"), *package.glob("paths/*.py")]):
+    for source in sorted([*package.glob("kernels/*.py"), *package.glob("dispatch/*.py")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -153,6 +154,7 @@ def _store(name: str, device: torch.device) -> Path:
     facts = {
         "path": name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "compiled": registry.load(name).compiled() if name == "cpu" else None,
         "driver": _driver(device),
         "torch": torch.__version__,
         "triton": metadata.version("triton") if name in ("onepass", "split") else None,

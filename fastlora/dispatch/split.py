@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from fastlora.paths.triton_common import backward, draw, dropout_of, exact, on_device_of, rows, unavailable, unsupported
+from fastlora.dispatch.triton_common import (
+    backward,
+    draw,
+    dropout_of,
+    exact,
+    on_device_of,
+    rows,
+    unavailable,
+    unsupported,
+)
 
 __all__ = ["NAME", "backward", "draw", "forward", "unavailable", "unsupported"]
 

@@ -1,0 +1,387 @@
+// fastlora._cpu: the rank terms of the LoRA layer on a CPU, beside ATen's GEMM with the frozen weight.
+//
+// A Python extension in plain C++, with no libtorch: tensors come as addresses, sizes and strides, and are checked by
+// fastlora/dispatch/cpu.py. The kernels are compiled for each instruction set and chosen when the module is loaded. They
+// run on torch's own OpenMP threads, through the address of its GOMP_parallel: a second pool would fight the first.
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace {
+
+struct Dropout {
+  bool on;
+  std::uint64_t seed;
+  std::uint32_t threshold;  // an element is dropped when its 16 random bits are below
+  float scale;              // of what is kept: 1 / (1 - p)
+};
+
+// One call. Row-major with rows of the given stride, or dense where there is none.
+struct Call {
+  const void *x, *dy, *lora_A, *lora_B;
+  void *S, *y, *dx, *dA, *dB;
+  std::int64_t x_stride, dy_stride, M, N, K;
+  int R, threads;
+  float scaling;
+  Dropout dropout;
+
+  int parts() const {
+    // below some 10 microseconds of work a second thread costs more than it does
+    const double work = static_cast<double>(M) * (N + K) * R;
+    return work < 5e5 ? 1 : static_cast<int>(std::min<std::int64_t>(threads, (M + 15) / 16));
+  }
+};
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+inline float to_float(float v) { return v; }
+inline float to_float(BFloat16 v) {
+  const std::uint32_t wide = static_cast<std::uint32_t>(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &wide, 4);
+  return f;
+}
+
+template <typename T>
+inline T from_float(float v);
+template <>
+inline float from_float<float>(float v) {
+  return v;
+}
+template <>
+inline BFloat16 from_float<BFloat16>(float v) {  // to the nearest, ties to even; NaN stays NaN
+  std::uint32_t wide;
+  std::memcpy(&wide, &v, 4);
+  const std::uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+  return {static_cast<std::uint16_t>(v != v ? 0x7fc0u : rounded)};
+}
+
+typedef void (*ParallelRegion)(void (*)(void*), void*, unsigned, unsigned);
+ParallelRegion gomp_parallel = nullptr;
+
+// body(part) for every part, each exactly once, on as many threads.
+template <typename Body>
+void parallel(int parts, const Body& body) {
+  if (parts == 1 || !gomp_parallel) {
+    for (int part = 0; part < parts; ++part) body(part);
+    return;
+  }
+  struct Shared {
+    const Body& body;
+    std::atomic<int> next;
+    int parts;
+  } shared{body, {0}, parts};
+  gomp_parallel(
+      [](void* data) {
+        Shared& s = *static_cast<Shared*>(data);
+        for (int part; (part = s.next.fetch_add(1)) < s.parts;) s.body(part);
+      },
+      &shared, parts, 0);
+}
+
+// One piece of the calling thread's memory for all that a call needs: first each part is reserved, then all allocated.
+// The memory stays for the next call, since its pages cost more than the arithmetic.
+class Arena {
+ public:
+  template <typename T>
+  struct Part {
+    std::int64_t start, each;  // bytes
+  };
+  // `count` elements for each of `parts`
+  template <typename T>
+  Part<T> reserve(std::int64_t count, int parts = 1) {
+    const Part<T> part{size_, (count * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64};
+    size_ += part.each * parts;
+    return part;
+  }
+  void allocate() {
+    thread_local std::unique_ptr<char[]> memory;
+    thread_local std::int64_t capacity = 0;
+    if (capacity < size_ + 64) {
+      memory.reset();
+      capacity = 0;
+      memory.reset(new char[size_ + 64]);
+      capacity = size_ + 64;
+    }
+    start_ = memory.get() + (64 - reinterpret_cast<std::uintptr_t>(memory.get()) % 64) % 64;
+  }
+  template <typename T>
+  T* operator()(const Part<T>& part, int index) const {
+    return reinterpret_cast<T*>(start_ + part.start + index * part.each);
+  }
+  template <typename T>
+  T* operator[](const Part<T>& part) const {
+    return (*this)(part, 0);
+  }
+
+ private:
+  std::int64_t size_ = 0;
+  char* start_ = nullptr;
+};
+
+constexpr int BLOCK = 48;     // rows that are worked on together, at most
+constexpr int DOT_RANKS = 4;  // ranks that `dot` computes together
+
+// A block of X and one of dY fit together into half of a usual core's own cache.
+inline int block_rows(std::int64_t row_bytes) { return row_bytes <= 8192 ? BLOCK : BLOCK / 2; }
+
+inline std::int64_t ranks(int R) { return (R + DOT_RANKS - 1) / DOT_RANKS * DOT_RANKS; }
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int Indices __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Indices{__VA_ARGS__})
+#endif
+
+#if defined(__clang__)
+#define FASTLORA_PRAGMA(text) _Pragma(#text)
+#define FASTLORA_BEGIN_TARGET(isa) \
+  FASTLORA_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define FASTLORA_END_TARGET _Pragma("clang attribute pop")
+#else
+#define FASTLORA_PRAGMA(text) _Pragma(#text)
+#define FASTLORA_BEGIN_TARGET(isa) _Pragma("GCC push_options") FASTLORA_PRAGMA(GCC target(isa))
+#define FASTLORA_END_TARGET _Pragma("GCC pop_options")
+#endif
+
+#if defined(__x86_64__)
+FASTLORA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
+namespace avx512bf16 {
+#define NAMESPACE avx512bf16
+constexpr int V = 16, DOT_ROWS = 6, UPDATE_ROWS = 8, UPDATE_VECTORS = 2, OUTER_RANKS = 8, OUTER_VECTORS = 2;
+#include "cpu_kernels.h"
+#include "cpu_bfloat16.h"
+typedef Kernels<BFloat16, BFloat16, BFloat16Engine> BothBFloat16;
+#undef NAMESPACE
+}  // namespace avx512bf16
+FASTLORA_END_TARGET
+
+FASTLORA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+namespace avx512 {
+#define NAMESPACE avx512
+constexpr int V = 16, DOT_ROWS = 6, UPDATE_ROWS = 8, UPDATE_VECTORS = 2, OUTER_RANKS = 8, OUTER_VECTORS = 2;
+#include "cpu_kernels.h"
+typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
+#undef NAMESPACE
+}  // namespace avx512
+FASTLORA_END_TARGET
+
+FASTLORA_BEGIN_TARGET("avx2,fma")
+namespace avx2 {
+#define NAMESPACE avx2
+constexpr int V = 8, DOT_ROWS = 2, UPDATE_ROWS = 4, UPDATE_VECTORS = 2, OUTER_RANKS = 4, OUTER_VECTORS = 2;
+#include "cpu_kernels.h"
+typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
+#undef NAMESPACE
+}  // namespace avx2
+FASTLORA_END_TARGET
+#endif
+
+namespace portable {
+#define NAMESPACE portable
+constexpr int V = 4, DOT_ROWS = 2, UPDATE_ROWS = 4, UPDATE_VECTORS = 2, OUTER_RANKS = 4, OUTER_VECTORS = 2;
+#include "cpu_kernels.h"
+typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
+#undef NAMESPACE
+}  // namespace portable
+
+struct Library {
+  const char* name;
+  // by the dtypes of x and of the adapters: 0 float32, 1 bfloat16
+  void (*forward[2][2])(const Call&);
+  void (*backward[2][2])(const Call&);
+  void (*mask)(float*, const Call&);
+};
+
+#define FASTLORA_LIBRARY(isa)                                                                             \
+  {#isa,                                                                                                  \
+   {{isa::Kernels<float, float, isa::FloatEngine>::forward,                                               \
+     isa::Kernels<float, BFloat16, isa::FloatEngine>::forward},                                           \
+    {isa::Kernels<BFloat16, float, isa::FloatEngine>::forward, isa::BothBFloat16::forward}},              \
+   {{isa::Kernels<float, float, isa::FloatEngine>::backward,                                              \
+     isa::Kernels<float, BFloat16, isa::FloatEngine>::backward},                                          \
+    {isa::Kernels<BFloat16, float, isa::FloatEngine>::backward, isa::BothBFloat16::backward}},            \
+   isa::mask}
+
+const Library libraries[] = {
+#if defined(__x86_64__)
+    FASTLORA_LIBRARY(avx512bf16),
+    FASTLORA_LIBRARY(avx512),
+    FASTLORA_LIBRARY(avx2),
+#endif
+    FASTLORA_LIBRARY(portable),
+};
+const Library* library = nullptr;
+
+bool runs_here(const Library& candidate) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(candidate.name, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!std::strcmp(candidate.name, "avx512")) return avx512;
+  if (!std::strcmp(candidate.name, "avx2")) return avx2;
+#endif
+  return !std::strcmp(candidate.name, "portable");
+}
+
+// The arguments in order; a wrong one leaves Python's error set and every later value 0.
+class Arguments {
+ public:
+  Arguments(PyObject* const* values, Py_ssize_t count, Py_ssize_t expected) : next_(values) {
+    if (count != expected) PyErr_Format(PyExc_TypeError, "%zd arguments needed, got %zd", expected, count);
+  }
+  std::int64_t integer() { return PyErr_Occurred() ? 0 : PyLong_AsLongLong(*next_++); }
+  double real() { return PyErr_Occurred() ? 0.0 : PyFloat_AsDouble(*next_++); }
+  template <typename T = void>
+  T* address() {
+    return PyErr_Occurred() ? nullptr : static_cast<T*>(PyLong_AsVoidPtr(*next_++));
+  }
+  Dropout dropout() {
+    const double p = real();
+    const std::int64_t* seed = address<const std::int64_t>();
+    if (PyErr_Occurred() || p <= 0.0 || !seed) return {false, 0, 0, 1.0f};
+    return {true, static_cast<std::uint64_t>(*seed), static_cast<std::uint32_t>(p * 65536.0 + 0.5),
+            p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
+  }
+
+ private:
+  PyObject* const* next_;
+};
+
+template <typename Function>
+PyObject* run(const Function& function) {
+  if (PyErr_Occurred()) return nullptr;
+  bool memory = true;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    function();
+  } catch (const std::bad_alloc&) {
+    memory = false;
+  }
+  Py_END_ALLOW_THREADS;
+  if (!memory) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+// forward(x_type, adapter_type, x, x_stride, A, B, S, y, M, N, K, R, scaling, p, seed, threads)
+PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments in(values, count, 16);
+  Call call{};
+  const bool x16 = in.integer(), adapter16 = in.integer();
+  call.x = in.address();
+  call.x_stride = in.integer();
+  call.lora_A = in.address();
+  call.lora_B = in.address();
+  call.S = in.address();
+  call.y = in.address();
+  call.M = in.integer();
+  call.N = in.integer();
+  call.K = in.integer();
+  call.R = static_cast<int>(in.integer());
+  call.scaling = static_cast<float>(in.real());
+  call.dropout = in.dropout();
+  call.threads = static_cast<int>(in.integer());
+  return run([&] { library->forward[x16][adapter16](call); });
+}
+
+// backward(x_type, adapter_type, dy, dy_stride, x, x_stride, A, B, S, dx, dA, dB, M, N, K, R, scaling, p, seed, threads)
+PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments in(values, count, 20);
+  Call call{};
+  const bool x16 = in.integer(), adapter16 = in.integer();
+  call.dy = in.address();
+  call.dy_stride = in.integer();
+  call.x = in.address();
+  call.x_stride = in.integer();
+  call.lora_A = in.address();
+  call.lora_B = in.address();
+  call.S = in.address();
+  call.dx = in.address();
+  call.dA = in.address();
+  call.dB = in.address();
+  call.M = in.integer();
+  call.N = in.integer();
+  call.K = in.integer();
+  call.R = static_cast<int>(in.integer());
+  call.scaling = static_cast<float>(in.real());
+  call.dropout = in.dropout();
+  call.threads = static_cast<int>(in.integer());
+  return run([&] { library->backward[x16][adapter16](call); });
+}
+
+// mask(out, M, K, p, seed): float32 (M, K), 1 / (1 - p) where x is kept and 0 where it is dropped
+PyObject* mask(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  Arguments in(values, count, 5);
+  Call call{};
+  float* out = in.address<float>();
+  call.M = in.integer();
+  call.K = in.integer();
+  call.dropout = in.dropout();
+  return run([&] { library->mask(out, call); });
+}
+
+PyObject* use_threads_of(PyObject*, PyObject* address) {
+  void* function = PyLong_AsVoidPtr(address);
+  if (PyErr_Occurred()) return nullptr;
+  gomp_parallel = reinterpret_cast<ParallelRegion>(function);
+  Py_RETURN_NONE;
+}
+
+PyObject* use_instructions(PyObject*, PyObject* name) {
+  for (const Library& candidate : libraries)
+    if (PyUnicode_CompareWithASCIIString(name, candidate.name) == 0 && runs_here(candidate)) {
+      library = &candidate;
+      Py_RETURN_NONE;
+    }
+  PyErr_Format(PyExc_ValueError, "this processor or build has no instruction set %R", name);
+  return nullptr;
+}
+
+PyObject* instructions(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const Library& candidate : libraries) {
+    if (!names || !runs_here(candidate)) continue;
+    PyObject* name = PyUnicode_FromString(candidate.name);
+    if (!name || PyList_Append(names, name)) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
+  return names;
+}
+
+PyMethodDef methods[] = {
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, "S, and y += s S Bᵀ"},
+    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL, "dA, dB, and dx += drop'(dS A)"},
+    {"mask", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mask)), METH_FASTCALL, "the dropout mask of a seed"},
+    {"use_threads_of", use_threads_of, METH_O, "run on the OpenMP pool whose GOMP_parallel has this address"},
+    {"use_instructions", use_instructions, METH_O, "run the kernels compiled for this instruction set"},
+    {"instructions", instructions, METH_NOARGS, "the instruction sets that can run here, fastest first"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "fastlora._cpu", "The rank terms of the LoRA layer on a CPU.", -1, methods,
+    nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cpu() {
+  for (const Library& candidate : libraries)
+    if (!library && runs_here(candidate)) library = &candidate;
+  return PyModule_Create(&module);
+}

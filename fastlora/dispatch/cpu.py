@@ -1,0 +1,136 @@
+"""Path `cpu`: ATen's GEMM with the frozen weight, and all that has the rank in it in kernels compiled from `csrc/`.
+
+Forward:   Y = X Wᵀ + bias (ATen);  then S = drop(X)·Aᵀ and Y += s·S·Bᵀ, block by block, with one read of X.
+Backward:  dX = dY·W (ATen);  then dS = s·dY·B, dBᵀ = s·Sᵀ·dY, dA = dSᵀ·drop(X) and dX += drop'(dS·A), block by block,
+           with one read of dY and one of X.
+
+The dropout mask is a hash of the seed and of an element's place, made where it is needed. The kernels use torch's own
+threads, and the fastest instruction set that the processor has. Where they were not compiled, path `torch` runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora.dispatch.problem import Problem, rows
+from fastlora.dispatch.torch import draw_seed
+
+try:
+    from fastlora import _cpu
+except ImportError as error:
+    _cpu, _missing = None, f"the kernels in csrc/ were not compiled at install ({error})"
+
+NAME = "cpu"
+MAX_RANK = 128
+_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@cache
+def unavailable(device: torch.device) -> str | None:
+    """Why this path cannot run on `device`, or None."""
+    if device.type != "cpu":
+        return f"its kernels are for the CPU, not for {device.type!r}"
+    return _missing if _cpu is None else _borrow_threads()
+
+
+def _borrow_threads() -> str | None:
+    """Hand torch's OpenMP pool to the kernels: a second one would fight the first for the cores."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).GOMP_parallel  # found in what libtorch_cpu itself is linked with
+    except (OSError, AttributeError) as error:
+        return f"torch's OpenMP threads were not found ({error})"
+    _cpu.use_threads_of(ctypes.cast(function, ctypes.c_void_p).value)
+    return None
+
+
+def compiled() -> str:
+    """What a self-check's verdict holds for: these kernels, with the instruction set that this processor has."""
+    return f"{_cpu.instructions()[0]} {hashlib.sha256(Path(_cpu.__file__).read_bytes()).hexdigest()}"
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why the kernels cannot run `problem`, or None."""
+    if problem.dtype not in _CODES:
+        return f"x is {problem.dtype}; the CPU kernels take float32 and bfloat16"
+    if problem.adapter_dtype not in _CODES:
+        return f"the adapters are {problem.adapter_dtype}; the CPU kernels take float32 and bfloat16"
+    if problem.R > MAX_RANK:
+        return f"R is {problem.R}; the CPU kernels take at most {MAX_RANK}"
+    return None
+
+
+def draw(x: Tensor, dropout_p: float) -> Tensor:
+    """A dropout seed, int64 and of one element, drawn by torch's generator."""
+    return draw_seed(x.device)
+
+
+def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
+    """x (..., K) -> y (..., N), a fresh tensor, and S (M, R) in x's dtype."""
+    N, K = weight.shape
+    R = lora_A.shape[0]
+    if x.dim() == 2:
+        x2, y = x, F.linear(x, weight, bias)
+        M = x.shape[0]
+    else:  # F.linear would return a view here, on which autograd forbids in-place ops
+        x2 = rows(x)
+        M = x2.shape[0]
+        y = x.new_empty((*x.shape[:-1], N))
+        if bias is None:
+            torch.mm(x2, weight.t(), out=y.view(M, N))
+        else:
+            torch.addmm(bias, x2, weight.t(), out=y.view(M, N))
+    x2, lora_A, lora_B = _dense_rows(x2), lora_A.contiguous(), lora_B.contiguous()
+    S = torch.empty((M, R), dtype=x.dtype)
+    _cpu.forward(
+        _CODES[x.dtype], _CODES[lora_A.dtype], x2.data_ptr(), x2.stride(0), lora_A.data_ptr(), lora_B.data_ptr(),
+        S.data_ptr(), y.data_ptr(), M, N, K, R, scaling, dropout_p, 0 if seed is None else seed.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y, S
+
+
+def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B):
+    """dy (M, N) -> dx (M, K), dA (R, K), dB (N, R).
+
+    None for dx when weight is None, for dA when x is None, for dB unless `need_B`.
+    """
+    dy, lora_A, lora_B = _dense_rows(dy), lora_A.contiguous(), lora_B.contiguous()
+    (M, N), (R, K) = dy.shape, lora_A.shape
+    dx = dA = dB = None
+    at_x = at_dx = at_dA = at_dB = x_stride = 0
+    if x is not None:
+        x = _dense_rows(rows(x))
+        dA = torch.empty_like(lora_A)
+        at_x, x_stride, at_dA = x.data_ptr(), x.stride(0), dA.data_ptr()
+    if need_B:
+        dB = torch.empty_like(lora_B)
+        at_dB = dB.data_ptr()
+    if weight is not None:
+        dx = torch.mm(dy, weight)
+        at_dx = dx.data_ptr()
+    _cpu.backward(
+        _CODES[dy.dtype], _CODES[lora_A.dtype], dy.data_ptr(), dy.stride(0), at_x, x_stride, lora_A.data_ptr(),
+        lora_B.data_ptr(), S.data_ptr(), at_dx, at_dA, at_dB, M, N, K, R, scaling, dropout_p,
+        0 if seed is None else seed.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dA, dB
+
+
+def keep_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """1 where x is kept and 0 where it is dropped, (M, K) in `dtype`; and 1 / (1 - p)."""
+    mask = torch.empty((M, K), dtype=torch.float32)
+    _cpu.mask(mask.data_ptr(), M, K, p, seed.data_ptr())
+    return (mask != 0).to(dtype), 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    """t (M, K) with the elements of a row side by side; a row may lie anywhere."""
+    return t if t.stride(1) == 1 else t.contiguous()

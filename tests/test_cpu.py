@@ -1,0 +1,230 @@
+"""Path `cpu`: the compiled kernels by the error rule, for every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import accuracy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastlora
+from fastlora.dispatch import check, choice, cpu
+
+CPU = torch.device("cpu")
+if cpu.unavailable(CPU):
+    pytest.skip(f"path 'cpu': {cpu.unavailable(CPU)}", allow_module_level=True)
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=cpu._cpu.instructions())
+def instructions(request):
+    cpu._cpu.use_instructions(request.param)
+    yield request.param
+    cpu._cpu.use_instructions(cpu._cpu.instructions()[0])
+
+
+def with_mask(inputs, dropout_p, seed):
+    torch.manual_seed(seed)
+    M, K = inputs.x.reshape(-1, inputs.x.shape[-1]).shape
+    mask = check.mask_of(cpu, cpu.draw(inputs.x, dropout_p), M, K, dropout_p).view(inputs.x.shape)
+    torch.manual_seed(seed)
+    return replace(inputs, dropout_p=dropout_p, mask=mask)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every empty buffer starts as NaN, so that an element which nothing writes cannot pass."""
+    real, real_like, real_new = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+    def poison(t):
+        return t.fill_(float("nan")) if t.dtype.is_floating_point else t
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(real(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(real_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(real_new(*a, **k)))
+
+
+@pytest.mark.parametrize("adapter_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("R", [1, 2, 3, 8, 16, 33, 64, 128])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_error_rule(poisoned, instructions, dtype, adapter_dtype, R, dropout_p):
+    inputs = accuracy.draw(61, 53, 71, R, dtype, adapter_dtype=adapter_dtype, seed=R)
+    if dropout_p:
+        inputs = with_mask(inputs, dropout_p, seed=R)
+    accuracy.check(fastlora.lora_linear, inputs, path="cpu")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lead=st.lists(st.integers(0, 9), min_size=0, max_size=3),
+    N=st.integers(1, 70),
+    K=st.integers(1, 70),
+    R=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["plain", "transposed", "expanded", "sliced", "stepped"]),
+    dropout_p=st.sampled_from([0.0, 0.4]),
+    isa=st.sampled_from(cpu._cpu.instructions()),
+    threads=st.integers(1, 3),
+)
+def test_any_shape_stride_and_dtype(lead, N, K, R, dtype, layout, dropout_p, isa, threads):
+    inputs = accuracy.draw(torch.Size(lead).numel(), N, K, R, dtype)
+    x = inputs.x.view(*lead, K)
+    if layout == "transposed" and len(lead) >= 2:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "expanded" and len(lead) >= 1 and lead[0]:
+        x = x[:1].expand(*lead, K)
+    elif layout == "sliced":
+        x = torch.cat([x, x], -1)[..., K // 2 : K // 2 + K]
+    elif layout == "stepped":
+        x = torch.stack([x, x], -1).flatten(-2)[..., ::2]
+    inputs = replace(inputs, x=x, dy=inputs.dy.view(*lead, N))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        cpu._cpu.use_instructions(isa)
+        accuracy.check(
+            fastlora.lora_linear, with_mask(inputs, dropout_p, seed=1) if dropout_p else inputs, path="cpu"
+        )
+    finally:
+        torch.set_num_threads(before)
+        cpu._cpu.use_instructions(cpu._cpu.instructions()[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_that_several_threads_share(instructions, dtype, threads):
+    """More rows than a block, more columns than a small block takes, rows that no number divides."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for M, N, K, R in ((331, 130, 96, 8), (101, 96, 4200, 5)):
+            inputs = with_mask(accuracy.draw(M, N, K, R, dtype), 0.25, seed=2)
+            first = accuracy.check(fastlora.lora_linear, inputs, path="cpu")
+            torch.manual_seed(2)
+            again = accuracy.run(fastlora.lora_linear, inputs, path="cpu")
+            assert all(torch.equal(first[name], again[name]) for name in first)  # bitwise repeatable
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("needs", ["x", "A", "B", "xA", "xB", "AB"])
+def test_each_gradient_alone_is_the_same(needs):
+    inputs = with_mask(accuracy.draw(70, 40, 48, 4, torch.float32), 0.5, seed=3)
+    every = accuracy.run(fastlora.lora_linear, inputs, path="cpu")
+    leaves = {"x": inputs.x, "A": inputs.lora_A, "B": inputs.lora_B}
+    asked = {name: t.detach().requires_grad_(name in needs) for name, t in leaves.items()}
+    torch.manual_seed(3)
+    y = fastlora.lora_linear(asked["x"], inputs.weight, asked["A"], asked["B"], inputs.bias, 2.0, 0.5, path="cpu")
+    y.backward(inputs.dy)
+    for name, t in asked.items():
+        assert torch.equal(t.grad, every[f"d{name.upper()}"]) if name in needs else t.grad is None
+
+
+def test_a_mask_is_a_function_of_seed_and_place_alone():
+    seed, found = torch.tensor(12345), {}
+    for isa in cpu._cpu.instructions():
+        cpu._cpu.use_instructions(isa)
+        found[isa] = cpu.keep_mask(seed, 67, 101, 0.3, torch.float32)[0]
+    cpu._cpu.use_instructions(cpu._cpu.instructions()[0])
+    first = next(iter(found.values()))
+    assert all(torch.equal(mask, first) for mask in found.values())
+    assert torch.equal(cpu.keep_mask(seed, 12, 40, 0.3, torch.float32)[0], first[:12, :40])
+    assert not torch.equal(cpu.keep_mask(seed + 1, 67, 101, 0.3, torch.float32)[0], first)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_mask_statistics(p):
+    keep, scale = cpu.keep_mask(torch.tensor(987), 1024, 1024, p, torch.float64)
+    share = 1 - round(p * 65536) / 65536
+    assert set(keep.unique().tolist()) == {0.0, 1.0} and scale == 1 / (1 - p)
+    sigma = (p * (1 - p)) ** 0.5
+    assert abs(keep.mean().item() - share) < 5 * sigma / 1024
+    for axis in (0, 1):
+        assert (keep.mean(axis) - share).abs().max().item() < 5.5 * sigma / 32
+    centred = (keep - share) / sigma
+    for rows, columns in ((0, 1), (0, 16), (0, 32), (1, 0), (48, 0), (1, 1), (1, 16)):  # neighbours know nothing
+        product = centred[rows:, columns:] * centred[: 1024 - rows, : 1024 - columns]
+        assert abs(product.mean().item()) < 5 / 1024, (rows, columns)
+    other = (cpu.keep_mask(torch.tensor(988), 1024, 1024, p, torch.float64)[0] - share) / sigma
+    assert abs((centred * other).mean().item()) < 5 / 1024  # nor does the mask of the next seed
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-6, 1.0])
+def test_dropout_at_its_ends(p):
+    inputs = replace(accuracy.draw(6, 5, 7, 2, torch.float32), dropout_p=p)
+    got = accuracy.run(fastlora.lora_linear, inputs, path="cpu")
+    mask = torch.full((6, 7), p < 1)
+    inputs = replace(inputs, mask=mask) if p < 1 else replace(inputs, mask=mask, dropout_p=0)
+    assert not accuracy.violations(got, inputs)
+
+
+def test_what_runs_on_a_cpu():
+    def chosen(dtype, R, dropout):
+        weight, lora_A = torch.empty(8, 8, dtype=dtype), torch.empty(R, 8, dtype=dtype)
+        return choice.select(torch.empty(4, 8, dtype=dtype), weight, lora_A, dropout, None).NAME
+
+    assert chosen(torch.float32, 16, 0.0) == chosen(torch.bfloat16, 64, 0.1) == "cpu"
+    assert chosen(torch.float32, choice.CPU_RANK + 1, 0.0) == "torch"
+    assert chosen(torch.float64, 4, 0.0) == chosen(torch.float16, 4, 0.1) == chosen(torch.float32, 129, 0.1) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("breaks", "reason"),
+    [
+        ("sys.modules['fastlora._cpu'] = None", "were not compiled at install"),
+        ("import torch, ctypes; ctypes.CDLL = lambda name: object()", "OpenMP threads were not found"),
+    ],
+)
+def test_without_the_kernels_the_torch_path_runs(breaks, reason):
+    program = f"""
+import sys
+{breaks}
+import torch, fastlora
+layer = fastlora.FusedLoRALinear(8, 6, r=2)
+layer(torch.randn(3, 8)).sum().backward()
+print(fastlora.paths("cpu")["cpu"])
+print(fastlora.explain(layer, torch.randn(3, 8)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    said, explained = done.stdout.strip().splitlines()
+    assert reason in said and explained.startswith("torch: ") and reason in explained
+
+
+def test_kernels_broken_on_purpose_are_found_and_not_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(check, "_verdicts", {})
+    monkeypatch.setattr(choice, "_on_cpu", {})
+
+    class Broken:
+        def __getattr__(self, name):
+            honest = getattr(cpu._cpu.honest, name)
+            if name != "backward":
+                return honest
+            return lambda *arguments: honest(*arguments[:16], arguments[16] * 1.01, *arguments[17:])
+
+    broken = Broken()
+    broken.honest = cpu._cpu
+    monkeypatch.setattr(cpu, "_cpu", broken)
+    layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8)
+    with pytest.warns(fastlora.errors.FastLoRAWarning, match="path 'cpu' failed its self-check"):
+        layer(x)
+    assert fastlora.explain(layer, x).path == "torch"
+    assert "over the limit" in fastlora.paths("cpu")["cpu"]
+    with pytest.raises(RuntimeError, match="path 'cpu' cannot run here"):
+        fastlora.lora_linear(x, layer.weight, layer.lora_A, layer.lora_B, path="cpu")
+
+
+def test_arguments_are_counted_and_typed():
+    with pytest.raises(TypeError, match="16 arguments needed, got 1"):
+        cpu._cpu.forward(1)
+    with pytest.raises(TypeError):
+        cpu._cpu.mask(0, "a", 2, 0.1, 0)
+    with pytest.raises(ValueError, match="abacus"):
+        cpu._cpu.use_instructions("abacus")
