@@ -1,4 +1,4 @@
-"""The build. What is not here is declared in pyproject.toml: the CPU kernels, and one switch that must not be ignored."""
+"""The build: the CPU kernels, and one switch that must not be ignored. All else is declared in pyproject.toml."""
 
 import os
 import platform

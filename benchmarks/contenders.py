@@ -108,7 +108,7 @@ def calls(name: str, case: Case, sets: list[Inputs], compiled: bool = False) -> 
 def names(case: Case, device: torch.device) -> list[str]:
     """The contenders of a case on a device, the floor first; those that cannot run say so when they are built."""
     wide = [] if case.dtype == "float32" else ["peft-float32", "fastlora-float32"]
-    paths = [] if device.type == "cpu" else [path for path in PATHS if path != "torch"]
+    paths = ["cpu"] if device.type == "cpu" else [path for path in PATHS if path not in ("torch", "cpu")]
     peers = ["lorafusion"] if device.type == "cuda" and (PEERS / "lorafusion").exists() else []
     return ["bare", "eager", "peft", "optimised", *wide, "torch", *paths, "fastlora", *peers]
 
@@ -135,7 +135,7 @@ def choosing_seconds(device: torch.device, calls: int = 2000) -> float:
 
 def ours(name: str) -> bool:
     """True for a contender that is fastlora's."""
-    return name.startswith("fastlora") or name in ("torch", "onepass", "split", "cuda")
+    return name.startswith("fastlora") or name in PATHS
 
 
 def _function(name: str) -> Callable:

@@ -151,6 +151,15 @@ def _onepass(case: Case) -> tuple[list[Pass], list[Pass]]:
     return [both], backward
 
 
+def _cpu(case: Case) -> tuple[list[Pass], list[Pass]]:
+    M, N, K, R = case.M, case.N, case.K, case.R
+    e = SIZE[case.dtype]
+    forward, backward = _base(case)
+    forward.append(Pass(e * (M * K + 2 * M * N), 2.0 * M * R * (K + N)))
+    backward.append(Pass(e * (M * N + 3 * M * K), 4.0 * M * R * (K + N)))
+    return forward, backward
+
+
 def _lorafusion(case: Case) -> tuple[list[Pass], list[Pass]]:
     M, K, e = case.M, case.K, SIZE[case.dtype]
     forward, backward = _split(case)
@@ -170,6 +179,7 @@ _PLANS = {
     "optimised": _optimised,
     "lorafusion": _lorafusion,
     "torch": _optimised,
+    "cpu": _cpu,
     "onepass": _onepass,
     "split": _split,
     "cuda": _split,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.cases import COMPILED, FORWARD, GRAPH, PLAIN, TRAIN
 from benchmarks.measure import RESULTS, ROOT
+from fastlora.dispatch.registry import NAMES as PATHS
 from fastlora.errors import UserError
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -93,7 +94,7 @@ def grouped(rows: list[Row], direction: str, mode: str) -> dict[str, dict[str, R
 def table(groups: dict[str, dict[str, Row]]) -> str:
     """A Markdown table: the floor in microseconds, every contender over it, the prediction, and the gain over eager."""
     present = {name for group in groups.values() for name in group}
-    columns = [name for name in (*RIVALS, "torch", "onepass", "split", "cuda") if name in present]
+    columns = [name for name in (*RIVALS, *PATHS) if name in present]
     heads = ["case", "bare, µs", *columns]
     if "fastlora-float32" in present:
         heads.append("fastlora, float32 adapters")

@@ -124,8 +124,11 @@ def _compared(samples: dict[str, list[float]]) -> dict:
     return found
 
 
-def _close(losses: dict[str, list[float]]) -> bool:
-    return all(abs(a - b) <= 1e-3 * abs(a) + 1e-4 for a, b in zip(losses["eager"], losses["fused"], strict=True))
+def _close(losses: dict[str, list[float]], runs: bool = False) -> bool:
+    """After five steps to 1e-3. Whole runs to 5e-3: at a learning rate of 1 eager itself moves by 6e-4 in five epochs of
+    IMDb when lora_A starts one part in four million larger."""
+    allowed = 5e-3 if runs else 1e-3
+    return all(abs(a - b) <= allowed * abs(a) + 1e-4 for a, b in zip(losses["eager"], losses["fused"], strict=True))
 
 
 def _imdb(args: argparse.Namespace, device: torch.device):
@@ -191,7 +194,7 @@ def _runs(what: str, arms: dict, parts: tuple, epochs: int, schedule, args: argp
             losses[name] = [row["train_loss"] for row in history]
             if name not in accuracy:
                 accuracy[name] = trainer.evaluate(test)[1]
-    return {"what": what, "kind": "run", "losses": losses, "same_loss": _close(losses), "test_accuracy": accuracy,
+    return {"what": what, "kind": "run", "losses": losses, "same_loss": _close(losses, runs=True), "test_accuracy": accuracy,
             **_compared(samples)}
 
 

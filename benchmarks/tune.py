@@ -87,6 +87,9 @@ def main(budget_s: float, output: Path | None = None, folder: Path | None = None
     written = measure.write_results("tune", raw, folder)
     print(summary_table(rows))
     print(f"{len(rows)} buckets measured, {left_out} left out; raw: {written}")
+    if device.type == "cpu" and output is None:
+        print("a CPU's choice is a rule, not a table: hold these figures against it (fastlora/dispatch/choice.py)")
+        return 0
     if len(available) < 2 and output is None:
         print(f"one path can run here ({', '.join(available)}), so there is nothing to choose and no table is written")
         return 0

@@ -1,8 +1,8 @@
 // The rank terms of the LoRA layer on a CPU, for one instruction set. cpu.cpp includes this file once for each, inside
 // a namespace of its own, after V (float lanes of a register) and the sizes of the register tiles.
 //
-// Everything is computed in float. A block of BLOCK rows of X and dY stays in the caches while all that needs it is
-// done, so that the large tensors are read once. Three small kernels do the work on a block; `width` is K or N:
+// Sums are kept in float. A block of rows of X and dY stays in the caches while all that needs it is done, so that the
+// large tensors are read once. Three small kernels do the work on a block; `width` is K or N:
 //
 //   dot     c[m][r]        = scaling * sum over j of in[m][j] * p[r][j]       S = drop(X) Aᵀ and dS = s dY B
 //   update  out[m][j]     += scaling * sum over r of c[m][r] * p[r][j]        Y += s S Bᵀ and dX += drop'(dS A)
@@ -323,6 +323,17 @@ struct FloatEngine {
   }
 };
 
+// lora_A for `dot`: where it lies if that is how `dot` wants it, else packed into `scratch`.
+template <typename Engine, typename P>
+inline const typename Engine::Element* for_dot(const void* from, int R, std::int64_t width,
+                                               typename Engine::Element* scratch) {
+  typedef typename Engine::Element Element;
+  if (std::is_same<P, Element>::value && width == Engine::whole(width) && R == ranks(R))
+    return static_cast<const Element*>(from);
+  Engine::pack_for_dot(scratch, static_cast<const P*>(from), R, width, false);
+  return scratch;
+}
+
 // The layer's two calls, block by block. T is the dtype of x, y and their gradients, P that of the adapters.
 template <typename T, typename P, typename Engine>
 struct Kernels {
@@ -338,7 +349,7 @@ struct Kernels {
     const auto block = arena.reserve<Element>(size * Engine::whole(K), parts);
     const auto c = arena.reserve<float>(size * R, parts);
     arena.allocate();
-    Engine::pack_for_dot(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
+    const Element* lora_A = for_dot<Engine, P>(call.lora_A, R, K, arena[a]);
     Engine::pack_for_update(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
     parallel(parts, [&](int part) {
       float* sums = arena(c, part);
@@ -348,7 +359,7 @@ struct Kernels {
         std::int64_t stride = call.x_stride;
         const Element* x =
             Engine::block(static_cast<const T*>(call.x), stride, row, rows, K, dropout, arena(block, part));
-        Engine::dot(sums, x, stride, rows, arena[a], K, R, 1.0f);
+        Engine::dot(sums, x, stride, rows, lora_A, K, R, 1.0f);
         T* S = static_cast<T*>(call.S) + row * R;
         for (int i = 0; i < rows * R; ++i) S[i] = from_float<T>(sums[i]);
         Engine::update(static_cast<T*>(call.y) + row * N, N, row, rows, N, sums, arena[b], R, call.scaling, nullptr);

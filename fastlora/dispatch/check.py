@@ -68,7 +68,7 @@ def admit(name: str, device: torch.device) -> str | None:
 
 
 def needs_check(name: str, device: torch.device) -> bool:
-    """ATen is trusted; a kernel of ours is not, until it has been compared on this device. Triton's interpreter is one."""
+    """ATen is trusted, and Triton's interpreter; a kernel of ours is not, until it has been compared on this device."""
     return name == "cpu" or (name != "torch" and device.type != "cpu")
 
 

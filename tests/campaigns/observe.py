@@ -15,7 +15,7 @@ import fastlora
 import fastlora.peft
 from fastlora import accuracy
 from fastlora.accuracy import Inputs
-from fastlora.dispatch import check, registry
+from fastlora.dispatch import check, select
 from fastlora.errors import FastLoRAWarning
 
 from .case import Case, tensors
@@ -85,10 +85,12 @@ def _judged(case: Case, got: dict[str, Tensor], inputs: Inputs) -> list[str]:
 
 def _mask(case: Case, inputs: Inputs) -> Tensor:
     """The mask that the next call after `torch.manual_seed(case.seed)` draws."""
-    path = registry.load(case.path or "torch")
-    x = inputs.x
+    x, weight = inputs.x, inputs.weight
     if x.numel() == 0:
         return torch.ones(x.shape, dtype=torch.bool)
+    if case.mode == "autocast" and case.dtype != "f64":
+        x, weight = x.to(_low(case)), weight.to(_low(case))
+    path = select(x, weight, inputs.lora_A, case.dropout, case.path)
     torch.manual_seed(case.seed)
     seed = path.draw(x, case.dropout)
     return check.mask_of(path, seed, x.shape[:-1].numel(), x.shape[-1], case.dropout).view(x.shape)
@@ -259,10 +261,14 @@ def _backward(case, inputs, face, y, **keywords) -> dict[str, Tensor]:
     return face.gradients()
 
 
+def _low(case) -> torch.dtype:
+    kernels = case.path in ("split", "onepass")  # in the interpreter, which has no right bfloat16
+    return torch.bfloat16 if case.seed % 2 and not kernels else torch.float16
+
+
 def _autocast(case, inputs, face):
     """What must come out is what the cast tensors give; gradients come back in the leaves' dtypes, exactly."""
-    kernels = case.path in ("split", "onepass")  # in the interpreter, which has no right bfloat16
-    low = torch.bfloat16 if case.seed % 2 and not kernels else torch.float16
+    low = _low(case)
     inside = case.seed % 3 == 0
     with torch.autocast("cpu", dtype=low):
         y = face(face.leaves["X"])
