@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import sysconfig
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -11,12 +12,15 @@ if os.environ.get("FASTLORA_BUILD_CUDA", "0") not in ("", "0"):
     sys.exit("FASTLORA_BUILD_CUDA: this version has no CUDA C++ library to build; unset it to install the rest")
 
 
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")  # which has no limited API
+
+
 class StableABIWheel(bdist_wheel):
     """One wheel for every Python from 3.10 on: the extension keeps to the limited API."""
 
     def get_tag(self):
         python, abi, system = super().get_tag()
-        return ("cp310", "abi3", system) if python.startswith("cp") else (python, abi, system)
+        return ("cp310", "abi3", system) if LIMITED and python.startswith("cp") else (python, abi, system)
 
 
 # Without a compiler or Python's headers the install goes on: the path `torch` then runs on CPUs.
@@ -26,7 +30,7 @@ cpu_kernels = Extension(
     depends=["csrc/cpu_kernels.h", "csrc/cpu_bfloat16.h"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17"],
-    py_limited_api=True,
+    py_limited_api=LIMITED,
     optional=True,
 )
 

@@ -125,8 +125,8 @@ def _compared(samples: dict[str, list[float]]) -> dict:
 
 
 def _close(losses: dict[str, list[float]], runs: bool = False) -> bool:
-    """After five steps to 1e-3. Whole runs to 5e-3: at a learning rate of 1 eager itself moves by 6e-4 in five epochs of
-    IMDb when lora_A starts one part in four million larger."""
+    """After five steps to 1e-3. Whole runs to 5e-3: at a learning rate of 1 eager itself moves by 6e-4 in five epochs
+    of IMDb when lora_A starts one part in four million larger."""
     allowed = 5e-3 if runs else 1e-3
     return all(abs(a - b) <= allowed * abs(a) + 1e-4 for a, b in zip(losses["eager"], losses["fused"], strict=True))
 
@@ -194,8 +194,8 @@ def _runs(what: str, arms: dict, parts: tuple, epochs: int, schedule, args: argp
             losses[name] = [row["train_loss"] for row in history]
             if name not in accuracy:
                 accuracy[name] = trainer.evaluate(test)[1]
-    return {"what": what, "kind": "run", "losses": losses, "same_loss": _close(losses, runs=True), "test_accuracy": accuracy,
-            **_compared(samples)}
+    return {"what": what, "kind": "run", "losses": losses, "same_loss": _close(losses, runs=True),
+            "test_accuracy": accuracy, **_compared(samples)}
 
 
 def _line(row: dict) -> str:

@@ -5,7 +5,10 @@
 // run on torch's own OpenMP threads, through the address of its GOMP_parallel: a second pool would fight the first.
 
 #define PY_SSIZE_T_CLEAN
+#include <pyconfig.h>
+#ifndef Py_GIL_DISABLED  // which has no limited API
 #define Py_LIMITED_API 0x030A0000
+#endif
 #include <Python.h>
 
 #include <algorithm>
@@ -30,17 +33,20 @@ struct Dropout {
 
 // One call. Row-major with rows of the given stride, or dense where there is none.
 struct Call {
-  const void *x, *dy, *lora_A, *lora_B;
+  const void *x, *dy, *lora_A, *lora_B, *bias;
   void *S, *y, *dx, *dA, *dB;
   std::int64_t x_stride, dy_stride, M, N, K;
   int R, threads;
   float scaling;
+  bool add_to_dx;  // dx holds dY W already; else it is yet to be added
   Dropout dropout;
 
-  int parts() const {
+  // How many pieces the rows are cut into, each of which needs so many bytes for sums of its own.
+  int parts(std::int64_t bytes) const {
     // below some 10 microseconds of work a second thread costs more than it does
-    const double work = static_cast<double>(M) * (N + K) * R;
-    return work < 5e5 ? 1 : static_cast<int>(std::min<std::int64_t>(threads, (M + 15) / 16));
+    if (static_cast<double>(M) * (N + K) * R < 5e5) return 1;
+    const std::int64_t memory = bytes ? std::max<std::int64_t>(1, (std::int64_t{128} << 20) / bytes) : threads;
+    return static_cast<int>(std::min({static_cast<std::int64_t>(threads), (M + 15) / 16, memory}));
   }
 };
 
@@ -73,7 +79,8 @@ inline BFloat16 from_float<BFloat16>(float v) {  // to the nearest, ties to even
 typedef void (*ParallelRegion)(void (*)(void*), void*, unsigned, unsigned);
 ParallelRegion gomp_parallel = nullptr;
 
-// body(part) for every part, each exactly once, on as many threads.
+// body(part) for every part, each exactly once, on torch's team of threads: a team of another size would have libgomp end
+// threads and start them again. Those for which there is no part leave.
 template <typename Body>
 void parallel(int parts, const Body& body) {
   if (parts == 1 || !gomp_parallel) {
@@ -90,11 +97,15 @@ void parallel(int parts, const Body& body) {
         Shared& s = *static_cast<Shared*>(data);
         for (int part; (part = s.next.fetch_add(1)) < s.parts;) s.body(part);
       },
-      &shared, parts, 0);
+      &shared, 0, 0);
 }
 
 // One piece of the calling thread's memory for all that a call needs: first each part is reserved, then all allocated.
-// The memory stays for the next call, since its pages cost more than the arithmetic.
+// Up to KEPT bytes of it stay for the next call: their pages cost more than the arithmetic.
+constexpr std::int64_t KEPT = std::int64_t{64} << 20;
+thread_local std::unique_ptr<char[]> memory;
+thread_local std::int64_t capacity = 0;
+
 class Arena {
  public:
   template <typename T>
@@ -109,8 +120,6 @@ class Arena {
     return part;
   }
   void allocate() {
-    thread_local std::unique_ptr<char[]> memory;
-    thread_local std::int64_t capacity = 0;
     if (capacity < size_ + 64) {
       memory.reset();
       capacity = 0;
@@ -118,6 +127,11 @@ class Arena {
       capacity = size_ + 64;
     }
     start_ = memory.get() + (64 - reinterpret_cast<std::uintptr_t>(memory.get()) % 64) % 64;
+  }
+  ~Arena() {
+    if (capacity <= KEPT) return;
+    memory.reset();
+    capacity = 0;
   }
   template <typename T>
   T* operator()(const Part<T>& part, int index) const {
@@ -133,11 +147,14 @@ class Arena {
   char* start_ = nullptr;
 };
 
+constexpr int MAX_RANK = 128;
 constexpr int BLOCK = 48;     // rows that are worked on together, at most
 constexpr int DOT_RANKS = 4;  // ranks that `dot` computes together
 
-// A block of X and one of dY fit together into half of a usual core's own cache.
-inline int block_rows(std::int64_t row_bytes) { return row_bytes <= 8192 ? BLOCK : BLOCK / 2; }
+// A block takes a quarter of a usual core's own cache, if eight rows do.
+inline int block_rows(std::int64_t row_bytes) {
+  return static_cast<int>(std::max<std::int64_t>(8, std::min<std::int64_t>(BLOCK, (256 << 10) / (row_bytes + 1))));
+}
 
 inline std::int64_t ranks(int R) { return (R + DOT_RANKS - 1) / DOT_RANKS * DOT_RANKS; }
 
@@ -163,7 +180,7 @@ typedef int Indices __attribute__((vector_size(16)));
 FASTLORA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 namespace avx512bf16 {
 #define NAMESPACE avx512bf16
-constexpr int V = 16, DOT_ROWS = 6, UPDATE_ROWS = 8, UPDATE_VECTORS = 2, OUTER_RANKS = 8, OUTER_VECTORS = 2;
+constexpr int V = 16, DOT_ROWS = 6, EXPAND_ROWS = 8, EXPAND_VECTORS = 2, OUTER_RANKS = 8, OUTER_VECTORS = 2;
 #include "cpu_kernels.h"
 #include "cpu_bfloat16.h"
 typedef Kernels<BFloat16, BFloat16, BFloat16Engine> BothBFloat16;
@@ -174,7 +191,7 @@ FASTLORA_END_TARGET
 FASTLORA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace avx512 {
 #define NAMESPACE avx512
-constexpr int V = 16, DOT_ROWS = 6, UPDATE_ROWS = 8, UPDATE_VECTORS = 2, OUTER_RANKS = 8, OUTER_VECTORS = 2;
+constexpr int V = 16, DOT_ROWS = 6, EXPAND_ROWS = 8, EXPAND_VECTORS = 2, OUTER_RANKS = 8, OUTER_VECTORS = 2;
 #include "cpu_kernels.h"
 typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
 #undef NAMESPACE
@@ -184,7 +201,7 @@ FASTLORA_END_TARGET
 FASTLORA_BEGIN_TARGET("avx2,fma")
 namespace avx2 {
 #define NAMESPACE avx2
-constexpr int V = 8, DOT_ROWS = 2, UPDATE_ROWS = 4, UPDATE_VECTORS = 2, OUTER_RANKS = 4, OUTER_VECTORS = 2;
+constexpr int V = 8, DOT_ROWS = 2, EXPAND_ROWS = 4, EXPAND_VECTORS = 2, OUTER_RANKS = 4, OUTER_VECTORS = 2;
 #include "cpu_kernels.h"
 typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
 #undef NAMESPACE
@@ -194,7 +211,7 @@ FASTLORA_END_TARGET
 
 namespace portable {
 #define NAMESPACE portable
-constexpr int V = 4, DOT_ROWS = 2, UPDATE_ROWS = 4, UPDATE_VECTORS = 2, OUTER_RANKS = 4, OUTER_VECTORS = 2;
+constexpr int V = 4, DOT_ROWS = 2, EXPAND_ROWS = 4, EXPAND_VECTORS = 2, OUTER_RANKS = 4, OUTER_VECTORS = 2;
 #include "cpu_kernels.h"
 typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
 #undef NAMESPACE
@@ -265,8 +282,16 @@ class Arguments {
 };
 
 template <typename Function>
-PyObject* run(const Function& function) {
+PyObject* run(const Call& call, bool addresses, const Function& function) {
   if (PyErr_Occurred()) return nullptr;
+  if (!addresses && call.M && call.N && call.K) {  // a fake tensor, say, or one that is not on the CPU
+    PyErr_SetString(PyExc_ValueError, "a tensor has no memory here");
+    return nullptr;
+  }
+  if (call.R < 1 || call.R > MAX_RANK || std::min({call.M, call.N, call.K}) < 0) {
+    PyErr_SetString(PyExc_ValueError, "a size is out of range");
+    return nullptr;
+  }
   bool memory = true;
   Py_BEGIN_ALLOW_THREADS;
   try {
@@ -279,15 +304,16 @@ PyObject* run(const Function& function) {
   Py_RETURN_NONE;
 }
 
-// forward(x_type, adapter_type, x, x_stride, A, B, S, y, M, N, K, R, scaling, p, seed, threads)
+// forward(x_type, adapter_type, x, x_stride, A, B, bias, S, y, M, N, K, R, scaling, p, seed, threads)
 PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments in(values, count, 16);
+  Arguments in(values, count, 17);
   Call call{};
   const bool x16 = in.integer(), adapter16 = in.integer();
   call.x = in.address();
   call.x_stride = in.integer();
   call.lora_A = in.address();
   call.lora_B = in.address();
+  call.bias = in.address();
   call.S = in.address();
   call.y = in.address();
   call.M = in.integer();
@@ -297,12 +323,14 @@ PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.scaling = static_cast<float>(in.real());
   call.dropout = in.dropout();
   call.threads = static_cast<int>(in.integer());
-  return run([&] { library->forward[x16][adapter16](call); });
+  const bool addresses = call.x && call.lora_A && call.lora_B && call.S && call.y;
+  return run(call, addresses, [&] { library->forward[x16][adapter16](call); });
 }
 
-// backward(x_type, adapter_type, dy, dy_stride, x, x_stride, A, B, S, dx, dA, dB, M, N, K, R, scaling, p, seed, threads)
+// backward(x_type, adapter_type, dy, dy_stride, x, x_stride, A, B, S, dx, add_to_dx, dA, dB, M, N, K, R, scaling, p,
+//          seed, threads)
 PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments in(values, count, 20);
+  Arguments in(values, count, 21);
   Call call{};
   const bool x16 = in.integer(), adapter16 = in.integer();
   call.dy = in.address();
@@ -313,6 +341,7 @@ PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.lora_B = in.address();
   call.S = in.address();
   call.dx = in.address();
+  call.add_to_dx = in.integer();
   call.dA = in.address();
   call.dB = in.address();
   call.M = in.integer();
@@ -322,7 +351,8 @@ PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.scaling = static_cast<float>(in.real());
   call.dropout = in.dropout();
   call.threads = static_cast<int>(in.integer());
-  return run([&] { library->backward[x16][adapter16](call); });
+  const bool addresses = call.dy && call.lora_A && call.lora_B && call.S && (call.x || !call.dA);
+  return run(call, addresses, [&] { library->backward[x16][adapter16](call); });
 }
 
 // mask(out, M, K, p, seed): float32 (M, K), 1 / (1 - p) where x is kept and 0 where it is dropped
@@ -333,7 +363,8 @@ PyObject* mask(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.M = in.integer();
   call.K = in.integer();
   call.dropout = in.dropout();
-  return run([&] { library->mask(out, call); });
+  call.N = call.R = 1;
+  return run(call, out, [&] { library->mask(out, call); });
 }
 
 PyObject* use_threads_of(PyObject*, PyObject* address) {
@@ -365,8 +396,8 @@ PyObject* instructions(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, "S, and y += s S Bᵀ"},
-    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL, "dA, dB, and dx += drop'(dS A)"},
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, "S, and y = bias + s S Bᵀ"},
+    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL, "dA, dB, and dx (+)= drop'(dS A)"},
     {"mask", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mask)), METH_FASTCALL, "the dropout mask of a seed"},
     {"use_threads_of", use_threads_of, METH_O, "run on the OpenMP pool whose GOMP_parallel has this address"},
     {"use_instructions", use_instructions, METH_O, "run the kernels compiled for this instruction set"},
@@ -383,5 +414,7 @@ PyModuleDef module = {
 PyMODINIT_FUNC PyInit__cpu() {
   for (const Library& candidate : libraries)
     if (!library && runs_here(candidate)) library = &candidate;
-  return PyModule_Create(&module);
+  PyObject* made = PyModule_Create(&module);
+  if (made && PyModule_AddIntConstant(made, "MAX_RANK", MAX_RANK)) Py_CLEAR(made);
+  return made;
 }

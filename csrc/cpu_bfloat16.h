@@ -2,7 +2,7 @@
 // multiplies pairs and adds them in float, twice the work of a float instruction and what ATen's own GEMMs there use.
 //
 // A pair runs along the index that is summed over: `dot` finds its pairs where they lie, `outer` interleaves two rows,
-// `update` has its ranks interleaved when they are packed. What eager rounds to bfloat16, S and dS, is rounded here.
+// `expand` has its ranks interleaved when they are packed. What eager rounds to bfloat16, S and dS, is rounded here.
 
 typedef std::uint32_t Pair;  // two bfloat16, the first in the low half
 
@@ -39,14 +39,14 @@ struct BFloat16Engine {
   // p[r][j]
   static void pack_for_dot(BFloat16* p, const BFloat16* from, int R, std::int64_t width, bool transposed) {
     const std::int64_t padded = whole(width);
-    for (int r = 0; r < ranks(R); ++r)
-      for (std::int64_t j = 0; j < padded; ++j) p[r * padded + j] = at(from, R, width, transposed, r, j);
+    for (std::int64_t j = 0; j < padded; ++j)
+      for (int r = 0; r < ranks(R); ++r) p[r * padded + j] = at(from, R, width, transposed, r, j);
   }
   // p[r / 2][j][r % 2]
-  static void pack_for_update(BFloat16* p, const BFloat16* from, int R, std::int64_t width, bool transposed) {
+  static void pack_for_expand(BFloat16* p, const BFloat16* from, int R, std::int64_t width, bool transposed) {
     const std::int64_t padded = whole(width);
-    for (int r = 0; r < ranks(R); ++r)
-      for (std::int64_t j = 0; j < padded; ++j)
+    for (std::int64_t j = 0; j < padded; ++j)
+      for (int r = 0; r < ranks(R); ++r)
         p[(r / 2 * padded + j) * 2 + r % 2] = at(from, R, width, transposed, r, j);
   }
 
@@ -113,8 +113,8 @@ struct BFloat16Engine {
   }
 
   template <int ROWS, int VECTORS>
-  static void update_tile(BFloat16* out, std::int64_t stride, std::int64_t j, std::int64_t left, const Pair* c,
-                          const BFloat16* p, std::int64_t padded, int pairs, float scaling, const RowKey* keys,
+  static void expand_tile(BFloat16* out, const BFloat16* offset, bool add, std::int64_t stride, std::int64_t j,
+                          std::int64_t left, const Pair* c, const BFloat16* p, std::int64_t padded, int pairs, float scaling, const RowKey* keys,
                           const Dropout* dropout) {
     Vec acc[ROWS][VECTORS] = {};
     for (int r = 0; r < pairs; ++r) {
@@ -136,41 +136,47 @@ struct BFloat16Engine {
         Vec v = acc[m][i] * scaling;
         if (dropout) v *= kept(hashed, i * V, *dropout);
         BFloat16* to = out + m * stride + j + i * V;
+        const BFloat16* other = add ? to : offset ? offset + j + i * V : nullptr;
         const std::int64_t here = left - i * V;
         if (here >= V) {
-          store_rounded(to, load(to) + v);
+          store_rounded(to, other ? load(other) + v : v);
         } else if (here > 0) {
-          store_some(to, load_some(to, static_cast<int>(here)) + v, static_cast<int>(here));
+          const int some = static_cast<int>(here);
+          store_some(to, other ? load_some(other, some) + v : v, some);
         }
       }
     }
   }
   template <int ROWS>
-  static void update_rows(BFloat16* out, std::int64_t stride, std::int64_t row, std::int64_t width, const Pair* c,
-                          const BFloat16* p, int pairs, float scaling, const Dropout* dropout) {
+  static void expand_rows(BFloat16* out, const BFloat16* offset, bool add, std::int64_t stride, std::int64_t row,
+                          std::int64_t width, const Pair* c, const BFloat16* p, int pairs, float scaling,
+                          const Dropout* dropout) {
     RowKey keys[ROWS];
     if (dropout)
       for (int m = 0; m < ROWS; ++m) keys[m] = RowKey(*dropout, row + m);
     for (std::int64_t j = 0; j < width; j += W)
-      update_tile<ROWS, 2>(out, stride, j, width - j, c, p, whole(width), pairs, scaling, keys, dropout);
+      expand_tile<ROWS, 2>(out, offset, add, stride, j, width - j, c, p, whole(width), pairs, scaling, keys, dropout);
   }
-  static void update(BFloat16* out, std::int64_t stride, std::int64_t row, int rows, std::int64_t width, const float* c,
-                     const BFloat16* p, int R, float scaling, const Dropout* dropout) {
+  template <typename T>
+  static void expand(T* out, const T* offset, bool add, std::int64_t stride, std::int64_t row, int rows,
+                     std::int64_t width, const float* c, const BFloat16* p, int R, float scaling,
+                     const Dropout* dropout) {
     const int pairs = (R + 1) / 2;
-    Pair coefficients[UPDATE_ROWS * 64];
-    for (int m = 0; m < rows; m += UPDATE_ROWS) {
-      const int here = std::min(UPDATE_ROWS, rows - m);
+    Pair coefficients[EXPAND_ROWS * MAX_RANK / 2];
+    for (int m = 0; m < rows; m += EXPAND_ROWS) {
+      const int here = std::min(EXPAND_ROWS, rows - m);
       for (int i = 0; i < here; ++i)
         for (int r = 0; r < pairs; ++r) {
           const float* pair = c + (m + i) * R + 2 * r;
           coefficients[i * pairs + r] = paired(pair[0], 2 * r + 1 < R ? pair[1] : 0.0f);
         }
-      if (here == UPDATE_ROWS) {
-        update_rows<UPDATE_ROWS>(out + m * stride, stride, row + m, width, coefficients, p, pairs, scaling, dropout);
+      if (here == EXPAND_ROWS) {
+        expand_rows<EXPAND_ROWS>(out + m * stride, offset, add, stride, row + m, width, coefficients, p, pairs, scaling,
+                                 dropout);
       } else {
         for (int i = 0; i < here; ++i)
-          update_rows<1>(out + (m + i) * stride, stride, row + m + i, width, coefficients + i * pairs, p, pairs,
-                         scaling, dropout);
+          expand_rows<1>(out + (m + i) * stride, offset, add, stride, row + m + i, width, coefficients + i * pairs, p,
+                         pairs, scaling, dropout);
       }
     }
   }
@@ -207,7 +213,7 @@ struct BFloat16Engine {
   static void outer(float* acc, std::int64_t width, const BFloat16* in, std::int64_t stride, int rows, const float* c,
                     int R) {
     const std::int64_t padded = whole(width);
-    Pair pairs[BLOCK / 2 * 128];
+    Pair pairs[BLOCK / 2 * MAX_RANK];
     for (int m = 0; m < rows; m += 2)
       for (int r = 0; r < R; ++r)
         pairs[m / 2 * R + r] = paired(c[m * R + r], m + 1 < rows ? c[(m + 1) * R + r] : 0.0f);

@@ -5,8 +5,12 @@
 // large tensors are read once. Three small kernels do the work on a block; `width` is K or N:
 //
 //   dot     c[m][r]        = scaling * sum over j of in[m][j] * p[r][j]       S = drop(X) Aᵀ and dS = s dY B
-//   update  out[m][j]     += scaling * sum over r of c[m][r] * p[r][j]        Y += s S Bᵀ and dX += drop'(dS A)
+//   expand  out[m][j]      = other + scaling * sum over r of c[m][r] * p[r][j]
+//                                                                             Y = bias + s S Bᵀ, dX (+)= drop'(dS A)
 //   outer   acc[r][j]     += sum over m of c[m][r] * in[m][j]                 dBᵀ = s Sᵀ dY and dA = dSᵀ drop(X)
+//
+// `other` is offset[j], or what stands in `out` when `add` is set, or nothing. What `expand` writes first, ATen's GEMM
+// adds X Wᵀ or dY W to, and no kernel has to read it again.
 //
 // p is lora_A, or lora_B transposed, in float, its rows padded with zeros to whole registers and their number to a
 // multiple of DOT_RANKS.
@@ -179,8 +183,9 @@ inline void dot(float* c, const float* in, std::int64_t stride, int rows, const 
 
 // ROWS rows by VECTORS registers of columns; `left` columns remain, fewer than the tile has in its last place only.
 template <int ROWS, int VECTORS, typename T>
-inline void update_tile(T* out, std::int64_t stride, std::int64_t j, std::int64_t left, const float* c, const float* p,
-                        std::int64_t padded, int R, float scaling, const RowKey* keys, const Dropout* dropout) {
+inline void expand_tile(T* out, const T* offset, bool add, std::int64_t stride, std::int64_t j, std::int64_t left,
+                        const float* c, const float* p, std::int64_t padded, int R, float scaling, const RowKey* keys,
+                        const Dropout* dropout) {
   Vec acc[ROWS][VECTORS] = {};
   for (int r = 0; r < R; ++r) {
     Vec b[VECTORS];
@@ -204,35 +209,40 @@ inline void update_tile(T* out, std::int64_t stride, std::int64_t j, std::int64_
         v *= kept(hashed, j + i * V, *dropout);
       }
       T* to = out + m * stride + j + i * V;
-      if (left >= (i + 1) * V)
-        store(to, load(to) + v);
-      else
-        store_some(to, load_some(to, static_cast<int>(left - i * V)) + v, static_cast<int>(left - i * V));
+      const T* other = add ? to : offset ? offset + j + i * V : nullptr;
+      if (left >= (i + 1) * V) {
+        store(to, other ? load(other) + v : v);
+      } else {
+        const int here = static_cast<int>(left - i * V);
+        store_some(to, other ? load_some(other, here) + v : v, here);
+      }
     }
   }
 }
 
 template <int ROWS, typename T>
-inline void update_rows(T* out, std::int64_t stride, std::int64_t row, std::int64_t width, const float* c,
-                        const float* p, int R, float scaling, const Dropout* dropout) {
+inline void expand_rows(T* out, const T* offset, bool add, std::int64_t stride, std::int64_t row, std::int64_t width,
+                        const float* c, const float* p, int R, float scaling, const Dropout* dropout) {
   const std::int64_t padded = whole(width);
   RowKey keys[ROWS];
   if (dropout)
     for (int m = 0; m < ROWS; ++m) keys[m] = RowKey(*dropout, row + m);
   std::int64_t j = 0;
-  for (; j + UPDATE_VECTORS * V <= width; j += UPDATE_VECTORS * V)
-    update_tile<ROWS, UPDATE_VECTORS>(out, stride, j, width - j, c, p, padded, R, scaling, keys, dropout);
-  for (; j < width; j += V) update_tile<ROWS, 1>(out, stride, j, width - j, c, p, padded, R, scaling, keys, dropout);
+  for (; j + EXPAND_VECTORS * V <= width; j += EXPAND_VECTORS * V)
+    expand_tile<ROWS, EXPAND_VECTORS>(out, offset, add, stride, j, width - j, c, p, padded, R, scaling, keys, dropout);
+  for (; j < width; j += V)
+    expand_tile<ROWS, 1>(out, offset, add, stride, j, width - j, c, p, padded, R, scaling, keys, dropout);
 }
 
 // `row` counts from the start of the whole tensor, for its dropout mask; `out` points to that row.
 template <typename T>
-inline void update(T* out, std::int64_t stride, std::int64_t row, int rows, std::int64_t width, const float* c,
-                   const float* p, int R, float scaling, const Dropout* dropout) {
+inline void expand(T* out, const T* offset, bool add, std::int64_t stride, std::int64_t row, int rows,
+                   std::int64_t width, const float* c, const float* p, int R, float scaling, const Dropout* dropout) {
   int m = 0;
-  for (; m + UPDATE_ROWS <= rows; m += UPDATE_ROWS)
-    update_rows<UPDATE_ROWS>(out + m * stride, stride, row + m, width, c + m * R, p, R, scaling, dropout);
-  for (; m < rows; ++m) update_rows<1>(out + m * stride, stride, row + m, width, c + m * R, p, R, scaling, dropout);
+  for (; m + EXPAND_ROWS <= rows; m += EXPAND_ROWS)
+    expand_rows<EXPAND_ROWS>(out + m * stride, offset, add, stride, row + m, width, c + m * R, p, R, scaling, dropout);
+  for (; m < rows; ++m)
+    expand_rows<1>(out + m * stride, offset, add, stride, row + m, width, c + m * R, p, R, scaling, dropout);
 }
 
 template <int RANKS, int VECTORS>
@@ -288,19 +298,21 @@ struct FloatEngine {
   template <typename P>
   static void pack(float* p, const P* from, int R, std::int64_t width, bool transposed) {
     const std::int64_t padded = whole(width);
-    for (int r = 0; r < R; ++r) {
-      float* to = p + r * padded;
-      for (std::int64_t j = 0; j < width; ++j) to[j] = to_float(transposed ? from[j * R + r] : from[r * width + j]);
-      std::fill(to + width, to + padded, 0.0f);
+    std::fill(p, p + packed(R, width), 0.0f);
+    if (transposed) {
+      for (std::int64_t j = 0; j < width; ++j)
+        for (int r = 0; r < R; ++r) p[r * padded + j] = to_float(from[j * R + r]);
+    } else {
+      for (int r = 0; r < R; ++r)
+        for (std::int64_t j = 0; j < width; ++j) p[r * padded + j] = to_float(from[r * width + j]);
     }
-    std::fill(p + R * padded, p + packed(R, width), 0.0f);
   }
   template <typename P>
   static void pack_for_dot(float* p, const P* from, int R, std::int64_t width, bool transposed) {
     pack(p, from, R, width, transposed);
   }
   template <typename P>
-  static void pack_for_update(float* p, const P* from, int R, std::int64_t width, bool transposed) {
+  static void pack_for_expand(float* p, const P* from, int R, std::int64_t width, bool transposed) {
     pack(p, from, R, width, transposed);
   }
   template <typename T>
@@ -313,9 +325,10 @@ struct FloatEngine {
     NAMESPACE::dot(c, in, stride, rows, p, whole(width), R, scaling);
   }
   template <typename T>
-  static void update(T* out, std::int64_t stride, std::int64_t row, int rows, std::int64_t width, const float* c,
-                     const float* p, int R, float scaling, const Dropout* dropout) {
-    NAMESPACE::update(out, stride, row, rows, width, c, p, R, scaling, dropout);
+  static void expand(T* out, const T* offset, bool add, std::int64_t stride, std::int64_t row, int rows,
+                     std::int64_t width, const float* c, const float* p, int R, float scaling,
+                     const Dropout* dropout) {
+    NAMESPACE::expand(out, offset, add, stride, row, rows, width, c, p, R, scaling, dropout);
   }
   static void outer(float* acc, std::int64_t width, const float* in, std::int64_t stride, int rows, const float* c,
                     int R) {
@@ -341,7 +354,7 @@ struct Kernels {
 
   static void forward(const Call& call) {
     const std::int64_t M = call.M, N = call.N, K = call.K;
-    const int R = call.R, parts = call.parts();
+    const int R = call.R, parts = call.parts(0);
     const Dropout* dropout = call.dropout.on ? &call.dropout : nullptr;
     const int size = block_rows(std::max(K, N) * static_cast<std::int64_t>(sizeof(Element)));
     Arena arena;
@@ -350,7 +363,7 @@ struct Kernels {
     const auto c = arena.reserve<float>(size * R, parts);
     arena.allocate();
     const Element* lora_A = for_dot<Engine, P>(call.lora_A, R, K, arena[a]);
-    Engine::pack_for_update(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
+    Engine::pack_for_expand(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
     parallel(parts, [&](int part) {
       float* sums = arena(c, part);
       const std::int64_t end = M * (part + 1) / parts;
@@ -362,15 +375,16 @@ struct Kernels {
         Engine::dot(sums, x, stride, rows, lora_A, K, R, 1.0f);
         T* S = static_cast<T*>(call.S) + row * R;
         for (int i = 0; i < rows * R; ++i) S[i] = from_float<T>(sums[i]);
-        Engine::update(static_cast<T*>(call.y) + row * N, N, row, rows, N, sums, arena[b], R, call.scaling, nullptr);
+        Engine::expand(static_cast<T*>(call.y) + row * N, static_cast<const T*>(call.bias), false, N, row, rows, N, sums,
+                       arena[b], R, call.scaling, nullptr);
       }
     });
   }
 
-  // dA, dB and what LoRA adds to dX; each where its pointer is not null.
+  // dA, dB and the part of dX that comes through the adapter; each where its pointer is not null.
   static void backward(const Call& call) {
     const std::int64_t M = call.M, N = call.N, K = call.K;
-    const int R = call.R, parts = call.parts();
+    const int R = call.R, parts = call.parts(sizeof(float) * R * (Engine::whole(K) + Engine::whole(N)));
     const Dropout* dropout = call.dropout.on ? &call.dropout : nullptr;
     const bool need_dS = call.dA || call.dx;
     const std::int64_t dA_size = call.dA ? R * Engine::whole(K) : 0, dB_size = call.dB ? R * Engine::whole(N) : 0;
@@ -382,7 +396,7 @@ struct Kernels {
     const auto coefficients = arena.reserve<float>(2 * size * R, parts);
     const auto gradients = arena.reserve<float>(dA_size + dB_size, parts);
     arena.allocate();
-    if (call.dx) Engine::pack_for_update(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
+    if (call.dx) Engine::pack_for_expand(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
     if (need_dS) Engine::pack_for_dot(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
     parallel(parts, [&](int part) {
       float *dA = arena(gradients, part), *dB = dA + dA_size;
@@ -407,24 +421,27 @@ struct Kernels {
           Engine::outer(dA, K, x, stride, rows, dS, R);
         }
         if (call.dx)
-          Engine::update(static_cast<T*>(call.dx) + row * K, K, row, rows, K, dS, arena[a], R, 1.0f, dropout);
+          Engine::expand(static_cast<T*>(call.dx) + row * K, static_cast<const T*>(nullptr), call.add_to_dx, K, row,
+                         rows, K, dS, arena[a], R, 1.0f, dropout);
       }
     });
-    // The parts' sums, in the order of the parts: the same bits whichever thread did which.
-    float *dA = arena(gradients, 0), *dB = dA + dA_size;
-    for (int part = 1; part < parts; ++part) {
-      const float* other = arena(gradients, part);
-      for (std::int64_t i = 0; i < dA_size + dB_size; ++i) dA[i] += other[i];
-    }
-    if (call.dA)
-      for (int r = 0; r < R; ++r)
-        for (std::int64_t j = 0; j < K; ++j)
-          static_cast<P*>(call.dA)[r * K + j] = from_float<P>(dA[r * Engine::whole(K) + Engine::position(j)]);
-    if (call.dB)
-      for (std::int64_t j = 0; j < N; ++j)
+    // The parts' sums, in the order of the parts: the same bits whichever thread did which. Each part sums some columns.
+    const auto total = [&](std::int64_t at) {
+      float sum = 0.0f;
+      for (int part = 0; part < parts; ++part) sum += arena(gradients, part)[at];
+      return sum;
+    };
+    parallel(parts, [&](int part) {
+      if (call.dA)
         for (int r = 0; r < R; ++r)
-          static_cast<P*>(call.dB)[j * R + r] =
-              from_float<P>(call.scaling * dB[r * Engine::whole(N) + Engine::position(j)]);
+          for (std::int64_t j = K * part / parts; j < K * (part + 1) / parts; ++j)
+            static_cast<P*>(call.dA)[r * K + j] = from_float<P>(total(r * Engine::whole(K) + Engine::position(j)));
+      if (call.dB)
+        for (std::int64_t j = N * part / parts; j < N * (part + 1) / parts; ++j)
+          for (int r = 0; r < R; ++r)
+            static_cast<P*>(call.dB)[j * R + r] =
+                from_float<P>(call.scaling * total(dA_size + r * Engine::whole(N) + Engine::position(j)));
+    });
   }
 };
 

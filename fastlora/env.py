@@ -2,7 +2,7 @@
 
 | variable              | meaning                                                                                  |
 | --------------------- | ---------------------------------------------------------------------------------------- |
-| `FASTLORA_PATH`       | force a path (`torch`, `onepass`, `split`, `cuda`) for every call that names none         |
+| `FASTLORA_PATH`       | force a path (`torch`, `cpu`, `onepass`, `split`, `cuda`) for every call that names none   |
 | `FASTLORA_AUTOTUNE`   | `1`: on a GPU, measure the usable paths once per shape bucket and remember the winner     |
 | `FASTLORA_CACHE`      | folder for verdicts, tuning results and downloads (default `~/.cache/fastlora`)            |
 | `FASTLORA_DATA`       | folder that `--data auto` looks in before the cache and the network                        |

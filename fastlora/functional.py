@@ -8,6 +8,8 @@ large as y is kept.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -15,6 +17,7 @@ from torch.nn import Parameter
 
 from fastlora import reference
 from fastlora.dispatch import select
+from fastlora.dispatch.check import mask_of
 from fastlora.dispatch.problem import rows
 from fastlora.errors import warn_once
 
@@ -61,7 +64,8 @@ def lora_linear(
         lora_B, scaling = lora_B * scaling.detach().to(lora_B.dtype), 1.0
     if not training:
         dropout_p = 0.0
-    compiling = torch.compiler.is_compiling()
+    # A mode that sees ATen's operations (a tracer, selective checkpointing) must see ours: the registered op.
+    compiling = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if compiling or torch._C._is_any_autocast_enabled():
         x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, lora_A, lora_B, bias, dropout_p)
@@ -74,6 +78,7 @@ def lora_linear(
         or type(lora_A) not in _PLAIN
         or type(lora_B) not in _PLAIN
         or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
     ):
         return _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path)
 
@@ -117,7 +122,7 @@ def _check(x, weight, lora_A, lora_B, bias, dropout_p) -> None:
         and weight.dtype is dtype
         and dtype.is_floating_point
         and lora_A.dtype.is_floating_point
-        and lora_B.dtype.is_floating_point
+        and lora_B.dtype is lora_A.dtype
         and (bias is None or (bias.shape == weight_shape[:1] and bias.dtype is dtype))
         and 0.0 <= dropout_p <= 1.0
     ):
@@ -135,18 +140,22 @@ def _check(x, weight, lora_A, lora_B, bias, dropout_p) -> None:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; it needs (N,) = {(N,)}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; it needs to be in [0, 1]")
-    for name, tensor in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B)):
+    for name, tensor in (("x", x), ("lora_A", lora_A)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}; it needs a floating dtype")
+    if lora_B.dtype is not lora_A.dtype:
+        raise TypeError(f"lora_B is {lora_B.dtype} but lora_A is {lora_A.dtype}; they need one dtype")
     name, other = ("weight", weight) if weight.dtype is not x.dtype else ("bias", bias)
     raise TypeError(f"{name} is {other.dtype} but x is {x.dtype}; they need one dtype (or an autocast region)")
 
 
 def _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path):
-    """Tensor subclasses and function transforms: the reference serves them, as autograd would."""
+    """Tensor subclasses, function transforms and tracing: the reference serves them, as autograd would."""
     what = (
         "a function transform (vmap, grad, jvp) is active"
         if torch._C._are_functorch_transforms_active()
+        else "torch.jit.trace is active"
+        if torch._C._get_tracing_state() is not None
         else "a tensor subclass was passed: "
         + ", ".join(sorted({type(t).__name__ for t in (x, weight, lora_A, lora_B) if type(t) not in _PLAIN}))
     )
@@ -181,7 +190,14 @@ def _backward(ctx, dy):
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
     if dy.dim() != 2:
         dy = rows(dy)
-    dx, dA, dB = run.backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
+    backward = run.backward
+    if (
+        type(dy) not in _PLAIN
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched=True
+    ):
+        backward = partial(_backward_as_written, run)
+    dx, dA, dB = backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     return (
         dx.view(x_shape) if need_x else None,
         None,
@@ -192,6 +208,25 @@ def _backward(ctx, dy):
         None,
         None,
     )
+
+
+def _backward_as_written(run, dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B):
+    """What `run.backward` computes, for a dy that no kernel can read: a subclass's, or a batch of vmap's."""
+    lora_A, lora_B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
+    dS = dy @ lora_B * scaling
+    dx = dA = None
+    through, x = dS @ lora_A, None if x is None else rows(x)
+    if dropout_p > 0.0:
+        with torch._C._DisableFuncTorch():
+            kept = mask_of(run, seed, S.shape[0], lora_A.shape[1], dropout_p).to(dy.dtype)
+        kept = kept / (1.0 - dropout_p) if dropout_p < 1.0 else kept
+        through, x = through * kept, None if x is None else x * kept
+    if weight is not None:
+        dx = dy @ weight + through
+    if x is not None:
+        dA = dS.transpose(-1, -2) @ x
+    dB = dy.transpose(-1, -2) @ S * run.s_factor(scaling, dropout_p) if need_B else None
+    return dx, dA, dB
 
 
 _once_differentiable_backward = once_differentiable(_backward)

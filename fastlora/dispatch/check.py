@@ -42,6 +42,7 @@ def selfcheck(device: torch.device | str | None = None) -> dict[str, str]:
         reason = registry.load(name).unavailable(device) or examine(name, device)
         _verdicts[name, _indexed(device)] = reason
         results[name] = reason or "ok"
+    registry.selected.clear()
     return results
 
 
@@ -76,26 +77,28 @@ def examine(name: str, device: torch.device) -> str | None:
     """Compare path `name` with the reference on `device` now; None when every case is right, else the first fault."""
     path = registry.load(name)
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if _has_bfloat16(device) else [])
-    # whatever surrounds the first call must not reach the check: its generator, no_grad, inference_mode, autocast
+    # whatever surrounds the first call must not reach the check: its generator, no_grad, autocast, the default device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
+        torch.device("cpu"),
     ):
-        for dtype in dtypes:
-            for seed, (M, N, K, R, dropout_p) in enumerate(CASES):
-                problem = Problem(M, N, K, R, dtype, dtype, device, dropout_p > 0.0)
-                if path.unsupported(problem):
-                    continue
-                inputs = accuracy.draw(M, N, K, R, dtype, device=device, seed=seed)
-                case = f"M={M} N={N} K={K} R={R} {str(dtype).removeprefix('torch.')} dropout={dropout_p}"
-                try:
-                    found = _violations(path, inputs, dropout_p)
-                except Exception as error:  # whatever a compiler or driver raises, the path is not to be used
-                    return f"{case}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                if found:
-                    return f"{case}: {found[0]}"
+        cases = [(*sizes, dtype, dtype) for dtype in dtypes for sizes in CASES]
+        for seed, (M, N, K, R, dropout_p, dtype, adapter_dtype) in enumerate([*cases, *getattr(path, "CASES", ())]):
+            problem = Problem(M, N, K, R, dtype, adapter_dtype, device, dropout_p > 0.0)
+            if path.unsupported(problem):
+                continue
+            inputs = accuracy.draw(M, N, K, R, dtype, adapter_dtype=adapter_dtype, device=device, seed=seed)
+            kinds = "/".join(str(kind).removeprefix("torch.") for kind in dict.fromkeys((dtype, adapter_dtype)))
+            case = f"M={M} N={N} K={K} R={R} {kinds} dropout={dropout_p}"
+            try:
+                found = _violations(path, inputs, dropout_p)
+            except Exception as error:  # whatever a compiler or driver raises, the path is not to be used
+                return f"{case}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if found:
+                return f"{case}: {found[0]}"
     return None
 
 
@@ -119,6 +122,7 @@ def _violations(path, inputs: accuracy.Inputs, dropout_p: float) -> list[str]:
         seed,
         True,
     )
+    dA, dB = dA.to(inputs.lora_A.dtype), dB.to(inputs.lora_B.dtype)  # as autograd hands them on
     return accuracy.violations({"Y": y, "dX": dx, "dA": dA, "dB": dB}, inputs)
 
 

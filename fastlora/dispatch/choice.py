@@ -30,9 +30,6 @@ class Explanation(Choice):
         return f"{self.path}: {self.reason}"
 
 
-_selected: dict[tuple, ModuleType] = {}
-_on_cpu: dict[tuple, ModuleType] = {}
-
 
 def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: str | None) -> ModuleType:
     """The path module for one call: `path` or FASTLORA_PATH when given, else the choice. Cheap: this runs every call.
@@ -44,27 +41,27 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
         path = env.forced_path()
         if path is None and x.is_cpu:
             key = (x.dtype, lora_A.dtype, lora_A.shape[0], dropout_p > 0.0)
-            return _on_cpu.get(key) or _select_on_cpu(x, weight, key)
+            return registry.selected.get(key) or _select_on_cpu(x, weight, key)
     N, K = weight.shape
     dropout = dropout_p > 0.0
     key = (path, x.shape[:-1], N, K, lora_A.shape[0], x.dtype, lora_A.dtype, x.device, dropout)
-    chosen = _selected.get(key)
+    chosen = registry.selected.get(key)
     if chosen is None:
         problem = Problem(x.shape[:-1].numel(), N, K, lora_A.shape[0], x.dtype, lora_A.dtype, x.device, dropout)
         chosen = registry.load(_forced(problem, path) if path else choose(problem).path)
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            if len(_selected) >= 4096:  # a server with every length under the sun
-                _selected.clear()
-            _selected[key] = chosen
+            if len(registry.selected) >= 4096:  # a server with every length under the sun
+                registry.selected.clear()
+            registry.selected[key] = chosen
     return chosen
 
 
 def _select_on_cpu(x: Tensor, weight: Tensor, key: tuple) -> ModuleType:
-    """There the path depends on no size but the rank's; `_on_cpu` remembers it."""
+    """There the path depends on no size but the rank's."""
     dtype, adapter_dtype, R, dropout = key
     problem = Problem(x.shape[:-1].numel(), *weight.shape, R, dtype, adapter_dtype, x.device, dropout)
-    _on_cpu[key] = registry.load(choose(problem).path)
-    return _on_cpu[key]
+    registry.selected[key] = registry.load(choose(problem).path)
+    return registry.selected[key]
 
 
 def choose(problem: Problem) -> Choice:
@@ -100,6 +97,9 @@ def _choose_for_cpu(problem: Problem) -> Choice:
     obstacle = _obstacle("cpu", problem)
     if obstacle:
         return Choice("torch", f"the tensors are on the CPU, and 'cpu' cannot run: {obstacle}")
+    unmeasured = registry.load("cpu").unmeasured()
+    if unmeasured:
+        return Choice("torch", f"the tensors are on the CPU, and 'cpu' has not been measured on {unmeasured}")
     if problem.R > CPU_RANK and not problem.dropout:
         return Choice("torch", f"measured fastest on a CPU for R above {CPU_RANK} without dropout")
     return Choice("cpu", f"measured fastest on a CPU for R up to {CPU_RANK}, and for any with dropout")

@@ -1,11 +1,14 @@
 """Path `cpu`: ATen's GEMM with the frozen weight, and all that has the rank in it in kernels compiled from `csrc/`.
 
-Forward:   Y = X Wᵀ + bias (ATen);  then S = drop(X)·Aᵀ and Y += s·S·Bᵀ, block by block, with one read of X.
-Backward:  dX = dY·W (ATen);  then dS = s·dY·B, dBᵀ = s·Sᵀ·dY, dA = dSᵀ·drop(X) and dX += drop'(dS·A), block by block,
-           with one read of dY and one of X.
+Forward:   S = drop(X)·Aᵀ and Y = bias + s·S·Bᵀ, block by block, with one read of X;  then Y += X Wᵀ (ATen).
+Backward:  dS = s·dY·B, dBᵀ = s·Sᵀ·dY, dA = dSᵀ·drop(X) and dX = drop'(dS·A), block by block, with one read of dY and
+           one of X;  then dX += dY·W (ATen).
 
-The dropout mask is a hash of the seed and of an element's place, made where it is needed. The kernels use torch's own
-threads, and the fastest instruction set that the processor has. Where they were not compiled, path `torch` runs.
+The GEMM comes last because it can add to what it writes; the kernels would have to read it again.
+
+float16 passes through float32 where the processor has no float16 products. The dropout mask is a hash of the seed and
+of an element's place, made where it is needed. The kernels use torch's own threads, and the fastest instruction set
+that the processor has. Where they were not compiled, path `torch` runs.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.dispatch.problem import Problem, rows
@@ -28,8 +30,17 @@ except ImportError as error:
     _cpu, _missing = None, f"the kernels in csrc/ were not compiled at install ({error})"
 
 NAME = "cpu"
-MAX_RANK = 128
+MEASURED = ("avx512bf16", "avx512", "avx2")  # instruction sets
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
+# What the self-check adds to its own cases, as (M, N, K, R, dropout_p, dtype, adapter_dtype): sizes that several
+# threads share, rows too long for a whole block, and each mixture of dtypes.
+CASES = (
+    *((131, 200, 300, 16, 0.25, dtype, dtype) for dtype in (torch.float32, torch.bfloat16)),
+    (61, 40, 9000, 5, 0.0, torch.float32, torch.float32),
+    (40, 50, 60, 8, 0.25, torch.bfloat16, torch.float32),
+    (40, 50, 60, 8, 0.25, torch.float32, torch.bfloat16),
+)
+_ADAPTERS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -51,6 +62,11 @@ def _borrow_threads() -> str | None:
     return None
 
 
+def unmeasured() -> str | None:
+    """The instruction set that would run, where nobody has measured these kernels against ATen's; else None."""
+    return None if _cpu.instructions()[0] in MEASURED else f"instruction set {_cpu.instructions()[0]!r}"
+
+
 def compiled() -> str:
     """What a self-check's verdict holds for: these kernels, with the instruction set that this processor has."""
     return f"{_cpu.instructions()[0]} {hashlib.sha256(Path(_cpu.__file__).read_bytes()).hexdigest()}"
@@ -58,13 +74,22 @@ def compiled() -> str:
 
 def unsupported(problem: Problem) -> str | None:
     """Why the kernels cannot run `problem`, or None."""
-    if problem.dtype not in _CODES:
-        return f"x is {problem.dtype}; the CPU kernels take float32 and bfloat16"
-    if problem.adapter_dtype not in _CODES:
-        return f"the adapters are {problem.adapter_dtype}; the CPU kernels take float32 and bfloat16"
-    if problem.R > MAX_RANK:
-        return f"R is {problem.R}; the CPU kernels take at most {MAX_RANK}"
+    if problem.dtype is torch.float16:
+        if _native_float16():
+            return "x is torch.float16, which this processor multiplies natively"
+    elif problem.dtype not in _CODES:
+        return f"x is {problem.dtype}; the CPU kernels take float32, bfloat16 and float16"
+    if problem.adapter_dtype not in _ADAPTERS:
+        return f"the adapters are {problem.adapter_dtype}; the CPU kernels take float32, bfloat16 and float16"
+    if problem.R > _cpu.MAX_RANK:
+        return f"R is {problem.R}; the CPU kernels take at most {_cpu.MAX_RANK}"
     return None
+
+
+@cache
+def _native_float16() -> bool:
+    """Whether oneDNN multiplies float16. Where it does not, ATen does, element by element, some 30 times slower."""
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def draw(x: Tensor, dropout_p: float) -> Tensor:
@@ -74,26 +99,22 @@ def draw(x: Tensor, dropout_p: float) -> Tensor:
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
     """x (..., K) -> y (..., N), a fresh tensor, and S (M, R) in x's dtype."""
-    N, K = weight.shape
-    R = lora_A.shape[0]
-    if x.dim() == 2:
-        x2, y = x, F.linear(x, weight, bias)
-        M = x.shape[0]
-    else:  # F.linear would return a view here, on which autograd forbids in-place ops
-        x2 = rows(x)
-        M = x2.shape[0]
-        y = x.new_empty((*x.shape[:-1], N))
-        if bias is None:
-            torch.mm(x2, weight.t(), out=y.view(M, N))
-        else:
-            torch.addmm(bias, x2, weight.t(), out=y.view(M, N))
-    x2, lora_A, lora_B = _dense_rows(x2), lora_A.contiguous(), lora_B.contiguous()
-    S = torch.empty((M, R), dtype=x.dtype)
+    if x.dtype is torch.float16:
+        wide = (None if t is None else t.float() for t in (x, weight, lora_A, lora_B, bias))
+        y, S = forward(*wide, scaling, dropout_p, seed)
+        return y.half(), S.half()
+    _require_cpu(weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    x2, lora_A, lora_B = _dense_rows(rows(x)), _packable(lora_A), _packable(lora_B)
+    (M, K), (N, R) = x2.shape, lora_B.shape
+    y, S = x.new_empty((*x.shape[:-1], N)), x.new_empty((M, R))
+    if bias is not None:
+        bias = _packable(bias)
     _cpu.forward(
         _CODES[x.dtype], _CODES[lora_A.dtype], x2.data_ptr(), x2.stride(0), lora_A.data_ptr(), lora_B.data_ptr(),
-        S.data_ptr(), y.data_ptr(), M, N, K, R, scaling, dropout_p, 0 if seed is None else seed.data_ptr(),
-        torch.get_num_threads(),
+        0 if bias is None else bias.data_ptr(), S.data_ptr(), y.data_ptr(), M, N, K, R, scaling, dropout_p,
+        0 if seed is None else seed.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+    (y if x.dim() == 2 else y.view(M, N)).addmm_(x2, weight.t())
     return y, S
 
 
@@ -102,10 +123,15 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
 
     None for dx when weight is None, for dA when x is None, for dB unless `need_B`.
     """
-    dy, lora_A, lora_B = _dense_rows(dy), lora_A.contiguous(), lora_B.contiguous()
+    if dy.dtype is torch.float16:
+        wide = (None if t is None else t.float() for t in (dy, x, weight, lora_A, lora_B, S))
+        dx, dA, dB = backward(*wide, scaling, dropout_p, seed, need_B)
+        return None if dx is None else dx.half(), dA, dB
+    dy, S, lora_A, lora_B = _dense_rows(dy), _packable(S), _packable(lora_A), _packable(lora_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = dA = dB = None
     at_x = at_dx = at_dA = at_dB = x_stride = 0
+    add_to_dx = dy.dtype is torch.bfloat16  # to which oneDNN adds at a greater cost than the kernels
     if x is not None:
         x = _dense_rows(rows(x))
         dA = torch.empty_like(lora_A)
@@ -114,23 +140,46 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
         dB = torch.empty_like(lora_B)
         at_dB = dB.data_ptr()
     if weight is not None:
-        dx = torch.mm(dy, weight)
+        dx = torch.mm(dy, weight) if add_to_dx else dy.new_empty((M, K))
         at_dx = dx.data_ptr()
     _cpu.backward(
         _CODES[dy.dtype], _CODES[lora_A.dtype], dy.data_ptr(), dy.stride(0), at_x, x_stride, lora_A.data_ptr(),
-        lora_B.data_ptr(), S.data_ptr(), at_dx, at_dA, at_dB, M, N, K, R, scaling, dropout_p,
+        lora_B.data_ptr(), S.data_ptr(), at_dx, add_to_dx, at_dA, at_dB, M, N, K, R, scaling, dropout_p,
         0 if seed is None else seed.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+    if dx is not None and not add_to_dx:
+        dx.addmm_(dy, weight)
     return dx, dA, dB
+
+
+def s_factor(scaling: float, dropout_p: float) -> float:
+    """What dYᵀ·S is to be multiplied by to be dB: S holds dropout's factor, but not the scaling."""
+    return scaling
 
 
 def keep_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
     """1 where x is kept and 0 where it is dropped, (M, K) in `dtype`; and 1 / (1 - p)."""
-    mask = torch.empty((M, K), dtype=torch.float32)
+    mask = torch.empty((M, K), dtype=torch.float32, device="cpu")
     _cpu.mask(mask.data_ptr(), M, K, p, seed.data_ptr())
     return (mask != 0).to(dtype), 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
+def _require_cpu(**tensors: Tensor | None) -> None:
+    """What ATen would say, said before the kernels read an address that is not theirs."""
+    for name, t in tensors.items():
+        if t is not None and not t.is_cpu:
+            raise RuntimeError(f"{name} is on {t.device} and x on cpu; they need one device")
+
+
+def _packable(t: Tensor) -> Tensor:
+    """As the kernels read what has the rank in it, and the bias: dense, float32 or bfloat16."""
+    if t.is_neg():
+        t = t.resolve_neg()
+    return (t.float() if t.dtype is torch.float16 else t).contiguous()
+
+
 def _dense_rows(t: Tensor) -> Tensor:
     """t (M, K) with the elements of a row side by side; a row may lie anywhere."""
+    if t.is_neg():
+        t = t.resolve_neg()
     return t if t.stride(1) == 1 else t.contiguous()

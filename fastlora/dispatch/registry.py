@@ -1,10 +1,13 @@
-"""The four paths by name, each loaded when it is first asked for: importing fastlora imports no Triton."""
+"""The paths by name, each loaded when it is first asked for: importing fastlora imports no Triton."""
 
 from __future__ import annotations
 
 import importlib
 from functools import cache
 from types import ModuleType
+
+# What `choice.select` has found for a shape. Here, since a new verdict of the self-check empties it.
+selected: dict[tuple, ModuleType] = {}
 
 NAMES = ("torch", "cpu", "onepass", "split", "cuda")
 

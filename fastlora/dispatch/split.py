@@ -9,11 +9,12 @@ from fastlora.dispatch.triton_common import (
     exact,
     on_device_of,
     rows,
+    s_factor,
     unavailable,
     unsupported,
 )
 
-__all__ = ["NAME", "backward", "draw", "forward", "unavailable", "unsupported"]
+__all__ = ["NAME", "backward", "draw", "forward", "s_factor", "unavailable", "unsupported"]
 
 NAME = "split"
 

@@ -131,6 +131,11 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device).random_()
 
 
+def s_factor(scaling: float, dropout_p: float) -> float:
+    """What dYᵀ·S is to be multiplied by to be dB: S holds neither the scaling nor dropout's factor."""
+    return scaling / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
 def keep_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
     """The mask that `seed` (from `draw` or `draw_seed`) stands for, and the factor for what is kept.
 

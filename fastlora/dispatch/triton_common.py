@@ -79,6 +79,11 @@ def on_device_of(x: Tensor):
     return nullcontext()
 
 
+def s_factor(scaling: float, dropout_p: float) -> float:
+    """What dYᵀ·S is to be multiplied by to be dB: S holds every factor."""
+    return 1.0
+
+
 def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B):
     """dy (M, N) -> dx (M, K), dA (R, K), dB (N, R).
 

@@ -193,6 +193,25 @@ def table(reports: list[Report]) -> str:
     return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
 
 
+def summary(document: dict) -> str:
+    """A Markdown table, a row for each target and kernel, of what `--json` wrote."""
+    lines = [
+        f"| target, triton {document['triton']} | kernels | launches | most registers | spills "
+        "| most shared memory, KiB | with wgmma | claims that fail |",
+        "| --- | --- |" + " ---: |" * 6,
+    ]
+    reports = [Report(**fields) for fields in document["reports"]]
+    for target, kernel in dict.fromkeys((r.target, r.kernel) for r in reports):
+        own = [r for r in reports if (r.target, r.kernel) == (target, kernel)]
+        shared = max(r.shared or 0 for r in own) / 1024
+        lines.append(
+            f"| {target} | {kernel} | {len(own)} | {max(r.registers or 0 for r in own)} "
+            f"| {sum(bool(r.spilled) for r in own)} | {shared:.0f} of {own[0].shared_limit // 1024} "
+            f"| {sum(bool(r.wgmma) for r in own) or '–'} | {sum(bool(r.failures) for r in own)} |"
+        )
+    return "\n".join(lines)
+
+
 def _target(text: str) -> Target:
     known = {str(t): t for t in TARGETS} | {str(t.arch): t for t in TARGETS}
     if text not in known:
@@ -206,16 +225,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", type=_target, action="append", help="cuda:90, hip:gfx942, ...; may be repeated")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports there too")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="compile nothing; what --json wrote, as Markdown")
     parser.add_argument("--workers", type=int, help="processes (default: one for each CPU core)")
     args = parser.parse_args(arguments)
+    if args.summary:
+        print(summary(json.loads(args.summary.read_text())))
+        return 0
     targets = args.target or (QUICK_TARGETS if args.quick else TARGETS)
     reports = run(list(specimens(targets, args.kernel or KERNELS, args.quick)), args.workers)
     print(table(reports))
     failed = sum(bool(r.failures) for r in reports)
     print(f"{len(reports)} compiled with triton {triton.__version__}, {failed} with a claim that fails")
     if args.json:
-        document = {"triton": triton.__version__, "reports": [dataclasses.asdict(r) for r in reports]}
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(dataclasses.asdict(r)) for r in reports)  # one a line, for `diff`
+        args.json.write_text(f'{{"triton": "{triton.__version__}", "reports": [\n{lines}\n]}}\n')
     return 1 if failed or not reports else 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fastlora.kernels.gemm_tiles import tiles_of
 from fastlora.kernels.tiles import TARGETS, Target, Tile
 
 HOPPER = Target("cuda", 90)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def hopper(kind="forward", dropout=False, R=16, tile=None, layout="aligned"):
@@ -80,3 +83,11 @@ def test_command(capsys, tmp_path):
     said = capsys.readouterr().out
     assert status == 0, said
     assert "cuda:75" in said and "0 with a claim that fails" in said and "triton" in out.read_text()
+
+
+def test_the_committed_matrix_holds_every_claim_and_is_the_readmes():
+    (file,) = (ROOT / "benchmarks" / "results" / "compile-matrix").glob("*.json")
+    document = json.loads(file.read_text())
+    assert not [report for report in document["reports"] if report["failures"]]
+    assert {report["target"] for report in document["reports"]} == set(map(str, TARGETS))
+    assert matrix.summary(document) in (ROOT / "README.md").read_text()
