@@ -59,6 +59,12 @@ def test_float32_adapters_over_a_16_bit_base(dtype):
     assert got["Y"].dtype is dtype
 
 
+def test_float64_adapters_keep_their_range_over_a_narrower_base():
+    inputs = accuracy.draw(6, 70, 70, 2, torch.float32, adapter_dtype=torch.float64, scaling=1e30)
+    got = accuracy.check(fastlora.lora_linear, replace(inputs, lora_B=inputs.lora_B * 1e8))
+    assert got["dA"].isfinite().all() and got["dA"].max() > torch.finfo(torch.float32).max
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     lead=st.lists(st.integers(0, 5), min_size=0, max_size=3),

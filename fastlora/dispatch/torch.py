@@ -37,6 +37,10 @@ def unsupported(problem: Problem) -> str | None:
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
     """x (..., K) -> y (..., N), a fresh tensor, and S (M, R) in x's dtype."""
+    if lora_A.dtype is torch.float64 and x.dtype is not torch.float64:  # whose range is all of the reference's
+        wide = (None if t is None else t.double() for t in (x, weight, lora_A, lora_B, bias))
+        y, S = forward(*wide, scaling, dropout_p, seed)
+        return y.to(x.dtype), S.to(x.dtype)
     if x.dim() == 2:
         x2, y = x, F.linear(x, weight, bias)
         y2 = y
@@ -67,6 +71,10 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
 
     None for dx when weight is None, for dA when x is None, for dB unless `need_B`.
     """
+    if lora_A.dtype is torch.float64 and dy.dtype is not torch.float64:
+        wide = (None if t is None else t.double() for t in (dy, x, weight, lora_A, lora_B, S))
+        dx, dA, dB = backward(*wide, scaling, dropout_p, seed, need_B)
+        return None if dx is None else dx.to(dy.dtype), dA, dB
     if (dy.stride(1) != 1 and dy.stride(0) != 1) or 0 in dy.stride():
         dy = dy.contiguous()  # y.sum().backward() hands out an expanded scalar, and three GEMMs would each copy it
     keep, scale = None, 1.0
