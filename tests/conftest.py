@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
+import fastlora
 from fastlora import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # for `import accuracy`
+
+
+@pytest.fixture(scope="session")
+def cpu_path() -> str:
+    """The path that a float32 layer of low rank takes on this CPU: "cpu" where its kernels were compiled."""
+    return "cpu" if fastlora.paths("cpu")["cpu"] == "usable" else "torch"
 
 
 @pytest.fixture(scope="session")

@@ -34,13 +34,13 @@ def refused(capsys, status, said, *argv):
     assert len(lines) == 1 and said in lines[0], lines
 
 
-def test_a_run_learns_reports_and_predicts(tmp_path, capsys):
+def test_a_run_learns_reports_and_predicts(tmp_path, capsys, cpu_path):
     run = tmp_path / "run"
     assert main([*RUN[:6], "--epochs", "5", "--lr", "0.003", "--output", str(run)]) == 0
     told = json.loads((run / "report.json").read_text())
     assert [name for name in report.FIELDS if name not in told] == []
     assert told["batches"] == {"train": 75, "valid": 10, "test": 20}
-    assert told["base"] == "random weights of seed 0, frozen" and told["path"] == "torch"
+    assert told["base"] == "random weights of seed 0, frozen" and told["path"] == cpu_path
     assert "cpu" in told["plain_steps_because"]
     assert told["trainable_parameters"] == told["adapter_parameters"] == 16 * (4 * 32 + 2 * 80 + 18)
     assert told["test_accuracy"] >= 0.9 and told["train_accuracy"] >= 0.9  # the made-up messages are easy

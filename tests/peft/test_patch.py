@@ -82,7 +82,7 @@ def test_subclasses_are_left_alone():
     assert "left alone" in entry and "Quantised" in entry and not entry.fused
 
 
-def test_report_names_the_path_and_counts_calls():
+def test_report_names_the_path_and_counts_calls(cpu_path):
     model = fastlora.peft.patch(build())
     assert all("no call" in entry and entry.fused for entry in fastlora.peft.report(model).values())
     model(X)
@@ -92,16 +92,16 @@ def test_report_names_the_path_and_counts_calls():
     report = fastlora.peft.report(model)
     assert set(report) == {f"base_model.model.{name}" for name in ("first", "conv", "last")}
     for entry in report.values():
-        assert entry == "torch" and entry.fused
+        assert entry == cpu_path and entry.fused
         assert (entry.fused_calls, entry.fallback_calls) == (2, 1)
         assert entry.reasons == {"adapters are disabled": 1}
     assert (report.fused_calls, report.fallback_calls) == (6, 3)
     assert "6 fused calls, 3 by PEFT" in str(report) and "1 x adapters are disabled" in str(report)
 
 
-def test_explain_answers_for_a_patched_layer():
+def test_explain_answers_for_a_patched_layer(cpu_path):
     layer = layer_of(fastlora.peft.patch(build()))
-    assert fastlora.explain(layer, X).path == "torch"
+    assert fastlora.explain(layer, X).path == cpu_path
     layer.enable_adapters(False)
     assert "disabled" in fastlora.explain(layer, X).reason
 
@@ -193,7 +193,7 @@ def test_mistakes_are_named():
         fastlora.peft.patch(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_all_modules_of_a_transformers_model_are_found():
+def test_all_modules_of_a_transformers_model_are_found(cpu_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -205,4 +205,4 @@ def test_all_modules_of_a_transformers_model_are_found():
     fastlora.peft.patch(model)
     torch.testing.assert_close(model(ids).logits, want)
     report = fastlora.peft.report(model)
-    assert len(report) == 8 and report.fused_calls == 8 and set(report.values()) == {"torch"}
+    assert len(report) == 8 and report.fused_calls == 8 and set(report.values()) == {cpu_path}
