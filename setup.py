@@ -4,15 +4,28 @@ import os
 import platform
 import sys
 import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 if os.environ.get("FASTLORA_BUILD_CUDA", "0") not in ("", "0"):
     sys.exit("FASTLORA_BUILD_CUDA: this version has no CUDA C++ library to build; unset it to install the rest")
 
 
 LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")  # which has no limited API
+
+
+class FreshExtension(build_ext):
+    """A library of older sources must not stand in for one that does not compile."""
+
+    def build_extension(self, ext):
+        built = Path(self.get_ext_fullpath(ext.name))
+        sources = [*ext.sources, *ext.depends]
+        if built.exists() and any(Path(source).stat().st_mtime > built.stat().st_mtime for source in sources):
+            built.unlink()
+        super().build_extension(ext)
 
 
 class StableABIWheel(bdist_wheel):
@@ -36,6 +49,6 @@ cpu_kernels = Extension(
 
 # Elsewhere torch does not run on GNU OpenMP, whose threads the kernels borrow.
 if platform.system() == "Linux":
-    setup(ext_modules=[cpu_kernels], cmdclass={"bdist_wheel": StableABIWheel})
+    setup(ext_modules=[cpu_kernels], cmdclass={"bdist_wheel": StableABIWheel, "build_ext": FreshExtension})
 else:
     setup()

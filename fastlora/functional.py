@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
@@ -18,6 +19,7 @@ from torch.nn import Parameter
 from fastlora import reference
 from fastlora.dispatch import select
 from fastlora.dispatch.check import mask_of
+from fastlora.dispatch.choice import is_tiny
 from fastlora.dispatch.problem import rows
 from fastlora.errors import warn_once
 
@@ -52,7 +54,7 @@ def lora_linear(
         path: forces one of `fastlora.paths()`; None (and no FASTLORA_PATH) chooses by measurement.
 
     Returns:
-        (..., N) in x's dtype; a fresh tensor, never a view.
+        (..., N) in x's dtype; a fresh tensor, never a view. A gradient of its gradient is an error.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape; the message names it.
@@ -82,6 +84,8 @@ def lora_linear(
     ):
         return _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path)
 
+    if path is None and is_tiny(x, weight, lora_A, lora_B, dropout_p):
+        return torch.addmm(F.linear(x, weight, bias), F.linear(x, lora_A), lora_B.t(), alpha=scaling)
     run = select(x, weight, lora_A, dropout_p, path)
     if torch.is_grad_enabled():
         if weight.requires_grad:

@@ -174,6 +174,17 @@ def test_dropout_at_its_ends(p):
     assert not accuracy.violations(got, inputs)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_tiny_layer_whose_x_asks_for_no_gradient_runs_in_atens_nodes(dtype):
+    inputs = accuracy.draw(5, 6, 7, 2, dtype)
+    A, B, bias = (t.clone().requires_grad_() for t in (inputs.lora_A, inputs.lora_B, inputs.bias))
+    y = fastlora.lora_linear(inputs.x, inputs.weight, A, B, bias, inputs.scaling)
+    assert "Addmm" in y.grad_fn.name() and not y._is_view()
+    y.backward(inputs.dy)
+    got = {"Y": y.detach(), "dA": A.grad, "dB": B.grad, "dbias": bias.grad}
+    assert not accuracy.violations(got, inputs)
+
+
 def test_what_runs_on_a_cpu():
     def chosen(dtype, R, dropout):
         weight, lora_A = torch.empty(8, 8, dtype=dtype), torch.empty(R, 8, dtype=dtype)
@@ -187,7 +198,7 @@ def test_what_runs_on_a_cpu():
 @pytest.mark.parametrize(
     ("breaks", "reason"),
     [
-        ("sys.modules['fastlora._cpu'] = None", "were not compiled at install"),
+        ("sys.modules['fastlora._cpu'] = None", "they were not compiled at install"),
         ("import torch, ctypes; ctypes.CDLL = lambda name: object()", "OpenMP threads were not found"),
     ],
 )
@@ -196,14 +207,15 @@ def test_without_the_kernels_the_torch_path_runs(breaks, reason):
 import sys
 {breaks}
 import torch, fastlora
-layer = fastlora.FusedLoRALinear(8, 6, r=2)
-layer(torch.randn(3, 8)).sum().backward()
+layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8, requires_grad=True)
+layer(x).sum().backward()
 print(fastlora.paths("cpu")["cpu"])
-print(fastlora.explain(layer, torch.randn(3, 8)))
+print(fastlora.explain(layer, x))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     said, explained = done.stdout.strip().splitlines()
     assert reason in said and explained.startswith("torch: ") and reason in explained
+    assert f"path 'torch' runs on this CPU, not the faster 'cpu': {said}" in done.stderr
 
 
 def test_kernels_broken_on_purpose_are_found_and_not_used(monkeypatch, tmp_path):
@@ -221,7 +233,7 @@ def test_kernels_broken_on_purpose_are_found_and_not_used(monkeypatch, tmp_path)
     broken = Broken()
     broken.honest = cpu._cpu
     monkeypatch.setattr(cpu, "_cpu", broken)
-    layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8)
+    layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8, requires_grad=True)
     with pytest.warns(fastlora.errors.FastLoRAWarning, match="path 'cpu' failed its self-check"):
         layer(x)
     assert fastlora.explain(layer, x).path == "torch"
@@ -338,7 +350,7 @@ def test_saved_tensors_may_come_back_with_other_strides_and_inputs_may_be_negati
 
 
 def test_a_new_verdict_is_obeyed_at_once(monkeypatch):
-    layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8)
+    layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8, requires_grad=True)
     layer(x)
     monkeypatch.setattr(check, "_verdicts", {})
     monkeypatch.setattr(check, "examine", lambda name, device: "it is Sunday")

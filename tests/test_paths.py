@@ -137,7 +137,8 @@ def test_forced_by_the_environment(monkeypatch):
 
 def test_explain():
     layer = fastlora.FusedLoRALinear(8, 6, r=2)
-    said = fastlora.explain(layer, torch.randn(3, 8))
+    assert fastlora.explain(layer, torch.randn(3, 8)).reason.startswith("so small a layer, whose x asks for no grad")
+    said = fastlora.explain(layer, torch.randn(3, 8, requires_grad=True))
     assert said.path in ("cpu", "torch") and "CPU" in said.reason
     with pytest.raises(TypeError, match="Linear"):
         fastlora.explain(torch.nn.Linear(8, 6), torch.randn(3, 8))

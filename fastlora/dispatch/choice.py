@@ -56,6 +56,30 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
     return chosen
 
 
+TINY = 1 << 21  # M * N * K: some 30 microseconds of a core
+
+
+def is_tiny(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, dropout_p: float) -> bool:
+    """Whether ATen's own autograd nodes beat every path: three of them cost less than one of Python's.
+
+    So it is for a small layer on a CPU that drops nothing and whose x asks for no gradient (the first layer of a small
+    model). They keep what the paths keep: x and S.
+    """
+    return (
+        dropout_p == 0.0
+        and not x.requires_grad
+        and x.is_cpu
+        and x.dim() == 2
+        and x.shape[0] * weight.numel() <= TINY
+        and not weight.requires_grad
+        and (lora_A.requires_grad or lora_B.requires_grad)
+        and torch.is_grad_enabled()
+        and x.dtype is lora_A.dtype
+        and x.dtype is not torch.float16
+        and env.forced_path() is None
+    )
+
+
 def _select_on_cpu(x: Tensor, weight: Tensor, key: tuple) -> ModuleType:
     """There the path depends on no size but the rank's."""
     dtype, adapter_dtype, R, dropout = key
@@ -94,7 +118,10 @@ CPU_RANK = 32  # above it ATen's GEMMs make up for the passes that they take, wh
 
 
 def _choose_for_cpu(problem: Problem) -> Choice:
-    obstacle = _obstacle("cpu", problem)
+    missing = registry.load("cpu").unavailable(problem.device)
+    if missing:
+        warn_once(("cpu", missing), f"fastlora: path 'torch' runs on this CPU, not the faster 'cpu': {missing}")
+    obstacle = missing or _obstacle("cpu", problem)
     if obstacle:
         return Choice("torch", f"the tensors are on the CPU, and 'cpu' cannot run: {obstacle}")
     unmeasured = registry.load("cpu").unmeasured()
@@ -127,6 +154,8 @@ def explain(layer, x: Tensor) -> Explanation:
     (N, K), dropout = layer.weight.shape, bool(layer.training and layer.lora_dropout > 0.0)
     problem = Problem(x.shape[:-1].numel(), N, K, layer.lora_A.shape[0], dtype, layer.lora_A.dtype, x.device, dropout)
     forced = env.forced_path()
+    if is_tiny(x, layer.weight, layer.lora_A, layer.lora_B, float(dropout)):
+        return Explanation("torch", "so small a layer, whose x asks for no gradient, is fastest in ATen's own nodes")
     if forced is None:
         return Explanation(*vars(choose(problem)).values())
     return Explanation(_forced(problem, forced), "FASTLORA_PATH asks for it")

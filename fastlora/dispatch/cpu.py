@@ -26,10 +26,14 @@ from fastlora.dispatch.torch import draw_seed
 
 try:
     from fastlora import _cpu
-except ImportError as error:
-    _cpu, _missing = None, f"the kernels in csrc/ were not compiled at install ({error})"
+except ImportError:
+    _cpu, _missing = None, (
+        f"its kernels are not in {Path(__file__).parents[1]}: they were not compiled at install, or only for an "
+        "installed copy (`pip install -e .` compiles them for a checkout)"
+    )
 
 NAME = "cpu"
+MAX_RANK = 0 if _cpu is None else _cpu.MAX_RANK
 MEASURED = ("avx512bf16", "avx512", "avx2")  # instruction sets
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 # What the self-check adds to its own cases, as (M, N, K, R, dropout_p, dtype, adapter_dtype): sizes that several
@@ -81,8 +85,8 @@ def unsupported(problem: Problem) -> str | None:
         return f"x is {problem.dtype}; the CPU kernels take float32, bfloat16 and float16"
     if problem.adapter_dtype not in _ADAPTERS:
         return f"the adapters are {problem.adapter_dtype}; the CPU kernels take float32, bfloat16 and float16"
-    if problem.R > _cpu.MAX_RANK:
-        return f"R is {problem.R}; the CPU kernels take at most {_cpu.MAX_RANK}"
+    if problem.R > MAX_RANK:
+        return f"R is {problem.R}; the CPU kernels take at most {MAX_RANK}"
     return None
 
 
