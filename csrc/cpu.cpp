@@ -38,7 +38,7 @@ struct Call {
   std::int64_t x_stride, dy_stride, M, N, K;
   int R, threads;
   float scaling;
-  bool add_to_dx;  // dx holds dY W already; else it is yet to be added
+  bool add;  // y holds X Wᵀ, or dx dY W, already; else it is yet to be added
   Dropout dropout;
 
   // How many pieces the rows are cut into, each of which needs so many bytes for sums of its own.
@@ -304,9 +304,10 @@ PyObject* run(const Call& call, bool addresses, const Function& function) {
   Py_RETURN_NONE;
 }
 
-// forward(x_type, adapter_type, x, x_stride, A, B, bias, S, y, M, N, K, R, scaling, p, seed, threads)
+// forward(x_type, adapter_type, x, x_stride, A, B, bias, S, y, add, M, N, K, R, scaling, p, seed,
+//         threads)
 PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments in(values, count, 17);
+  Arguments in(values, count, 18);
   Call call{};
   const bool x16 = in.integer(), adapter16 = in.integer();
   call.x = in.address();
@@ -316,6 +317,7 @@ PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.bias = in.address();
   call.S = in.address();
   call.y = in.address();
+  call.add = in.integer();
   call.M = in.integer();
   call.N = in.integer();
   call.K = in.integer();
@@ -327,7 +329,7 @@ PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return run(call, addresses, [&] { library->forward[x16][adapter16](call); });
 }
 
-// backward(x_type, adapter_type, dy, dy_stride, x, x_stride, A, B, S, dx, add_to_dx, dA, dB, M, N, K, R, scaling, p,
+// backward(x_type, adapter_type, dy, dy_stride, x, x_stride, A, B, S, dx, add, dA, dB, M, N, K, R, scaling, p,
 //          seed, threads)
 PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments in(values, count, 21);
@@ -341,7 +343,7 @@ PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.lora_B = in.address();
   call.S = in.address();
   call.dx = in.address();
-  call.add_to_dx = in.integer();
+  call.add = in.integer();
   call.dA = in.address();
   call.dB = in.address();
   call.M = in.integer();
@@ -396,7 +398,7 @@ PyObject* instructions(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, "S, and y = bias + s S Bᵀ"},
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, "S, and y (+)= bias + s S Bᵀ"},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL, "dA, dB, and dx (+)= drop'(dS A)"},
     {"mask", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mask)), METH_FASTCALL, "the dropout mask of a seed"},
     {"use_threads_of", use_threads_of, METH_O, "run on the OpenMP pool whose GOMP_parallel has this address"},

@@ -136,13 +136,15 @@ struct BFloat16Engine {
         Vec v = acc[m][i] * scaling;
         if (dropout) v *= kept(hashed, i * V, *dropout);
         BFloat16* to = out + m * stride + j + i * V;
-        const BFloat16* other = add ? to : offset ? offset + j + i * V : nullptr;
+        const BFloat16* by = offset + j + i * V;
         const std::int64_t here = left - i * V;
         if (here >= V) {
-          store_rounded(to, other ? load(other) + v : v);
+          if (offset) v += load(by);
+          store_rounded(to, add ? load(to) + v : v);
         } else if (here > 0) {
           const int some = static_cast<int>(here);
-          store_some(to, other ? load_some(other, some) + v : v, some);
+          if (offset) v += load_some(by, some);
+          store_some(to, add ? load_some(to, some) + v : v, some);
         }
       }
     }

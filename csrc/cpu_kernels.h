@@ -6,11 +6,11 @@
 //
 //   dot     c[m][r]        = scaling * sum over j of in[m][j] * p[r][j]       S = drop(X) Aᵀ and dS = s dY B
 //   expand  out[m][j]      = other + scaling * sum over r of c[m][r] * p[r][j]
-//                                                                             Y = bias + s S Bᵀ, dX (+)= drop'(dS A)
+//                                                                             Y (+)= bias + s S Bᵀ, dX (+)= drop'(dS A)
 //   outer   acc[r][j]     += sum over m of c[m][r] * in[m][j]                 dBᵀ = s Sᵀ dY and dA = dSᵀ drop(X)
 //
-// `other` is offset[j], or what stands in `out` when `add` is set, or nothing. What `expand` writes first, ATen's GEMM
-// adds X Wᵀ or dY W to, and no kernel has to read it again.
+// `other` is offset[j] where there is one, and what stands in `out` when `add` is set. What `expand` writes without
+// adding, ATen's GEMM then adds X Wᵀ or dY W to, and no kernel has to read it again.
 //
 // p is lora_A, or lora_B transposed, in float, its rows padded with zeros to whole registers and their number to a
 // multiple of DOT_RANKS.
@@ -209,12 +209,14 @@ inline void expand_tile(T* out, const T* offset, bool add, std::int64_t stride, 
         v *= kept(hashed, j + i * V, *dropout);
       }
       T* to = out + m * stride + j + i * V;
-      const T* other = add ? to : offset ? offset + j + i * V : nullptr;
+      const T* by = offset + j + i * V;
       if (left >= (i + 1) * V) {
-        store(to, other ? load(other) + v : v);
+        if (offset) v += load(by);
+        store(to, add ? load(to) + v : v);
       } else {
         const int here = static_cast<int>(left - i * V);
-        store_some(to, other ? load_some(other, here) + v : v, here);
+        if (offset) v += load_some(by, here);
+        store_some(to, add ? load_some(to, here) + v : v, here);
       }
     }
   }
@@ -375,7 +377,7 @@ struct Kernels {
         Engine::dot(sums, x, stride, rows, lora_A, K, R, 1.0f);
         T* S = static_cast<T*>(call.S) + row * R;
         for (int i = 0; i < rows * R; ++i) S[i] = from_float<T>(sums[i]);
-        Engine::expand(static_cast<T*>(call.y) + row * N, static_cast<const T*>(call.bias), false, N, row, rows, N, sums,
+        Engine::expand(static_cast<T*>(call.y) + row * N, static_cast<const T*>(call.bias), call.add, N, row, rows, N, sums,
                        arena[b], R, call.scaling, nullptr);
       }
     });
@@ -421,7 +423,7 @@ struct Kernels {
           Engine::outer(dA, K, x, stride, rows, dS, R);
         }
         if (call.dx)
-          Engine::expand(static_cast<T*>(call.dx) + row * K, static_cast<const T*>(nullptr), call.add_to_dx, K, row,
+          Engine::expand(static_cast<T*>(call.dx) + row * K, static_cast<const T*>(nullptr), call.add, K, row,
                          rows, K, dS, arena[a], R, 1.0f, dropout);
       }
     });

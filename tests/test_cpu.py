@@ -369,7 +369,7 @@ def test_an_instruction_set_that_nobody_measured_is_not_chosen(monkeypatch):
 
 
 def test_arguments_are_counted_and_typed():
-    with pytest.raises(TypeError, match="17 arguments needed, got 1"):
+    with pytest.raises(TypeError, match="18 arguments needed, got 1"):
         cpu._cpu.forward(1)
     with pytest.raises(TypeError):
         cpu._cpu.mask(0, "a", 2, 0.1, 0)
@@ -377,6 +377,6 @@ def test_arguments_are_counted_and_typed():
         cpu._cpu.mask(0, 2, 2, 0.1, 0)
     at = torch.zeros(9).data_ptr()
     with pytest.raises(ValueError, match="out of range"):
-        cpu._cpu.forward(0, 0, at, 1, at, at, 0, at, at, 1, 1, 1, cpu._cpu.MAX_RANK + 1, 1.0, 0.0, 0, 1)
+        cpu._cpu.forward(0, 0, at, 1, at, at, 0, at, at, 0, 1, 1, 1, cpu._cpu.MAX_RANK + 1, 1.0, 0.0, 0, 1)
     with pytest.raises(ValueError, match="abacus"):
         cpu._cpu.use_instructions("abacus")

@@ -4,7 +4,8 @@ Forward:   S = drop(X)·Aᵀ and Y = bias + s·S·Bᵀ, block by block, with one
 Backward:  dS = s·dY·B, dBᵀ = s·Sᵀ·dY, dA = dSᵀ·drop(X) and dX = drop'(dS·A), block by block, with one read of dY and
            one of X;  then dX += dY·W (ATen).
 
-The GEMM comes last because it can add to what it writes; the kernels would have to read it again.
+The GEMM comes last because it can add to what it writes; the kernels would have to read it again. But for bfloat16 it
+comes first: there oneDNN adds, and adds a bias too, at a greater cost than the kernels do.
 
 float16 passes through float32 where the processor has no float16 products. The dropout mask is a hash of the seed and
 of an element's place, made where it is needed. The kernels use torch's own threads, and the fastest instruction set
@@ -110,15 +111,23 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> tuple[
     _require_cpu(weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
     x2, lora_A, lora_B = _dense_rows(rows(x)), _packable(lora_A), _packable(lora_B)
     (M, K), (N, R) = x2.shape, lora_B.shape
-    y, S = x.new_empty((*x.shape[:-1], N)), x.new_empty((M, R))
+    add, S = x.dtype is torch.bfloat16, x.new_empty((M, R))
+    if not add:
+        y = x.new_empty((*x.shape[:-1], N))
+    elif x.dim() == 2:
+        y = torch.mm(x2, weight.t())
+    else:  # not a view of a product: on those autograd forbids in-place operations
+        y = x.new_empty((*x.shape[:-1], N))
+        torch.mm(x2, weight.t(), out=y.view(M, N))
     if bias is not None:
         bias = _packable(bias)
     _cpu.forward(
         _CODES[x.dtype], _CODES[lora_A.dtype], x2.data_ptr(), x2.stride(0), lora_A.data_ptr(), lora_B.data_ptr(),
-        0 if bias is None else bias.data_ptr(), S.data_ptr(), y.data_ptr(), M, N, K, R, scaling, dropout_p,
+        0 if bias is None else bias.data_ptr(), S.data_ptr(), y.data_ptr(), add, M, N, K, R, scaling, dropout_p,
         0 if seed is None else seed.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    (y if x.dim() == 2 else y.view(M, N)).addmm_(x2, weight.t())
+    if not add:
+        (y if x.dim() == 2 else y.view(M, N)).addmm_(x2, weight.t())
     return y, S
 
 
@@ -135,7 +144,7 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = dA = dB = None
     at_x = at_dx = at_dA = at_dB = x_stride = 0
-    add_to_dx = dy.dtype is torch.bfloat16  # to which oneDNN adds at a greater cost than the kernels
+    add = dy.dtype is torch.bfloat16
     if x is not None:
         x = _dense_rows(rows(x))
         dA = torch.empty_like(lora_A)
@@ -144,14 +153,14 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
         dB = torch.empty_like(lora_B)
         at_dB = dB.data_ptr()
     if weight is not None:
-        dx = torch.mm(dy, weight) if add_to_dx else dy.new_empty((M, K))
+        dx = torch.mm(dy, weight) if add else dy.new_empty((M, K))
         at_dx = dx.data_ptr()
     _cpu.backward(
         _CODES[dy.dtype], _CODES[lora_A.dtype], dy.data_ptr(), dy.stride(0), at_x, x_stride, lora_A.data_ptr(),
-        lora_B.data_ptr(), S.data_ptr(), at_dx, add_to_dx, at_dA, at_dB, M, N, K, R, scaling, dropout_p,
+        lora_B.data_ptr(), S.data_ptr(), at_dx, add, at_dA, at_dB, M, N, K, R, scaling, dropout_p,
         0 if seed is None else seed.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    if dx is not None and not add_to_dx:
+    if dx is not None and not add:
         dx.addmm_(dy, weight)
     return dx, dA, dB
 
