@@ -1,6 +1,6 @@
 """What the fused layer saves in whole training steps and whole runs: the IMDb classifier and GPT-2 on SMS messages.
 
-    python -m benchmarks.steps [--seconds 390] [--data DIR] [--device cpu] [--precision float32]
+    python -m benchmarks.steps [--seconds 390] [--only imdb] [--data DIR] [--device cpu] [--precision float32]
 
 Three arms take the same steps of this package's trainer in turns, in one process: `bare` has frozen linear layers
 without adapters (its head is trained), `eager` the LoRA layer as one would write it, `fused` this package's. In GPT-2
@@ -39,9 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     taken, device = metadata(args.device), torch.device(args.device)
-    rows = [_gpt2_steps(args, device)]
-    print(_line(rows[-1]), flush=True)
-    for measured in itertools.chain(_imdb(args, device), _spam_runs(args, device)):
+    parts = {"gpt2": _gpt2_steps, "imdb": _imdb, "spam": _spam_runs}
+    asked = args.only or list(parts)
+    args.seconds /= sum(share for name, share in SHARES.items() if name.split()[0] in asked)
+    rows = []
+    for measured in itertools.chain.from_iterable(parts[name](args, device) for name in asked):
         rows.append(measured)
         print(_line(measured), flush=True)
     path = write_results("steps", {"metadata": taken, "arguments": vars(args), "rows": rows}, args.output)
@@ -51,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=390.0, help="time spent on samples (default 390)")
+    parser.add_argument("--only", action="append", choices=("gpt2", "imdb", "spam"), help="repeatable (default: all)")
     parser.add_argument("--data", default=str(DATA) if DATA.is_dir() else "sample", help="as for fastlora train")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float32")
@@ -59,7 +62,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _gpt2_steps(args: argparse.Namespace, device: torch.device) -> dict:
+def _gpt2_steps(args: argparse.Namespace, device: torch.device):
     """Steps of the 124M model, random weights, on 8 messages of 120 tokens."""
     torch.manual_seed(0)
     base = gpt2.GPT2(gpt2.CONFIGS["gpt2"]).to(device)
@@ -67,7 +70,7 @@ def _gpt2_steps(args: argparse.Namespace, device: torch.device) -> dict:
     batches = [
         (torch.randint(50257, (8, 120), device=device), torch.randint(2, (8,), device=device)) for _ in range(4)
     ]
-    return _measure("gpt2 124M, 8 x 120 tokens", _spam_arms(base, device, args), batches, args, SHARES["gpt2"])
+    yield _measure("gpt2 124M, 8 x 120 tokens", _spam_arms(base, device, args), batches, args, SHARES["gpt2"])
 
 
 def _spam_arms(base: gpt2.GPT2, device: torch.device, args: argparse.Namespace) -> dict:

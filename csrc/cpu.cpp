@@ -33,12 +33,12 @@ struct Dropout {
 
 // One call. Row-major with rows of the given stride, or dense where there is none.
 struct Call {
-  const void *x, *dy, *lora_A, *lora_B, *bias;
+  const void *x, *dy, *lora_A, *lora_B;
   void *S, *y, *dx, *dA, *dB;
   std::int64_t x_stride, dy_stride, M, N, K;
   int R, threads;
   float scaling;
-  bool add;  // y holds X Wᵀ, or dx dY W, already; else it is yet to be added
+  bool add;  // dx holds dY W already; else it is yet to be added
   Dropout dropout;
 
   // How many pieces the rows are cut into, each of which needs so many bytes for sums of its own.
@@ -304,20 +304,17 @@ PyObject* run(const Call& call, bool addresses, const Function& function) {
   Py_RETURN_NONE;
 }
 
-// forward(x_type, adapter_type, x, x_stride, A, B, bias, S, y, add, M, N, K, R, scaling, p, seed,
-//         threads)
+// forward(x_type, adapter_type, x, x_stride, A, B, S, y, M, N, K, R, scaling, p, seed, threads)
 PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments in(values, count, 18);
+  Arguments in(values, count, 16);
   Call call{};
   const bool x16 = in.integer(), adapter16 = in.integer();
   call.x = in.address();
   call.x_stride = in.integer();
   call.lora_A = in.address();
   call.lora_B = in.address();
-  call.bias = in.address();
   call.S = in.address();
   call.y = in.address();
-  call.add = in.integer();
   call.M = in.integer();
   call.N = in.integer();
   call.K = in.integer();
@@ -398,7 +395,7 @@ PyObject* instructions(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, "S, and y (+)= bias + s S Bᵀ"},
+    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, "S, and y += s S Bᵀ"},
     {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL, "dA, dB, and dx (+)= drop'(dS A)"},
     {"mask", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mask)), METH_FASTCALL, "the dropout mask of a seed"},
     {"use_threads_of", use_threads_of, METH_O, "run on the OpenMP pool whose GOMP_parallel has this address"},

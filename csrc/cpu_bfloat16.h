@@ -113,7 +113,7 @@ struct BFloat16Engine {
   }
 
   template <int ROWS, int VECTORS>
-  static void expand_tile(BFloat16* out, const BFloat16* offset, bool add, std::int64_t stride, std::int64_t j,
+  static void expand_tile(BFloat16* out, bool add, std::int64_t stride, std::int64_t j,
                           std::int64_t left, const Pair* c, const BFloat16* p, std::int64_t padded, int pairs, float scaling, const RowKey* keys,
                           const Dropout* dropout) {
     Vec acc[ROWS][VECTORS] = {};
@@ -136,31 +136,28 @@ struct BFloat16Engine {
         Vec v = acc[m][i] * scaling;
         if (dropout) v *= kept(hashed, i * V, *dropout);
         BFloat16* to = out + m * stride + j + i * V;
-        const BFloat16* by = offset + j + i * V;
         const std::int64_t here = left - i * V;
         if (here >= V) {
-          if (offset) v += load(by);
           store_rounded(to, add ? load(to) + v : v);
         } else if (here > 0) {
           const int some = static_cast<int>(here);
-          if (offset) v += load_some(by, some);
           store_some(to, add ? load_some(to, some) + v : v, some);
         }
       }
     }
   }
   template <int ROWS>
-  static void expand_rows(BFloat16* out, const BFloat16* offset, bool add, std::int64_t stride, std::int64_t row,
+  static void expand_rows(BFloat16* out, bool add, std::int64_t stride, std::int64_t row,
                           std::int64_t width, const Pair* c, const BFloat16* p, int pairs, float scaling,
                           const Dropout* dropout) {
     RowKey keys[ROWS];
     if (dropout)
       for (int m = 0; m < ROWS; ++m) keys[m] = RowKey(*dropout, row + m);
     for (std::int64_t j = 0; j < width; j += W)
-      expand_tile<ROWS, 2>(out, offset, add, stride, j, width - j, c, p, whole(width), pairs, scaling, keys, dropout);
+      expand_tile<ROWS, 2>(out, add, stride, j, width - j, c, p, whole(width), pairs, scaling, keys, dropout);
   }
   template <typename T>
-  static void expand(T* out, const T* offset, bool add, std::int64_t stride, std::int64_t row, int rows,
+  static void expand(T* out, bool add, std::int64_t stride, std::int64_t row, int rows,
                      std::int64_t width, const float* c, const BFloat16* p, int R, float scaling,
                      const Dropout* dropout) {
     const int pairs = (R + 1) / 2;
@@ -173,11 +170,11 @@ struct BFloat16Engine {
           coefficients[i * pairs + r] = paired(pair[0], 2 * r + 1 < R ? pair[1] : 0.0f);
         }
       if (here == EXPAND_ROWS) {
-        expand_rows<EXPAND_ROWS>(out + m * stride, offset, add, stride, row + m, width, coefficients, p, pairs, scaling,
+        expand_rows<EXPAND_ROWS>(out + m * stride, add, stride, row + m, width, coefficients, p, pairs, scaling,
                                  dropout);
       } else {
         for (int i = 0; i < here; ++i)
-          expand_rows<1>(out + (m + i) * stride, offset, add, stride, row + m + i, width, coefficients + i * pairs, p,
+          expand_rows<1>(out + (m + i) * stride, add, stride, row + m + i, width, coefficients + i * pairs, p,
                          pairs, scaling, dropout);
       }
     }

@@ -5,12 +5,10 @@
 // large tensors are read once. Three small kernels do the work on a block; `width` is K or N:
 //
 //   dot     c[m][r]        = scaling * sum over j of in[m][j] * p[r][j]       S = drop(X) Aᵀ and dS = s dY B
-//   expand  out[m][j]      = other + scaling * sum over r of c[m][r] * p[r][j]
-//                                                                             Y (+)= bias + s S Bᵀ, dX (+)= drop'(dS A)
+//   expand  out[m][j]   (+)= scaling * sum over r of c[m][r] * p[r][j]        Y += s S Bᵀ and dX (+)= drop'(dS A)
 //   outer   acc[r][j]     += sum over m of c[m][r] * in[m][j]                 dBᵀ = s Sᵀ dY and dA = dSᵀ drop(X)
 //
-// `other` is offset[j] where there is one, and what stands in `out` when `add` is set. What `expand` writes without
-// adding, ATen's GEMM then adds X Wᵀ or dY W to, and no kernel has to read it again.
+// `expand` adds where `add` is set. What it writes without adding, ATen's GEMM then adds to, and nothing is read again.
 //
 // p is lora_A, or lora_B transposed, in float, its rows padded with zeros to whole registers and their number to a
 // multiple of DOT_RANKS.
@@ -183,8 +181,8 @@ inline void dot(float* c, const float* in, std::int64_t stride, int rows, const 
 
 // ROWS rows by VECTORS registers of columns; `left` columns remain, fewer than the tile has in its last place only.
 template <int ROWS, int VECTORS, typename T>
-inline void expand_tile(T* out, const T* offset, bool add, std::int64_t stride, std::int64_t j, std::int64_t left,
-                        const float* c, const float* p, std::int64_t padded, int R, float scaling, const RowKey* keys,
+inline void expand_tile(T* out, bool add, std::int64_t stride, std::int64_t j, std::int64_t left, const float* c,
+                        const float* p, std::int64_t padded, int R, float scaling, const RowKey* keys,
                         const Dropout* dropout) {
   Vec acc[ROWS][VECTORS] = {};
   for (int r = 0; r < R; ++r) {
@@ -209,13 +207,10 @@ inline void expand_tile(T* out, const T* offset, bool add, std::int64_t stride, 
         v *= kept(hashed, j + i * V, *dropout);
       }
       T* to = out + m * stride + j + i * V;
-      const T* by = offset + j + i * V;
       if (left >= (i + 1) * V) {
-        if (offset) v += load(by);
         store(to, add ? load(to) + v : v);
       } else {
         const int here = static_cast<int>(left - i * V);
-        if (offset) v += load_some(by, here);
         store_some(to, add ? load_some(to, here) + v : v, here);
       }
     }
@@ -223,7 +218,7 @@ inline void expand_tile(T* out, const T* offset, bool add, std::int64_t stride, 
 }
 
 template <int ROWS, typename T>
-inline void expand_rows(T* out, const T* offset, bool add, std::int64_t stride, std::int64_t row, std::int64_t width,
+inline void expand_rows(T* out, bool add, std::int64_t stride, std::int64_t row, std::int64_t width,
                         const float* c, const float* p, int R, float scaling, const Dropout* dropout) {
   const std::int64_t padded = whole(width);
   RowKey keys[ROWS];
@@ -231,20 +226,20 @@ inline void expand_rows(T* out, const T* offset, bool add, std::int64_t stride, 
     for (int m = 0; m < ROWS; ++m) keys[m] = RowKey(*dropout, row + m);
   std::int64_t j = 0;
   for (; j + EXPAND_VECTORS * V <= width; j += EXPAND_VECTORS * V)
-    expand_tile<ROWS, EXPAND_VECTORS>(out, offset, add, stride, j, width - j, c, p, padded, R, scaling, keys, dropout);
+    expand_tile<ROWS, EXPAND_VECTORS>(out, add, stride, j, width - j, c, p, padded, R, scaling, keys, dropout);
   for (; j < width; j += V)
-    expand_tile<ROWS, 1>(out, offset, add, stride, j, width - j, c, p, padded, R, scaling, keys, dropout);
+    expand_tile<ROWS, 1>(out, add, stride, j, width - j, c, p, padded, R, scaling, keys, dropout);
 }
 
 // `row` counts from the start of the whole tensor, for its dropout mask; `out` points to that row.
 template <typename T>
-inline void expand(T* out, const T* offset, bool add, std::int64_t stride, std::int64_t row, int rows,
+inline void expand(T* out, bool add, std::int64_t stride, std::int64_t row, int rows,
                    std::int64_t width, const float* c, const float* p, int R, float scaling, const Dropout* dropout) {
   int m = 0;
   for (; m + EXPAND_ROWS <= rows; m += EXPAND_ROWS)
-    expand_rows<EXPAND_ROWS>(out + m * stride, offset, add, stride, row + m, width, c + m * R, p, R, scaling, dropout);
+    expand_rows<EXPAND_ROWS>(out + m * stride, add, stride, row + m, width, c + m * R, p, R, scaling, dropout);
   for (; m < rows; ++m)
-    expand_rows<1>(out + m * stride, offset, add, stride, row + m, width, c + m * R, p, R, scaling, dropout);
+    expand_rows<1>(out + m * stride, add, stride, row + m, width, c + m * R, p, R, scaling, dropout);
 }
 
 template <int RANKS, int VECTORS>
@@ -327,10 +322,10 @@ struct FloatEngine {
     NAMESPACE::dot(c, in, stride, rows, p, whole(width), R, scaling);
   }
   template <typename T>
-  static void expand(T* out, const T* offset, bool add, std::int64_t stride, std::int64_t row, int rows,
+  static void expand(T* out, bool add, std::int64_t stride, std::int64_t row, int rows,
                      std::int64_t width, const float* c, const float* p, int R, float scaling,
                      const Dropout* dropout) {
-    NAMESPACE::expand(out, offset, add, stride, row, rows, width, c, p, R, scaling, dropout);
+    NAMESPACE::expand(out, add, stride, row, rows, width, c, p, R, scaling, dropout);
   }
   static void outer(float* acc, std::int64_t width, const float* in, std::int64_t stride, int rows, const float* c,
                     int R) {
@@ -377,8 +372,8 @@ struct Kernels {
         Engine::dot(sums, x, stride, rows, lora_A, K, R, 1.0f);
         T* S = static_cast<T*>(call.S) + row * R;
         for (int i = 0; i < rows * R; ++i) S[i] = from_float<T>(sums[i]);
-        Engine::expand(static_cast<T*>(call.y) + row * N, static_cast<const T*>(call.bias), call.add, N, row, rows, N, sums,
-                       arena[b], R, call.scaling, nullptr);
+        Engine::expand(static_cast<T*>(call.y) + row * N, true, N, row, rows, N, sums, arena[b], R, call.scaling,
+                       nullptr);
       }
     });
   }
@@ -423,7 +418,7 @@ struct Kernels {
           Engine::outer(dA, K, x, stride, rows, dS, R);
         }
         if (call.dx)
-          Engine::expand(static_cast<T*>(call.dx) + row * K, static_cast<const T*>(nullptr), call.add, K, row,
+          Engine::expand(static_cast<T*>(call.dx) + row * K, call.add, K, row,
                          rows, K, dS, arena[a], R, 1.0f, dropout);
       }
     });

@@ -59,11 +59,11 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
 TINY = 1 << 21  # M * N * K: some 30 microseconds of a core
 
 
-def is_tiny(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, dropout_p: float) -> bool:
+def is_tiny(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> bool:
     """Whether ATen's own autograd nodes beat every path: three of them cost less than one of Python's.
 
     So it is for a small layer on a CPU that drops nothing and whose x asks for no gradient (the first layer of a small
-    model). They keep what the paths keep: x and S.
+    model). They keep what the paths keep: x and S. So it is without gradients too, for the same bits in both.
     """
     return (
         dropout_p == 0.0
@@ -72,8 +72,6 @@ def is_tiny(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, dropout_p
         and x.dim() == 2
         and x.shape[0] * weight.numel() <= TINY
         and not weight.requires_grad
-        and (lora_A.requires_grad or lora_B.requires_grad)
-        and torch.is_grad_enabled()
         and x.dtype is lora_A.dtype
         and x.dtype is not torch.float16
         and env.forced_path() is None
@@ -154,7 +152,7 @@ def explain(layer, x: Tensor) -> Explanation:
     (N, K), dropout = layer.weight.shape, bool(layer.training and layer.lora_dropout > 0.0)
     problem = Problem(x.shape[:-1].numel(), N, K, layer.lora_A.shape[0], dtype, layer.lora_A.dtype, x.device, dropout)
     forced = env.forced_path()
-    if is_tiny(x, layer.weight, layer.lora_A, layer.lora_B, float(dropout)):
+    if is_tiny(x, layer.weight, layer.lora_A, float(dropout)):
         return Explanation("torch", "so small a layer, whose x asks for no gradient, is fastest in ATen's own nodes")
     if forced is None:
         return Explanation(*vars(choose(problem)).values())

@@ -1,15 +1,15 @@
 """Path `cpu`: ATen's GEMM with the frozen weight, and all that has the rank in it in kernels compiled from `csrc/`.
 
-Forward:   S = drop(X)·Aᵀ and Y = bias + s·S·Bᵀ, block by block, with one read of X;  then Y += X Wᵀ (ATen).
+Forward:   Y = X Wᵀ + bias (ATen);  then S = drop(X)·Aᵀ and Y += s·S·Bᵀ, block by block, with one read of X.
 Backward:  dS = s·dY·B, dBᵀ = s·Sᵀ·dY, dA = dSᵀ·drop(X) and dX = drop'(dS·A), block by block, with one read of dY and
            one of X;  then dX += dY·W (ATen).
 
-The GEMM comes last because it can add to what it writes; the kernels would have to read it again. But for bfloat16 it
-comes first: there oneDNN adds, and adds a bias too, at a greater cost than the kernels do.
+In forward the GEMM comes first, so that a new layer, whose B is zero, gives its base's output to the bit. In backward
+it comes last, because it can add to what it writes, which the kernels would have to read again; but not in bfloat16,
+where oneDNN adds at a greater cost than they do.
 
-float16 passes through float32 where the processor has no float16 products. The dropout mask is a hash of the seed and
-of an element's place, made where it is needed. The kernels use torch's own threads, and the fastest instruction set
-that the processor has. Where they were not compiled, path `torch` runs.
+The dropout mask is a hash of the seed and of an element's place, made where it is needed. The kernels use torch's own
+threads, and the fastest instruction set that the processor has. Where they were not compiled, path `torch` runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.dispatch.problem import Problem, rows
@@ -45,7 +46,6 @@ CASES = (
     (40, 50, 60, 8, 0.25, torch.bfloat16, torch.float32),
     (40, 50, 60, 8, 0.25, torch.float32, torch.bfloat16),
 )
-_ADAPTERS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -79,22 +79,13 @@ def compiled() -> str:
 
 def unsupported(problem: Problem) -> str | None:
     """Why the kernels cannot run `problem`, or None."""
-    if problem.dtype is torch.float16:
-        if _native_float16():
-            return "x is torch.float16, which this processor multiplies natively"
-    elif problem.dtype not in _CODES:
-        return f"x is {problem.dtype}; the CPU kernels take float32, bfloat16 and float16"
-    if problem.adapter_dtype not in _ADAPTERS:
-        return f"the adapters are {problem.adapter_dtype}; the CPU kernels take float32, bfloat16 and float16"
+    if problem.dtype not in _CODES:
+        return f"x is {problem.dtype}; the CPU kernels take float32 and bfloat16"
+    if problem.adapter_dtype not in _CODES:
+        return f"the adapters are {problem.adapter_dtype}; the CPU kernels take float32 and bfloat16"
     if problem.R > MAX_RANK:
         return f"R is {problem.R}; the CPU kernels take at most {MAX_RANK}"
     return None
-
-
-@cache
-def _native_float16() -> bool:
-    """Whether oneDNN multiplies float16. Where it does not, ATen does, element by element, some 30 times slower."""
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def draw(x: Tensor, dropout_p: float) -> Tensor:
@@ -104,30 +95,23 @@ def draw(x: Tensor, dropout_p: float) -> Tensor:
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
     """x (..., K) -> y (..., N), a fresh tensor, and S (M, R) in x's dtype."""
-    if x.dtype is torch.float16:
-        wide = (None if t is None else t.float() for t in (x, weight, lora_A, lora_B, bias))
-        y, S = forward(*wide, scaling, dropout_p, seed)
-        return y.half(), S.half()
     _require_cpu(weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
     x2, lora_A, lora_B = _dense_rows(rows(x)), _packable(lora_A), _packable(lora_B)
     (M, K), (N, R) = x2.shape, lora_B.shape
-    add, S = x.dtype is torch.bfloat16, x.new_empty((M, R))
-    if not add:
+    S = x.new_empty((M, R))
+    if x.dim() == 2:
+        y = F.linear(x, weight, bias)
+    else:  # F.linear would return a view here, on which autograd forbids in-place operations
         y = x.new_empty((*x.shape[:-1], N))
-    elif x.dim() == 2:
-        y = torch.mm(x2, weight.t())
-    else:  # not a view of a product: on those autograd forbids in-place operations
-        y = x.new_empty((*x.shape[:-1], N))
-        torch.mm(x2, weight.t(), out=y.view(M, N))
-    if bias is not None:
-        bias = _packable(bias)
+        if bias is None:
+            torch.mm(x2, weight.t(), out=y.view(M, N))
+        else:
+            torch.addmm(bias, x2, weight.t(), out=y.view(M, N))
     _cpu.forward(
         _CODES[x.dtype], _CODES[lora_A.dtype], x2.data_ptr(), x2.stride(0), lora_A.data_ptr(), lora_B.data_ptr(),
-        0 if bias is None else bias.data_ptr(), S.data_ptr(), y.data_ptr(), add, M, N, K, R, scaling, dropout_p,
-        0 if seed is None else seed.data_ptr(), torch.get_num_threads(),
+        S.data_ptr(), y.data_ptr(), M, N, K, R, scaling, dropout_p, 0 if seed is None else seed.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
-    if not add:
-        (y if x.dim() == 2 else y.view(M, N)).addmm_(x2, weight.t())
     return y, S
 
 
@@ -136,10 +120,6 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
 
     None for dx when weight is None, for dA when x is None, for dB unless `need_B`.
     """
-    if dy.dtype is torch.float16:
-        wide = (None if t is None else t.float() for t in (dy, x, weight, lora_A, lora_B, S))
-        dx, dA, dB = backward(*wide, scaling, dropout_p, seed, need_B)
-        return None if dx is None else dx.half(), dA, dB
     dy, S, lora_A, lora_B = _dense_rows(dy), _packable(S), _packable(lora_A), _packable(lora_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = dA = dB = None
@@ -185,10 +165,10 @@ def _require_cpu(**tensors: Tensor | None) -> None:
 
 
 def _packable(t: Tensor) -> Tensor:
-    """As the kernels read what has the rank in it, and the bias: dense, float32 or bfloat16."""
+    """As the kernels read what has the rank in it: dense."""
     if t.is_neg():
         t = t.resolve_neg()
-    return (t.float() if t.dtype is torch.float16 else t).contiguous()
+    return t.contiguous()
 
 
 def _dense_rows(t: Tensor) -> Tensor:
