@@ -54,26 +54,17 @@ struct BFloat16 {
   std::uint16_t bits;
 };
 
-inline float to_float(float v) { return v; }
-inline float to_float(BFloat16 v) {
+inline void put(float& to, float v) { to = v; }
+inline void put(BFloat16& to, BFloat16 v) { to = v; }
+inline void put(float& to, BFloat16 v) {
   const std::uint32_t wide = static_cast<std::uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &wide, 4);
-  return f;
+  std::memcpy(&to, &wide, 4);
 }
-
-template <typename T>
-inline T from_float(float v);
-template <>
-inline float from_float<float>(float v) {
-  return v;
-}
-template <>
-inline BFloat16 from_float<BFloat16>(float v) {  // to the nearest, ties to even; NaN stays NaN
+inline void put(BFloat16& to, float v) {  // to the nearest, ties to even; NaN stays NaN
   std::uint32_t wide;
   std::memcpy(&wide, &v, 4);
   const std::uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
-  return {static_cast<std::uint16_t>(v != v ? 0x7fc0u : rounded)};
+  to.bits = static_cast<std::uint16_t>(v != v ? 0x7fc0u : rounded);
 }
 
 typedef void (*ParallelRegion)(void (*)(void*), void*, unsigned, unsigned);
@@ -180,7 +171,7 @@ typedef int Indices __attribute__((vector_size(16)));
 FASTLORA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 namespace avx512bf16 {
 #define NAMESPACE avx512bf16
-constexpr int V = 16, DOT_ROWS = 6, EXPAND_ROWS = 8, EXPAND_VECTORS = 2, OUTER_RANKS = 8, OUTER_VECTORS = 2;
+constexpr int V = 16, DOT_ROWS = 6, EXPAND_ROWS = 8, OUTER_RANKS = 8;
 #include "cpu_kernels.h"
 #include "cpu_bfloat16.h"
 typedef Kernels<BFloat16, BFloat16, BFloat16Engine> BothBFloat16;
@@ -191,7 +182,7 @@ FASTLORA_END_TARGET
 FASTLORA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace avx512 {
 #define NAMESPACE avx512
-constexpr int V = 16, DOT_ROWS = 6, EXPAND_ROWS = 8, EXPAND_VECTORS = 2, OUTER_RANKS = 8, OUTER_VECTORS = 2;
+constexpr int V = 16, DOT_ROWS = 6, EXPAND_ROWS = 8, OUTER_RANKS = 8;
 #include "cpu_kernels.h"
 typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
 #undef NAMESPACE
@@ -201,7 +192,7 @@ FASTLORA_END_TARGET
 FASTLORA_BEGIN_TARGET("avx2,fma")
 namespace avx2 {
 #define NAMESPACE avx2
-constexpr int V = 8, DOT_ROWS = 2, EXPAND_ROWS = 4, EXPAND_VECTORS = 2, OUTER_RANKS = 4, OUTER_VECTORS = 2;
+constexpr int V = 8, DOT_ROWS = 2, EXPAND_ROWS = 4, OUTER_RANKS = 4;
 #include "cpu_kernels.h"
 typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
 #undef NAMESPACE
@@ -211,7 +202,7 @@ FASTLORA_END_TARGET
 
 namespace portable {
 #define NAMESPACE portable
-constexpr int V = 4, DOT_ROWS = 2, EXPAND_ROWS = 4, EXPAND_VECTORS = 2, OUTER_RANKS = 4, OUTER_VECTORS = 2;
+constexpr int V = 4, DOT_ROWS = 2, EXPAND_ROWS = 4, OUTER_RANKS = 4;
 #include "cpu_kernels.h"
 typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
 #undef NAMESPACE
@@ -276,6 +267,16 @@ class Arguments {
     return {true, static_cast<std::uint64_t>(*seed), static_cast<std::uint32_t>(p * 65536.0 + 0.5),
             p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
   }
+  // M, N, K, R, scaling, dropout_p, seed, threads: what ends a call of the layer
+  void rest(Call& call) {
+    call.M = integer();
+    call.N = integer();
+    call.K = integer();
+    call.R = static_cast<int>(integer());
+    call.scaling = static_cast<float>(real());
+    call.dropout = dropout();
+    call.threads = static_cast<int>(integer());
+  }
 
  private:
   PyObject* const* next_;
@@ -315,13 +316,7 @@ PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.lora_B = in.address();
   call.S = in.address();
   call.y = in.address();
-  call.M = in.integer();
-  call.N = in.integer();
-  call.K = in.integer();
-  call.R = static_cast<int>(in.integer());
-  call.scaling = static_cast<float>(in.real());
-  call.dropout = in.dropout();
-  call.threads = static_cast<int>(in.integer());
+  in.rest(call);
   const bool addresses = call.x && call.lora_A && call.lora_B && call.S && call.y;
   return run(call, addresses, [&] { library->forward[x16][adapter16](call); });
 }
@@ -343,13 +338,7 @@ PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.add = in.integer();
   call.dA = in.address();
   call.dB = in.address();
-  call.M = in.integer();
-  call.N = in.integer();
-  call.K = in.integer();
-  call.R = static_cast<int>(in.integer());
-  call.scaling = static_cast<float>(in.real());
-  call.dropout = in.dropout();
-  call.threads = static_cast<int>(in.integer());
+  in.rest(call);
   const bool addresses = call.dy && call.lora_A && call.lora_B && call.S && (call.x || !call.dA);
   return run(call, addresses, [&] { library->backward[x16][adapter16](call); });
 }
@@ -394,10 +383,15 @@ PyObject* instructions(PyObject*, PyObject*) {
   return names;
 }
 
+template <PyObject* (*FUNCTION)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyCFunction fastcall() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(FUNCTION));
+}
+
 PyMethodDef methods[] = {
-    {"forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(forward)), METH_FASTCALL, "S, and y += s S Bᵀ"},
-    {"backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(backward)), METH_FASTCALL, "dA, dB, and dx (+)= drop'(dS A)"},
-    {"mask", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(mask)), METH_FASTCALL, "the dropout mask of a seed"},
+    {"forward", fastcall<forward>(), METH_FASTCALL, "S, and y += s S Bᵀ"},
+    {"backward", fastcall<backward>(), METH_FASTCALL, "dA, dB, and dx (+)= drop'(dS A)"},
+    {"mask", fastcall<mask>(), METH_FASTCALL, "the dropout mask of a seed"},
     {"use_threads_of", use_threads_of, METH_O, "run on the OpenMP pool whose GOMP_parallel has this address"},
     {"use_instructions", use_instructions, METH_O, "run the kernels compiled for this instruction set"},
     {"instructions", instructions, METH_NOARGS, "the instruction sets that can run here, fastest first"},

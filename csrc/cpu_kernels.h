@@ -10,12 +10,18 @@
 //
 // `expand` adds where `add` is set. What it writes without adding, ATen's GEMM then adds to, and nothing is read again.
 //
-// p is lora_A, or lora_B transposed, in float, its rows padded with zeros to whole registers and their number to a
-// multiple of DOT_RANKS.
+// p is lora_A, or lora_B transposed. Blocks, p and acc have rows of whole tiles of COLUMNS, with zeros behind `width`;
+// the rows of p are padded with zeros to a multiple of DOT_RANKS.
+//
+// An engine is how the products are made: FloatEngine below multiplies floats, BFloat16Engine in cpu_bfloat16.h pairs of
+// bfloat16. A lane takes PAIR elements of the index that is summed over, which a Factor holds too.
 
 typedef float Vec __attribute__((vector_size(4 * V)));
 typedef std::uint32_t Bits __attribute__((vector_size(4 * V)));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * V)));
+
+constexpr int TILE = 2;  // registers
+constexpr int COLUMNS = TILE * V;
 
 template <typename R, typename T>
 inline R bits_of(const T& value) {
@@ -26,7 +32,7 @@ inline R bits_of(const T& value) {
 }
 
 inline Vec splat(float a) { return a - Vec{}; }
-inline std::int64_t whole(std::int64_t n) { return (n + V - 1) / V * V; }
+inline std::int64_t whole(std::int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 inline Vec load(const float* p) {
   Vec v;
@@ -40,12 +46,26 @@ inline Vec load(const BFloat16* p) {
   std::memcpy(&h, p, sizeof h);
   return bits_of<Vec>(__builtin_convertvector(h, Bits) << 16);
 }
-inline void store(BFloat16* p, Vec v) {  // rounds as from_float does
+inline void store(BFloat16* p, Vec v) {  // rounds as `put` does
   const Bits wide = bits_of<Bits>(v);
   const Bits rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
   const Bits nan = (Bits)(v != v);
   const Halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Halves);
   std::memcpy(p, &h, sizeof h);
+}
+
+// A register of the `n` < V last elements of a row, zeros behind them; and back.
+template <typename T>
+inline Vec load_some(const T* p, int n) {
+  float lanes[V] = {};
+  for (int i = 0; i < n; ++i) put(lanes[i], p[i]);
+  return load(lanes);
+}
+template <typename T>
+inline void store_some(T* p, Vec v, int n) {
+  float lanes[V];
+  store(lanes, v);
+  for (int i = 0; i < n; ++i) put(p[i], lanes[i]);
 }
 
 // The sums of four registers' lanes. In pairs, as a tree.
@@ -89,75 +109,105 @@ inline Bits hash(const RowKey& key, std::int64_t column) {
   h = ((h ^ key.second) ^ (h >> 15)) * 0x846ca68bu;
   return h ^ (h >> 16);
 }
-// `scale` in the lanes of columns column..column+V-1 that are kept, 0 in those that are dropped.
-inline Vec kept(Bits hashed, std::int64_t column, const Dropout& dropout) {
-  const Bits random = column % 32 < 16 ? hashed & 0xffffu : hashed >> 16;
-  return bits_of<Vec>((Bits)(random >= dropout.threshold) & bits_of<Bits>(splat(dropout.scale)));
-}
-inline Vec kept(const RowKey& key, std::int64_t column, const Dropout& dropout) {
-  return kept(hash(key, column), column, dropout);
-}
-
-// A vector of the `n` < V last elements of a row, zeros behind them; and back.
-template <typename T>
-inline Vec load_some(const T* p, int n) {
-  float lanes[V] = {};
-  for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
-  return load(lanes);
-}
-template <typename T>
-inline void store_some(T* p, Vec v, int n) {
-  float lanes[V];
-  store(lanes, v);
-  for (int i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
+// out[i] = `scale` in the lanes of columns column + i * V... that are kept, 0 in those that are dropped.
+inline void kept(Vec* out, const RowKey& key, std::int64_t column, const Dropout& dropout) {
+  Bits hashed = hash(key, column);
+  const Bits scale = bits_of<Bits>(splat(dropout.scale));
+#pragma GCC unroll 8
+  for (int i = 0; i < TILE; ++i) {
+    const std::int64_t at = column + i * V;
+    if (V < 16 && i > 0) hashed = hash(key, at);  // a tile of 32 columns is one hash
+    const Bits random = at % 32 < 16 ? hashed & 0xffffu : hashed >> 16;
+    out[i] = bits_of<Vec>((Bits)(random >= dropout.threshold) & scale);
+  }
 }
 
-// Rows [row, row + rows) of `in` as float, dropped out, and the stride from one to the next. Float rows of whole
-// registers that nothing drops are used where they lie.
-template <typename T>
-inline const float* as_float(const T* in, std::int64_t& stride, std::int64_t row, int rows, std::int64_t width,
-                             const Dropout* dropout, float* scratch) {
+struct FloatEngine {
+  typedef float Element;  // of blocks and packed adapters
+  typedef float Factor;
+  typedef Vec Register;
+  static constexpr int PAIR = 1;
+
+  static Vec load(const float* p) { return NAMESPACE::load(p); }
+  template <typename T>
+  static void store(T* p, Vec v) {
+    NAMESPACE::store(p, v);
+  }
+  static Vec splat(float factor) { return NAMESPACE::splat(factor); }
+  static Vec add_products(Vec sum, Vec a, Vec b) { return sum + a * b; }
+  // A tile of the PAIR rows at `in`, or of the `rows` that there are.
+  static void load_rows(Vec* tile, const float* in, std::int64_t, int) {
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; ++i) tile[i] = load(in + i * V);
+  }
+  static void in_order(Vec*) {}  // a tile of `outer`'s sums, whose columns lie as load_rows had them
+
+  // c[m][r] as factors of which each holds PAIR ranks, or PAIR rows.
+  static const float* pair_ranks(float*, const float* c, int, int) { return c; }
+  static const float* pair_rows(float*, const float* c, int, int) { return c; }
+};
+
+// p[r / PAIR][j][r % PAIR] from lora_A (R, width), or from lora_B (width, R) when `transposed`.
+template <int PAIR, typename E, typename P>
+inline void pack(E* p, const P* from, int R, std::int64_t width, bool transposed) {
+  const std::int64_t padded = whole(width);
+  const std::int64_t down = transposed ? 1 : width, along = transposed ? R : 1;
+  for (int r = 0; r < ranks(R); ++r) {
+    E* row = p + r / PAIR * padded * PAIR + r % PAIR;
+    std::int64_t j = 0;
+    if (r < R && along == 1)  // apart from the strided loop, so that the compiler sees vectors here
+      for (; j < width; ++j) put(row[j * PAIR], from[r * down + j]);
+    else if (r < R)
+      for (; j < width; ++j) put(row[j * PAIR], from[r * down + j * along]);
+    for (; j < padded; ++j) row[j * PAIR] = E{};
+  }
+}
+
+// Rows [row, row + rows) of `in`, dropped out, and the stride from one to the next. Rows of whole tiles that nothing
+// drops are used where they lie.
+template <typename Engine, typename T>
+inline const typename Engine::Element* block(const T* in, std::int64_t& stride, std::int64_t row, int rows,
+                                             std::int64_t width, const Dropout* dropout,
+                                             typename Engine::Element* scratch) {
+  typedef typename Engine::Element Element;
   in += row * stride;
-  const std::int64_t padded = whole(width), full = width / V * V;
-  if (std::is_same<T, float>::value && !dropout && padded == width) return reinterpret_cast<const float*>(in);
+  const std::int64_t padded = whole(width);
+  if constexpr (std::is_same<T, Element>::value)
+    if (!dropout && padded == width) return in;
   for (int m = 0; m < rows; ++m) {
     const T* from = in + m * stride;
-    float* to = scratch + m * padded;
-    if (dropout) {
-      const RowKey key(*dropout, row + m);
-      std::int64_t j = 0;
-      for (; V == 16 && j + 32 <= width; j += 32) {
-        const Bits hashed = hash(key, j);
-        store(to + j, load(from + j) * kept(hashed, 0, *dropout));
-        store(to + j + V, load(from + j + V) * kept(hashed, 16, *dropout));
+    Element* to = scratch + m * padded;
+    const RowKey key = dropout ? RowKey(*dropout, row + m) : RowKey();
+    for (std::int64_t j = 0; j < padded; j += COLUMNS) {
+      Vec factors[TILE] = {};
+      if (dropout) kept(factors, key, j, *dropout);
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE; ++i) {
+        const std::int64_t at = j + i * V, left = width - at;
+        Vec v = left >= V ? load(from + at) : left > 0 ? load_some(from + at, static_cast<int>(left)) : Vec{};
+        Engine::store(to + at, dropout ? v * factors[i] : v);
       }
-      for (; j < full; j += V) store(to + j, load(from + j) * kept(key, j, *dropout));
-      if (full < width)
-        store(to + full, load_some(from + full, static_cast<int>(width - full)) * kept(key, full, *dropout));
-    } else {
-      for (std::int64_t j = 0; j < full; j += V) store(to + j, load(from + j));
-      if (full < width) store(to + full, load_some(from + full, static_cast<int>(width - full)));
     }
   }
   stride = padded;
   return scratch;
 }
 
-template <int ROWS>
-inline void dot_rows(float* c, const float* in, std::int64_t stride, const float* p, std::int64_t padded, int R,
-                     float scaling) {
+template <typename Engine, int ROWS>
+inline void dot_rows(float* c, const typename Engine::Element* in, std::int64_t stride,
+                     const typename Engine::Element* p, std::int64_t padded, int R, float scaling) {
   for (int r = 0; r < R; r += DOT_RANKS) {
     Vec acc[ROWS][DOT_RANKS] = {};
-    const float* q = p + r * padded;
-    for (std::int64_t j = 0; j < padded; j += V) {
-      Vec b[DOT_RANKS];
+    const auto* q = p + r * padded;
+    for (std::int64_t j = 0; j < padded; j += V * Engine::PAIR) {
+      typename Engine::Register b[DOT_RANKS];
 #pragma GCC unroll 8
-      for (int i = 0; i < DOT_RANKS; ++i) b[i] = load(q + i * padded + j);
+      for (int i = 0; i < DOT_RANKS; ++i) b[i] = Engine::load(q + i * padded + j);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) {
-        const Vec a = load(in + m * stride + j);
+        const typename Engine::Register a = Engine::load(in + m * stride + j);
 #pragma GCC unroll 8
-        for (int i = 0; i < DOT_RANKS; ++i) acc[m][i] += a * b[i];
+        for (int i = 0; i < DOT_RANKS; ++i) acc[m][i] = Engine::add_products(acc[m][i], a, b[i]);
       }
     }
 #pragma GCC unroll 8
@@ -171,177 +221,124 @@ inline void dot_rows(float* c, const float* in, std::int64_t stride, const float
   }
 }
 
-inline void dot(float* c, const float* in, std::int64_t stride, int rows, const float* p, std::int64_t padded, int R,
-                float scaling) {
+template <typename Engine>
+inline void dot(float* c, const typename Engine::Element* in, std::int64_t stride, int rows,
+                const typename Engine::Element* p, std::int64_t width, int R, float scaling) {
   int m = 0;
   for (; m + DOT_ROWS <= rows; m += DOT_ROWS)
-    dot_rows<DOT_ROWS>(c + m * R, in + m * stride, stride, p, padded, R, scaling);
-  for (; m < rows; ++m) dot_rows<1>(c + m * R, in + m * stride, stride, p, padded, R, scaling);
+    dot_rows<Engine, DOT_ROWS>(c + m * R, in + m * stride, stride, p, whole(width), R, scaling);
+  for (; m < rows; ++m) dot_rows<Engine, 1>(c + m * R, in + m * stride, stride, p, whole(width), R, scaling);
 }
 
-// ROWS rows by VECTORS registers of columns; `left` columns remain, fewer than the tile has in its last place only.
-template <int ROWS, int VECTORS, typename T>
-inline void expand_tile(T* out, bool add, std::int64_t stride, std::int64_t j, std::int64_t left, const float* c,
-                        const float* p, std::int64_t padded, int R, float scaling, const RowKey* keys,
-                        const Dropout* dropout) {
-  Vec acc[ROWS][VECTORS] = {};
-  for (int r = 0; r < R; ++r) {
-    Vec b[VECTORS];
-#pragma GCC unroll 8
-    for (int i = 0; i < VECTORS; ++i) b[i] = load(p + r * padded + j + i * V);
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; ++m) {
-      const float a = c[m * R + r];
-#pragma GCC unroll 8
-      for (int i = 0; i < VECTORS; ++i) acc[m][i] += a * b[i];
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < ROWS; ++m) {
-    Bits hashed{};
-#pragma GCC unroll 8
-    for (int i = 0; i < VECTORS; ++i) {
-      Vec v = acc[m][i] * scaling;
-      if (dropout) {
-        if (V < 16 || VECTORS == 1 || i == 0) hashed = hash(keys[m], j + i * V);
-        v *= kept(hashed, j + i * V, *dropout);
-      }
-      T* to = out + m * stride + j + i * V;
-      if (left >= (i + 1) * V) {
-        store(to, add ? load(to) + v : v);
-      } else {
-        const int here = static_cast<int>(left - i * V);
-        store_some(to, add ? load_some(to, here) + v : v, here);
-      }
-    }
-  }
-}
-
-template <int ROWS, typename T>
-inline void expand_rows(T* out, bool add, std::int64_t stride, std::int64_t row, std::int64_t width,
-                        const float* c, const float* p, int R, float scaling, const Dropout* dropout) {
-  const std::int64_t padded = whole(width);
-  RowKey keys[ROWS];
-  if (dropout)
-    for (int m = 0; m < ROWS; ++m) keys[m] = RowKey(*dropout, row + m);
-  std::int64_t j = 0;
-  for (; j + EXPAND_VECTORS * V <= width; j += EXPAND_VECTORS * V)
-    expand_tile<ROWS, EXPAND_VECTORS>(out, add, stride, j, width - j, c, p, padded, R, scaling, keys, dropout);
-  for (; j < width; j += V)
-    expand_tile<ROWS, 1>(out, add, stride, j, width - j, c, p, padded, R, scaling, keys, dropout);
-}
-
-// `row` counts from the start of the whole tensor, for its dropout mask; `out` points to that row.
+// Where an output tile lies and what becomes of it. `row` and the columns count from the tensor's start, for the mask.
 template <typename T>
-inline void expand(T* out, bool add, std::int64_t stride, std::int64_t row, int rows,
-                   std::int64_t width, const float* c, const float* p, int R, float scaling, const Dropout* dropout) {
-  int m = 0;
-  for (; m + EXPAND_ROWS <= rows; m += EXPAND_ROWS)
-    expand_rows<EXPAND_ROWS>(out + m * stride, add, stride, row + m, width, c + m * R, p, R, scaling, dropout);
-  for (; m < rows; ++m)
-    expand_rows<1>(out + m * stride, add, stride, row + m, width, c + m * R, p, R, scaling, dropout);
-}
+struct Target {
+  T* out;
+  bool add;
+  std::int64_t width, row;
+  float scaling;
+  const Dropout* dropout;
 
-template <int RANKS, int VECTORS>
-inline void outer_tile(float* acc, std::int64_t padded, const float* in, std::int64_t stride, int rows, const float* c,
-                       int R) {
-  Vec sum[RANKS][VECTORS];
-#pragma GCC unroll 8
-  for (int r = 0; r < RANKS; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < VECTORS; ++i) sum[r][i] = load(acc + r * padded + i * V);
-  for (int m = 0; m < rows; ++m) {
-    Vec a[VECTORS];
-#pragma GCC unroll 8
-    for (int i = 0; i < VECTORS; ++i) a[i] = load(in + m * stride + i * V);
-    __builtin_prefetch(in + m * stride + VECTORS * V);  // down the columns, where no hardware sees a pattern
-#pragma GCC unroll 8
-    for (int r = 0; r < RANKS; ++r)
-#pragma GCC unroll 8
-      for (int i = 0; i < VECTORS; ++i) sum[r][i] += c[m * R + r] * a[i];
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < RANKS; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < VECTORS; ++i) store(acc + r * padded + i * V, sum[r][i]);
-}
-
-template <int VECTORS>
-inline void outer_columns(float* acc, std::int64_t padded, const float* in, std::int64_t stride, int rows,
-                          const float* c, int R) {
-  int r = 0;
-  for (; r + OUTER_RANKS <= R; r += OUTER_RANKS)
-    outer_tile<OUTER_RANKS, VECTORS>(acc + r * padded, padded, in, stride, rows, c + r, R);
-  for (; r + 2 <= R; r += 2) outer_tile<2, VECTORS>(acc + r * padded, padded, in, stride, rows, c + r, R);
-  if (r < R) outer_tile<1, VECTORS>(acc + r * padded, padded, in, stride, rows, c + r, R);
-}
-
-inline void outer(float* acc, std::int64_t padded, const float* in, std::int64_t stride, int rows, const float* c,
-                  int R) {
-  std::int64_t j = 0;
-  for (; j + OUTER_VECTORS * V <= padded; j += OUTER_VECTORS * V)
-    outer_columns<OUTER_VECTORS>(acc + j, padded, in + j, stride, rows, c, R);
-  for (; j < padded; j += V) outer_columns<1>(acc + j, padded, in + j, stride, rows, c, R);
-}
-
-// The float kernels under the names that Kernels calls an engine's by.
-struct FloatEngine {
-  typedef float Element;  // of blocks and packed adapters
-  static std::int64_t whole(std::int64_t n) { return (n + V - 1) / V * V; }
-  static std::int64_t packed(int R, std::int64_t width) { return ranks(R) * whole(width); }
-  static std::int64_t position(std::int64_t j) { return j; }  // of column j in a row of outer's sums
-
-  // p[r][j] from lora_A (R, width), or from lora_B (width, R) when `transposed`; zeros where there is none.
-  template <typename P>
-  static void pack(float* p, const P* from, int R, std::int64_t width, bool transposed) {
-    const std::int64_t padded = whole(width);
-    std::fill(p, p + packed(R, width), 0.0f);
-    if (transposed) {
-      for (std::int64_t j = 0; j < width; ++j)
-        for (int r = 0; r < R; ++r) p[r * padded + j] = to_float(from[j * R + r]);
-    } else {
-      for (int r = 0; r < R; ++r)
-        for (std::int64_t j = 0; j < width; ++j) p[r * padded + j] = to_float(from[r * width + j]);
-    }
-  }
-  template <typename P>
-  static void pack_for_dot(float* p, const P* from, int R, std::int64_t width, bool transposed) {
-    pack(p, from, R, width, transposed);
-  }
-  template <typename P>
-  static void pack_for_expand(float* p, const P* from, int R, std::int64_t width, bool transposed) {
-    pack(p, from, R, width, transposed);
-  }
-  template <typename T>
-  static const float* block(const T* in, std::int64_t& stride, std::int64_t row, int rows, std::int64_t width,
-                            const Dropout* dropout, float* scratch) {
-    return as_float(in, stride, row, rows, width, dropout, scratch);
-  }
-  static void dot(float* c, const float* in, std::int64_t stride, int rows, const float* p, std::int64_t width, int R,
-                  float scaling) {
-    NAMESPACE::dot(c, in, stride, rows, p, whole(width), R, scaling);
-  }
-  template <typename T>
-  static void expand(T* out, bool add, std::int64_t stride, std::int64_t row, int rows,
-                     std::int64_t width, const float* c, const float* p, int R, float scaling,
-                     const Dropout* dropout) {
-    NAMESPACE::expand(out, add, stride, row, rows, width, c, p, R, scaling, dropout);
-  }
-  static void outer(float* acc, std::int64_t width, const float* in, std::int64_t stride, int rows, const float* c,
-                    int R) {
-    NAMESPACE::outer(acc, whole(width), in, stride, rows, c, R);
-  }
+  Target down(int rows) const { return {out + rows * width, add, width, row + rows, scaling, dropout}; }
 };
 
-// lora_A for `dot`: where it lies if that is how `dot` wants it, else packed into `scratch`.
-template <typename Engine, typename P>
-inline const typename Engine::Element* for_dot(const void* from, int R, std::int64_t width,
-                                               typename Engine::Element* scratch) {
-  typedef typename Engine::Element Element;
-  if (std::is_same<P, Element>::value && width == Engine::whole(width) && R == ranks(R))
-    return static_cast<const Element*>(from);
-  Engine::pack_for_dot(scratch, static_cast<const P*>(from), R, width, false);
-  return scratch;
+template <typename Engine, int ROWS, typename T>
+inline void expand_rows(const Target<T>& to, const typename Engine::Factor* c, const typename Engine::Element* p,
+                        int steps) {
+  const std::int64_t width = to.width, padded = whole(width);
+  RowKey keys[ROWS];
+  if (to.dropout)
+    for (int m = 0; m < ROWS; ++m) keys[m] = RowKey(*to.dropout, to.row + m);
+  for (std::int64_t j = 0; j < width; j += COLUMNS) {
+    Vec acc[ROWS][TILE] = {};
+    for (int r = 0; r < steps; ++r) {
+      typename Engine::Register b[TILE];
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE; ++i) b[i] = Engine::load(p + (r * padded + j + i * V) * Engine::PAIR);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; ++m) {
+        const typename Engine::Register a = Engine::splat(c[m * steps + r]);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; ++i) acc[m][i] = Engine::add_products(acc[m][i], b[i], a);
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) {
+      Vec factors[TILE] = {};
+      if (to.dropout) kept(factors, keys[m], j, *to.dropout);
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE; ++i) {
+        Vec v = acc[m][i] * to.scaling;
+        if (to.dropout) v *= factors[i];
+        T* at = to.out + m * width + j + i * V;
+        const std::int64_t left = width - j - i * V;
+        if (left >= V) {
+          Engine::store(at, to.add ? load(at) + v : v);
+        } else if (left > 0) {
+          const int some = static_cast<int>(left);
+          store_some(at, to.add ? load_some(at, some) + v : v, some);
+        }
+      }
+    }
+  }
+}
+
+template <typename Engine, typename T>
+inline void expand(const Target<T>& to, int rows, const float* c, const typename Engine::Element* p, int R) {
+  const int steps = (R + Engine::PAIR - 1) / Engine::PAIR;
+  typename Engine::Factor scratch[EXPAND_ROWS * MAX_RANK / Engine::PAIR];
+  for (int m = 0; m < rows; m += EXPAND_ROWS) {
+    const int here = std::min(EXPAND_ROWS, rows - m);
+    const auto* factors = Engine::pair_ranks(scratch, c + m * R, here, R);
+    if (here == EXPAND_ROWS)
+      expand_rows<Engine, EXPAND_ROWS>(to.down(m), factors, p, steps);
+    else
+      for (int i = 0; i < here; ++i) expand_rows<Engine, 1>(to.down(m + i), factors + i * steps, p, steps);
+  }
+}
+
+template <typename Engine, int RANKS>
+inline void outer_tile(float* acc, std::int64_t padded, const typename Engine::Element* in, std::int64_t stride,
+                       int rows, const typename Engine::Factor* c, int R) {
+  constexpr int PAIR = Engine::PAIR;
+  Vec sum[RANKS][TILE];
+#pragma GCC unroll 8
+  for (int r = 0; r < RANKS; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; ++i) sum[r][i] = load(acc + r * padded + i * V);
+  for (int m = 0; m < rows; m += PAIR) {
+    typename Engine::Register a[TILE];
+    Engine::load_rows(a, in + m * stride, stride, rows - m);
+#pragma GCC unroll 8
+    for (int i = 0; i < PAIR; ++i)  // down the columns, where no hardware sees a pattern
+      __builtin_prefetch(in + (m + i) * stride + COLUMNS);
+#pragma GCC unroll 8
+    for (int r = 0; r < RANKS; ++r) {
+      const typename Engine::Register b = Engine::splat(c[m / PAIR * R + r]);
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE; ++i) sum[r][i] = Engine::add_products(sum[r][i], a[i], b);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < RANKS; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; ++i) store(acc + r * padded + i * V, sum[r][i]);
+}
+
+template <typename Engine>
+inline void outer(float* acc, std::int64_t width, const typename Engine::Element* in, std::int64_t stride, int rows,
+                  const float* c, int R) {
+  const std::int64_t padded = whole(width);
+  typename Engine::Factor scratch[BLOCK * MAX_RANK / Engine::PAIR];
+  const auto* factors = Engine::pair_rows(scratch, c, rows, R);
+  for (std::int64_t j = 0; j < padded; j += COLUMNS) {
+    int r = 0;
+    for (; r + OUTER_RANKS <= R; r += OUTER_RANKS)
+      outer_tile<Engine, OUTER_RANKS>(acc + r * padded + j, padded, in + j, stride, rows, factors + r, R);
+    for (; r + 2 <= R; r += 2)
+      outer_tile<Engine, 2>(acc + r * padded + j, padded, in + j, stride, rows, factors + r, R);
+    if (r < R) outer_tile<Engine, 1>(acc + r * padded + j, padded, in + j, stride, rows, factors + r, R);
+  }
 }
 
 // The layer's two calls, block by block. T is the dtype of x, y and their gradients, P that of the adapters.
@@ -349,18 +346,24 @@ template <typename T, typename P, typename Engine>
 struct Kernels {
   typedef typename Engine::Element Element;
 
+  static std::int64_t packed(int R, std::int64_t width) { return ranks(R) * whole(width); }
+
   static void forward(const Call& call) {
     const std::int64_t M = call.M, N = call.N, K = call.K;
     const int R = call.R, parts = call.parts(0);
     const Dropout* dropout = call.dropout.on ? &call.dropout : nullptr;
     const int size = block_rows(std::max(K, N) * static_cast<std::int64_t>(sizeof(Element)));
     Arena arena;
-    const auto a = arena.reserve<Element>(Engine::packed(R, K)), b = arena.reserve<Element>(Engine::packed(R, N));
-    const auto block = arena.reserve<Element>(size * Engine::whole(K), parts);
+    const auto a = arena.reserve<Element>(packed(R, K)), b = arena.reserve<Element>(packed(R, N));
+    const auto x_block = arena.reserve<Element>(size * whole(K), parts);
     const auto c = arena.reserve<float>(size * R, parts);
     arena.allocate();
-    const Element* lora_A = for_dot<Engine, P>(call.lora_A, R, K, arena[a]);
-    Engine::pack_for_expand(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
+    const Element* lora_A = arena[a];
+    if (std::is_same<P, Element>::value && K == whole(K) && R == ranks(R))
+      lora_A = static_cast<const Element*>(call.lora_A);  // lies as `dot` wants it
+    else
+      pack<1>(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
+    pack<Engine::PAIR>(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
     parallel(parts, [&](int part) {
       float* sums = arena(c, part);
       const std::int64_t end = M * (part + 1) / parts;
@@ -368,12 +371,12 @@ struct Kernels {
         const int rows = static_cast<int>(std::min<std::int64_t>(size, end - row));
         std::int64_t stride = call.x_stride;
         const Element* x =
-            Engine::block(static_cast<const T*>(call.x), stride, row, rows, K, dropout, arena(block, part));
-        Engine::dot(sums, x, stride, rows, lora_A, K, R, 1.0f);
+            block<Engine>(static_cast<const T*>(call.x), stride, row, rows, K, dropout, arena(x_block, part));
+        dot<Engine>(sums, x, stride, rows, lora_A, K, R, 1.0f);
         T* S = static_cast<T*>(call.S) + row * R;
-        for (int i = 0; i < rows * R; ++i) S[i] = from_float<T>(sums[i]);
-        Engine::expand(static_cast<T*>(call.y) + row * N, true, N, row, rows, N, sums, arena[b], R, call.scaling,
-                       nullptr);
+        for (int i = 0; i < rows * R; ++i) put(S[i], sums[i]);
+        const Target<T> y{static_cast<T*>(call.y) + row * N, true, N, row, call.scaling, nullptr};
+        expand<Engine>(y, rows, sums, arena[b], R);
       }
     });
   }
@@ -381,20 +384,20 @@ struct Kernels {
   // dA, dB and the part of dX that comes through the adapter; each where its pointer is not null.
   static void backward(const Call& call) {
     const std::int64_t M = call.M, N = call.N, K = call.K;
-    const int R = call.R, parts = call.parts(sizeof(float) * R * (Engine::whole(K) + Engine::whole(N)));
+    const int R = call.R, parts = call.parts(sizeof(float) * R * (whole(K) + whole(N)));
     const Dropout* dropout = call.dropout.on ? &call.dropout : nullptr;
     const bool need_dS = call.dA || call.dx;
-    const std::int64_t dA_size = call.dA ? R * Engine::whole(K) : 0, dB_size = call.dB ? R * Engine::whole(N) : 0;
+    const std::int64_t dA_size = call.dA ? R * whole(K) : 0, dB_size = call.dB ? R * whole(N) : 0;
     const int size = block_rows(std::max(K, N) * static_cast<std::int64_t>(sizeof(Element)));
     Arena arena;
-    const auto a = arena.reserve<Element>(Engine::packed(R, K)), b = arena.reserve<Element>(Engine::packed(R, N));
-    const auto x_block = arena.reserve<Element>(size * Engine::whole(K), parts);
-    const auto dy_block = arena.reserve<Element>(size * Engine::whole(N), parts);
+    const auto a = arena.reserve<Element>(packed(R, K)), b = arena.reserve<Element>(packed(R, N));
+    const auto x_block = arena.reserve<Element>(size * whole(K), parts);
+    const auto dy_block = arena.reserve<Element>(size * whole(N), parts);
     const auto coefficients = arena.reserve<float>(2 * size * R, parts);
     const auto gradients = arena.reserve<float>(dA_size + dB_size, parts);
     arena.allocate();
-    if (call.dx) Engine::pack_for_expand(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
-    if (need_dS) Engine::pack_for_dot(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
+    if (call.dx) pack<Engine::PAIR>(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
+    if (need_dS) pack<1>(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
     parallel(parts, [&](int part) {
       float *dA = arena(gradients, part), *dB = dA + dA_size;
       float *dS = arena(coefficients, part), *S = dS + size * R;
@@ -404,40 +407,49 @@ struct Kernels {
         const int rows = static_cast<int>(std::min<std::int64_t>(size, end - row));
         std::int64_t stride = call.dy_stride;
         const Element* dy =
-            Engine::block(static_cast<const T*>(call.dy), stride, row, rows, N, nullptr, arena(dy_block, part));
-        if (need_dS) Engine::dot(dS, dy, stride, rows, arena[b], N, R, call.scaling);
+            block<Engine>(static_cast<const T*>(call.dy), stride, row, rows, N, nullptr, arena(dy_block, part));
+        if (need_dS) dot<Engine>(dS, dy, stride, rows, arena[b], N, R, call.scaling);
         if (call.dB) {
           const T* from = static_cast<const T*>(call.S) + row * R;
-          for (int i = 0; i < rows * R; ++i) S[i] = to_float(from[i]);
-          Engine::outer(dB, N, dy, stride, rows, S, R);
+          for (int i = 0; i < rows * R; ++i) put(S[i], from[i]);
+          outer<Engine>(dB, N, dy, stride, rows, S, R);
         }
         if (call.dA) {
           stride = call.x_stride;
           const Element* x =
-              Engine::block(static_cast<const T*>(call.x), stride, row, rows, K, dropout, arena(x_block, part));
-          Engine::outer(dA, K, x, stride, rows, dS, R);
+              block<Engine>(static_cast<const T*>(call.x), stride, row, rows, K, dropout, arena(x_block, part));
+          outer<Engine>(dA, K, x, stride, rows, dS, R);
         }
-        if (call.dx)
-          Engine::expand(static_cast<T*>(call.dx) + row * K, call.add, K, row,
-                         rows, K, dS, arena[a], R, 1.0f, dropout);
+        if (call.dx) {
+          const Target<T> dx{static_cast<T*>(call.dx) + row * K, call.add, K, row, 1.0f, dropout};
+          expand<Engine>(dx, rows, dS, arena[a], R);
+        }
       }
     });
-    // The parts' sums, in the order of the parts: the same bits whichever thread did which. Each part sums some columns.
-    const auto total = [&](std::int64_t at) {
-      float sum = 0.0f;
-      for (int part = 0; part < parts; ++part) sum += arena(gradients, part)[at];
-      return sum;
+    // The parts' sums, in the order of the parts: the same bits whichever thread did which.
+    const auto total = [&](P* tile, std::int64_t at, float scaling) {
+      Vec sum[TILE] = {};
+      for (int part = 0; part < parts; ++part)
+        for (int i = 0; i < TILE; ++i) sum[i] += load(arena(gradients, part) + at + i * V);
+      Engine::in_order(sum);
+      for (int i = 0; i < TILE; ++i) store(tile + i * V, sum[i] * scaling);
     };
+    const auto tiles = [&](int part, std::int64_t width) { return whole(width) / COLUMNS * part / parts * COLUMNS; };
     parallel(parts, [&](int part) {
+      P tile[MAX_RANK * COLUMNS];
       if (call.dA)
         for (int r = 0; r < R; ++r)
-          for (std::int64_t j = K * part / parts; j < K * (part + 1) / parts; ++j)
-            static_cast<P*>(call.dA)[r * K + j] = from_float<P>(total(r * Engine::whole(K) + Engine::position(j)));
+          for (std::int64_t j = tiles(part, K); j < tiles(part + 1, K); j += COLUMNS) {
+            total(tile, r * whole(K) + j, 1.0f);
+            std::copy_n(tile, std::min<std::int64_t>(COLUMNS, K - j), static_cast<P*>(call.dA) + r * K + j);
+          }
       if (call.dB)
-        for (std::int64_t j = N * part / parts; j < N * (part + 1) / parts; ++j)
-          for (int r = 0; r < R; ++r)
-            static_cast<P*>(call.dB)[j * R + r] =
-                from_float<P>(call.scaling * total(dA_size + r * Engine::whole(N) + Engine::position(j)));
+        for (std::int64_t j = tiles(part, N); j < tiles(part + 1, N); j += COLUMNS) {
+          for (int r = 0; r < R; ++r) total(tile + r * COLUMNS, dA_size + r * whole(N) + j, call.scaling);
+          P* dB = static_cast<P*>(call.dB) + j * R;
+          for (int i = 0; i < std::min<std::int64_t>(COLUMNS, N - j); ++i)
+            for (int r = 0; r < R; ++r) *dB++ = tile[r * COLUMNS + i];
+        }
     });
   }
 };
@@ -445,8 +457,12 @@ struct Kernels {
 inline void mask(float* out, const Call& call) {
   for (std::int64_t row = 0; row < call.M; ++row) {
     const RowKey key(call.dropout, row);
-    for (std::int64_t j = 0; j < call.K; j += V)
-      store_some(out + row * call.K + j, kept(key, j, call.dropout),
-                 static_cast<int>(std::min<std::int64_t>(V, call.K - j)));
+    for (std::int64_t j = 0; j < call.K; j += COLUMNS) {
+      Vec factors[TILE] = {};
+      kept(factors, key, j, call.dropout);
+      for (int i = 0; i < TILE && j + i * V < call.K; ++i)
+        store_some(out + row * call.K + j + i * V, factors[i],
+                   static_cast<int>(std::min<std::int64_t>(V, call.K - j - i * V)));
+    }
   }
 }

@@ -18,7 +18,6 @@ from torch.nn import Parameter
 
 from fastlora import reference
 from fastlora.dispatch import select
-from fastlora.dispatch.check import mask_of
 from fastlora.dispatch.choice import is_tiny
 from fastlora.dispatch.problem import rows
 from fastlora.errors import warn_once
@@ -54,7 +53,8 @@ def lora_linear(
         path: forces one of `fastlora.paths()`; None (and no FASTLORA_PATH) chooses by measurement.
 
     Returns:
-        (..., N) in x's dtype; a fresh tensor, never a view. A gradient of its gradient is an error.
+        (..., N) in x's dtype; a fresh tensor, never a view. A gradient of its gradient is an error, but where a small
+        layer on a CPU runs in ATen's own autograd nodes.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape; the message names it.
@@ -222,7 +222,7 @@ def _backward_as_written(run, dy, x, weight, lora_A, lora_B, S, scaling, dropout
     through, x = dS @ lora_A, None if x is None else rows(x)
     if dropout_p > 0.0:
         with torch._C._DisableFuncTorch():
-            kept = mask_of(run, seed, S.shape[0], lora_A.shape[1], dropout_p).to(dy.dtype)
+            kept = run.mask(seed, S.shape[0], lora_A.shape[1], dropout_p).to(dy.dtype)
         kept = kept / (1.0 - dropout_p) if dropout_p < 1.0 else kept
         through, x = through * kept, None if x is None else x * kept
     if weight is not None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from fastlora.accuracy import Inputs, draw, run, violations
+from dataclasses import replace
 
-__all__ = ["Inputs", "check", "draw", "run", "violations"]
+import torch
+
+from fastlora.accuracy import Inputs, draw, run, violations
+from fastlora.dispatch import select
+
+__all__ = ["Inputs", "check", "draw", "run", "violations", "with_mask"]
 
 
 def check(function, inputs: Inputs, **keywords) -> dict:
@@ -13,3 +18,13 @@ def check(function, inputs: Inputs, **keywords) -> dict:
     found = violations(got, inputs)
     assert not found, "; ".join(found)
     return got
+
+
+def with_mask(inputs: Inputs, dropout_p: float, seed: int, path: str | None = None) -> Inputs:
+    """The inputs with the mask that the next call after this one draws: torch's generator is left at `seed`."""
+    module = select(inputs.x, inputs.weight, inputs.lora_A, dropout_p, path)
+    torch.manual_seed(seed)
+    drawn = module.draw(inputs.x, dropout_p)
+    mask = module.mask(drawn, inputs.x.shape[:-1].numel(), inputs.x.shape[-1], dropout_p).view(inputs.x.shape)
+    torch.manual_seed(seed)
+    return replace(inputs, dropout_p=dropout_p, mask=mask)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastlora
 from fastlora import errors
@@ -28,6 +29,26 @@ def data_dir() -> Path:
     if not (folder / "imdb" / "train.parquet").is_file():
         pytest.skip("no real data here: set FASTLORA_TEST_DATA")
     return folder
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every empty buffer starts as NaN, so that an element which nothing writes, or which is read unwritten, shows.
+
+    But for those that stand for addresses far apart, larger than memory."""
+
+    def poison(owner, name):
+        real = getattr(owner, name)
+
+        def empty(*arguments, **keywords):
+            t = real(*arguments, **keywords)
+            return t.fill_(float("nan")) if t.dtype.is_floating_point and t.numel() < 2**24 else t
+
+        monkeypatch.setattr(owner, name, empty)
+
+    poison(torch, "empty")
+    poison(torch, "empty_like")
+    poison(torch.Tensor, "new_empty")
 
 
 @pytest.fixture(autouse=True)

@@ -12,33 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.dispatch import check, select
 from fastlora.dispatch import torch as torch_path
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def with_mask(inputs, dropout_p, seed):
-    """The inputs with the mask that the next call after `torch.manual_seed(seed)` draws, as the reference needs it."""
-    torch.manual_seed(seed)
-    M, K = inputs.x.reshape(-1, inputs.x.shape[-1]).shape
-    path = select(inputs.x, inputs.weight, inputs.lora_A, dropout_p, None)
-    mask = check.mask_of(path, path.draw(inputs.x, dropout_p), M, K, dropout_p).view(inputs.x.shape)
-    torch.manual_seed(seed)
-    return replace(inputs, dropout_p=dropout_p, mask=mask)
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Every empty buffer starts as NaN, so that an element which nothing writes cannot pass."""
-    real, real_like, real_new = torch.empty, torch.empty_like, torch.Tensor.new_empty
-
-    def poison(t):
-        return t.fill_(float("nan")) if t.dtype.is_floating_point else t
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(real(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(real_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(real_new(*a, **k)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,7 +23,7 @@ def poisoned(monkeypatch):
 def test_error_rule(poisoned, dtype, R, dropout_p):
     inputs = accuracy.draw(37, 53, 71, R, dtype, seed=R)
     if dropout_p:
-        inputs = with_mask(inputs, dropout_p, seed=R)
+        inputs = accuracy.with_mask(inputs, dropout_p, seed=R)
     accuracy.check(fastlora.lora_linear, inputs)
 
 
@@ -110,7 +86,7 @@ def test_nothing_to_multiply(lead, N, K, dropout_p):
 def test_float16_keeps_the_range_that_eager_has(scaling, dy, lora_B, dropout_p):
     inputs = accuracy.draw(8, 200, 10, 4, torch.float16, scaling=scaling)
     inputs = replace(inputs, dy=inputs.dy * dy, lora_B=inputs.lora_B * lora_B)
-    accuracy.check(fastlora.lora_linear, with_mask(inputs, dropout_p, seed=1) if dropout_p else inputs)
+    accuracy.check(fastlora.lora_linear, accuracy.with_mask(inputs, dropout_p, seed=1) if dropout_p else inputs)
 
 
 def test_the_rule_takes_what_eager_loses_to_overflow():

@@ -197,7 +197,7 @@ import sys, torch
 sys.path.insert(0, "tests")
 import accuracy, fastlora
 from dataclasses import replace
-from fastlora.dispatch import check, registry
+from fastlora.dispatch import registry
 assert fastlora.paths("cpu")["split"] == "usable"
 assert {fastlora.selfcheck("cpu")[name] for name in ("torch", "onepass", "split")} == {"ok"}
 for name in ("onepass", "split"):
@@ -207,7 +207,7 @@ for name in ("onepass", "split"):
         if dropout_p:
             torch.manual_seed(1)
             seed = registry.load(name).draw(inputs.x, dropout_p)
-            mask = check.mask_of(registry.load(name), seed, 30, 24, dropout_p).view(5, 6, 24)
+            mask = registry.load(name).mask(seed, 30, 24, dropout_p).view(5, 6, 24)
             inputs = replace(inputs, mask=mask)
         torch.manual_seed(1)
         got = accuracy.check(fastlora.lora_linear, inputs, path=name)

@@ -1,6 +1,6 @@
 """The paths, and which of them runs: chosen from measurements, never guessed, and never silently changed.
 
-A path is a module with `NAME`, `unavailable(device)`, `unsupported(problem)`, `draw`, `forward`, `backward` and
+A path is a module with `NAME`, `unavailable(device)`, `unsupported(problem)`, `draw`, `mask`, `forward`, `backward` and
 `s_factor`: one way to compute the same function. `torch` is always there; what no table or tuning run has measured to
 be faster on a device does not run unless it is asked for by name.
 """

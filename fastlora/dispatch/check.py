@@ -17,7 +17,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fastlora import accuracy, env
 from fastlora._version import __version__
@@ -106,7 +105,7 @@ def _violations(path, inputs: accuracy.Inputs, dropout_p: float) -> list[str]:
     M, K = inputs.x.shape
     seed = path.draw(inputs.x, dropout_p) if dropout_p else None
     if dropout_p:
-        inputs = replace(inputs, dropout_p=dropout_p, mask=mask_of(path, seed, M, K, dropout_p))
+        inputs = replace(inputs, dropout_p=dropout_p, mask=path.mask(seed, M, K, dropout_p))
     y, S = path.forward(
         inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, inputs.scaling, dropout_p, seed
     )
@@ -124,15 +123,6 @@ def _violations(path, inputs: accuracy.Inputs, dropout_p: float) -> list[str]:
     )
     dA, dB = dA.to(inputs.lora_A.dtype), dB.to(inputs.lora_B.dtype)  # as autograd hands them on
     return accuracy.violations({"Y": y, "dX": dx, "dA": dA, "dB": dB}, inputs)
-
-
-def mask_of(path, seed: Tensor, M: int, K: int, dropout_p: float) -> Tensor:
-    """The mask (M, K), bool, True = kept, that `path` applies for `seed`."""
-    if path.NAME in ("torch", "cpu"):
-        return path.keep_mask(seed, M, K, dropout_p, torch.float32)[0].bool()
-    from fastlora.kernels.dropout import Dropout, keep_mask
-
-    return keep_mask(Dropout(dropout_p, seed), M, K)
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -95,7 +95,8 @@ def draw(x: Tensor, dropout_p: float) -> Tensor:
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> tuple[Tensor, Tensor]:
     """x (..., K) -> y (..., N), a fresh tensor, and S (M, R) in x's dtype."""
-    _require_cpu(weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    if not (weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)):
+        _refuse_devices(weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
     x2, lora_A, lora_B = _dense_rows(rows(x)), _packable(lora_A), _packable(lora_B)
     (M, K), (N, R) = x2.shape, lora_B.shape
     S = x.new_empty((M, R))
@@ -124,7 +125,7 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = dA = dB = None
     at_x = at_dx = at_dA = at_dB = x_stride = 0
-    add = dy.dtype is torch.bfloat16
+    add = dy.dtype is torch.bfloat16  # the kernels add to ATen's product; else ATen adds to what they wrote
     if x is not None:
         x = _dense_rows(rows(x))
         dA = torch.empty_like(lora_A)
@@ -150,14 +151,14 @@ def s_factor(scaling: float, dropout_p: float) -> float:
     return scaling
 
 
-def keep_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """1 where x is kept and 0 where it is dropped, (M, K) in `dtype`; and 1 / (1 - p)."""
-    mask = torch.empty((M, K), dtype=torch.float32, device="cpu")
-    _cpu.mask(mask.data_ptr(), M, K, p, seed.data_ptr())
-    return (mask != 0).to(dtype), 1.0 / (1.0 - p) if p < 1.0 else 0.0
+def mask(seed: Tensor, M: int, K: int, dropout_p: float) -> Tensor:
+    """The dropout mask (M, K), bool, True = kept, that `seed` from `draw` stands for."""
+    factors = torch.empty((M, K), dtype=torch.float32, device="cpu")
+    _cpu.mask(factors.data_ptr(), M, K, dropout_p, seed.data_ptr())
+    return factors != 0
 
 
-def _require_cpu(**tensors: Tensor | None) -> None:
+def _refuse_devices(**tensors: Tensor | None) -> None:
     """What ATen would say, said before the kernels read an address that is not theirs."""
     for name, t in tensors.items():
         if t is not None and not t.is_cpu:

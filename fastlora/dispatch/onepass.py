@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from fastlora.dispatch.triton_common import (
-    backward,
-    draw,
-    dropout_of,
-    exact,
-    on_device_of,
-    rows,
-    s_factor,
-    unavailable,
-    unsupported,
-)
-
-__all__ = ["NAME", "backward", "draw", "forward", "s_factor", "unavailable", "unsupported"]
+from fastlora.dispatch import triton_common as common
+from fastlora.dispatch.problem import rows
 
 NAME = "onepass"
+unavailable, unsupported = common.unavailable, common.unsupported
+draw, mask, backward, s_factor = common.draw, common.mask, common.backward, common.s_factor
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
@@ -25,9 +16,9 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
 
     x2 = rows(x)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    with on_device_of(x):
+    with common.on_device_of(x):
         _, S = onepass.onepass_forward(
-            x2, weight, bias, lora_A, lora_B, exact(scaling, dropout_p), dropout_of(dropout_p, seed),
+            x2, weight, bias, lora_A, lora_B, common.exact(scaling, dropout_p), common.dropout_of(dropout_p, seed),
             out=y.view(x2.shape[0], weight.shape[0]),
         )  # fmt: skip
     return y, S

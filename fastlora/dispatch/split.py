@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from fastlora.dispatch.triton_common import (
-    backward,
-    draw,
-    dropout_of,
-    exact,
-    on_device_of,
-    rows,
-    s_factor,
-    unavailable,
-    unsupported,
-)
-
-__all__ = ["NAME", "backward", "draw", "forward", "s_factor", "unavailable", "unsupported"]
+from fastlora.dispatch import triton_common as common
+from fastlora.dispatch.problem import rows
 
 NAME = "split"
+unavailable, unsupported = common.unavailable, common.unsupported
+draw, mask, backward, s_factor = common.draw, common.mask, common.backward, common.s_factor
 
 
 def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
@@ -25,7 +16,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed):
 
     x2 = rows(x)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    with on_device_of(x):
-        S = s.s_forward(x2, lora_A, exact(scaling, dropout_p), dropout_of(dropout_p, seed))
+    with common.on_device_of(x):
+        S = s.s_forward(x2, lora_A, common.exact(scaling, dropout_p), common.dropout_of(dropout_p, seed))
         gemm.gemm_forward(x2, weight, bias, S, lora_B, out=y.view(S.shape[0], weight.shape[0]))
     return y, S

@@ -144,6 +144,11 @@ def s_factor(scaling: float, dropout_p: float) -> float:
     return scaling / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
+def mask(seed: Tensor, M: int, K: int, dropout_p: float) -> Tensor:
+    """The dropout mask (M, K), bool, True = kept, that `seed` from `draw` stands for."""
+    return keep_mask(seed, M, K, dropout_p, torch.float32)[0].bool()
+
+
 def keep_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype) -> tuple[Tensor, float]:
     """The mask that `seed` (from `draw` or `draw_seed`) stands for, and the factor for what is kept.
 

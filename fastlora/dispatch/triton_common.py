@@ -79,6 +79,13 @@ def on_device_of(x: Tensor):
     return nullcontext()
 
 
+def mask(seed: Tensor, M: int, K: int, dropout_p: float) -> Tensor:
+    """The dropout mask (M, K), bool, True = kept, that `seed` from `draw` stands for."""
+    from fastlora.kernels.dropout import Dropout, keep_mask
+
+    return keep_mask(Dropout(dropout_p, seed), M, K)
+
+
 def s_factor(scaling: float, dropout_p: float) -> float:
     """What dYᵀ·S is to be multiplied by to be dB: S holds every factor."""
     return 1.0

@@ -15,7 +15,7 @@ import fastlora
 import fastlora.peft
 from fastlora import accuracy
 from fastlora.accuracy import Inputs
-from fastlora.dispatch import check, select
+from fastlora.dispatch import select
 from fastlora.errors import FastLoRAWarning
 
 from .case import Case, tensors
@@ -93,7 +93,7 @@ def _mask(case: Case, inputs: Inputs) -> Tensor:
     path = select(x, weight, inputs.lora_A, case.dropout, case.path)
     torch.manual_seed(case.seed)
     seed = path.draw(x, case.dropout)
-    return check.mask_of(path, seed, x.shape[:-1].numel(), x.shape[-1], case.dropout).view(x.shape)
+    return path.mask(seed, x.shape[:-1].numel(), x.shape[-1], case.dropout).view(x.shape)
 
 
 class Face:

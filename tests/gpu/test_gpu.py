@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.dispatch import Problem, autotune, check, registry
+from fastlora.dispatch import Problem, autotune, registry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = torch.device("cuda")
@@ -31,7 +31,7 @@ def drawn(path, M, N, K, R, dtype, *, dropout_p=0.0, seed=0, **options):
     if dropout_p:
         module = registry.load(path)
         torch.manual_seed(seed)
-        mask = check.mask_of(module, module.draw(inputs.x, dropout_p), M, K, dropout_p)
+        mask = module.mask(module.draw(inputs.x, dropout_p), M, K, dropout_p)
         inputs = replace(inputs, dropout_p=dropout_p, mask=mask)
     torch.manual_seed(seed)
     return inputs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 
 
@@ -56,16 +55,3 @@ def draw(*shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed + 7 * sum(shape))
     return torch.randn(*shape, generator=generator).to(dtype)
 
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Every empty buffer starts as NaN, so that an element which nothing writes, or which is read unwritten, shows.
-
-    But for those larger than memory, which stand for addresses far apart."""
-    real = torch.empty
-
-    def empty(*args, **keywords):
-        t = real(*args, **keywords)
-        return t.fill_(math.nan) if t.dtype.is_floating_point and t.numel() < 2**24 else t
-
-    monkeypatch.setattr(torch, "empty", empty)

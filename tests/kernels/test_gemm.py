@@ -14,19 +14,9 @@ from fastlora.kernels.gemm import gemm_dx, gemm_forward, make_plan
 from fastlora.kernels.gemm_tiles import INTERPRETER_TMA_TILE, TABLE, gemm_tile
 from fastlora.kernels.tiles import TARGETS, Target, Tile
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 TMA = INTERPRETER_TMA_TILE
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that a launcher allocates holds NaN until a kernel writes it."""
-    empty = torch.empty
-
-    def poison(*args, **kwargs):
-        fresh = empty(*args, **kwargs)
-        return fresh.fill_(math.nan) if fresh.is_floating_point() else fresh
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 def seeded(p):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from judge import DTYPES, LAYOUTS, RANKS, draw, judge, poisoned, strided  # noqa: F401
+from judge import DTYPES, LAYOUTS, RANKS, draw, judge, strided
 
 from fastlora.kernels.dropout import Dropout, keep_mask
 from fastlora.kernels.s import s_forward
