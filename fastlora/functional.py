@@ -116,21 +116,27 @@ def _freeze(weight: Tensor) -> Tensor:
 
 def _check(x, weight, lora_A, lora_B, bias, dropout_p) -> None:
     """One expression when all is well: this runs every call."""
-    x_shape, weight_shape, A_shape, B_shape, dtype = x.shape, weight.shape, lora_A.shape, lora_B.shape, x.dtype
-    if (
-        len(weight_shape) == len(A_shape) == len(B_shape) == 2
-        and x_shape
-        and x_shape[-1] == weight_shape[1] == A_shape[1]
-        and weight_shape[0] == B_shape[0]
-        and A_shape[0] == B_shape[1] != 0
-        and weight.dtype is dtype
-        and dtype.is_floating_point
-        and lora_A.dtype.is_floating_point
-        and lora_B.dtype is lora_A.dtype
-        and (bias is None or (bias.shape == weight_shape[:1] and bias.dtype is dtype))
-        and 0.0 <= dropout_p <= 1.0
-    ):
-        return
+    try:
+        x_shape, weight_shape, A_shape, B_shape, dtype = x.shape, weight.shape, lora_A.shape, lora_B.shape, x.dtype
+        if (
+            len(weight_shape) == len(A_shape) == len(B_shape) == 2
+            and x_shape
+            and x_shape[-1] == weight_shape[1] == A_shape[1]
+            and weight_shape[0] == B_shape[0]
+            and A_shape[0] == B_shape[1] != 0
+            and weight.dtype is dtype
+            and dtype.is_floating_point
+            and lora_A.dtype.is_floating_point
+            and lora_B.dtype is lora_A.dtype
+            and (bias is None or (bias.shape == weight_shape[:1] and bias.dtype is dtype))
+            and 0.0 <= dropout_p <= 1.0
+        ):
+            return
+    except AttributeError:
+        pass  # of what is no tensor
+    for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (value is None and name == "bias"):
+            raise TypeError(f"{name} is {type(value).__name__}; it needs to be a Tensor")
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; they need (..., K) and (N, K)"

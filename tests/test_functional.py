@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import accuracy
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -309,6 +310,10 @@ def test_function_transforms_work():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
+        ({"x": "text"}, TypeError, "x is str; it needs to be a Tensor"),
+        ({"x": np.zeros((4, 6), np.float32)}, TypeError, "x is ndarray"),
+        ({"lora_B": None}, TypeError, "lora_B is NoneType"),
+        ({"bias": [0.0] * 5}, TypeError, "bias is list"),
         ({"x": torch.zeros(4, 7)}, ValueError, "x has shape (4, 7)"),
         ({"weight": torch.zeros(5)}, ValueError, "weight (5,)"),
         ({"lora_A": torch.zeros(2, 7)}, ValueError, "lora_A has shape (2, 7)"),
@@ -334,3 +339,10 @@ def test_mistakes_are_named(change, error, words):
     with pytest.raises(error) as caught:
         fastlora.lora_linear(**{**arguments, **change})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("path", "error"), [("fast", ValueError), ("split", RuntimeError)])
+def test_a_path_that_the_environment_names_wrongly_is_traced_to_it(monkeypatch, path, error):
+    monkeypatch.setenv("FASTLORA_PATH", path)
+    with pytest.raises(error, match="FASTLORA_PATH"):
+        fastlora.lora_linear(torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(2, 6), torch.zeros(5, 2))

@@ -175,7 +175,8 @@ def _forced(problem: Problem, path: str) -> str:
         return "torch"
     obstacle = _obstacle(path, problem)
     if obstacle:
-        raise RuntimeError(f"path {path!r} cannot run here: {obstacle}")
+        whose = " (named by FASTLORA_PATH)" if env.forced_path() == path else ""
+        raise RuntimeError(f"path {path!r}{whose} cannot run here: {obstacle}")
     return path
 
 

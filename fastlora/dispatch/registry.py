@@ -6,6 +6,8 @@ import importlib
 from functools import cache
 from types import ModuleType
 
+from fastlora import env
+
 # What `choice.select` has found for a shape. Here, since a new verdict of the self-check empties it.
 selected: dict[tuple, ModuleType] = {}
 
@@ -20,5 +22,6 @@ def load(name: str) -> ModuleType:
         ValueError: no such path.
     """
     if name not in NAMES:
-        raise ValueError(f"path is {name!r}; it needs to be one of {', '.join(map(repr, NAMES))}, or None to choose")
+        whose = "FASTLORA_PATH" if env.forced_path() == name else "path"
+        raise ValueError(f"{whose} is {name!r}; it needs to be one of {', '.join(map(repr, NAMES))}, or None to choose")
     return importlib.import_module(f"fastlora.dispatch.{name}")

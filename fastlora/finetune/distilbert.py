@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,4 +235,4 @@ def _probability(text: str) -> float:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    return textwrap.shorten(str(error), 320, placeholder=" ...")

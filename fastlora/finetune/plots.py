@@ -12,6 +12,7 @@ from fastlora.finetune.files import write_bytes
 def plot_history(path: Path, history: Sequence[Mapping], title: str) -> None:
     """Draw the trainer's rows: loss on the left, accuracy on the right, training and validation."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     figure.suptitle(title)
@@ -24,6 +25,7 @@ def plot_history(path: Path, history: Sequence[Mapping], title: str) -> None:
                 axes.plot(epochs, [float("nan") if value is None else value for value in values], marker=marker,
                           markersize=3, label=part)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(quantity)
         axes.grid(alpha=0.3)
         if axes.lines:

@@ -67,7 +67,8 @@ def parameters(model: nn.Module) -> dict[str, int]:
 def saving(counts: Mapping[str, int], size: int) -> str:
     """One line: the adapter's size beside its layers'. `size`: bytes of the adapter's file."""
     adapter, full = counts["adapter_parameters"], counts["full_layer_parameters"]
-    return f"adapter: {adapter:,} numbers against {full:,} of its layers: {full / adapter:.0f}x fewer ({size:,} bytes)"
+    times = f"{full / adapter:.0f}x fewer" if adapter <= full else f"{adapter / full:.1f}x more, --rank is too high"
+    return f"adapter: {adapter:,} numbers against {full:,} of its layers: {times} ({size:,} bytes)"
 
 
 def write_report(folder: Path, report: Mapping) -> None:

@@ -148,9 +148,10 @@ class Trainer:
             raise WorkError(f"training diverged in epoch {self.epoch + 1}: the loss is {loss}; a smaller --lr may help")
         self.sums.zero_()
         self.rows = 0
+        rate = float(f"{self.optimiser.param_groups[0]['lr']:.12g}")  # 0.01, say, and not 0.010000000000000002
         row = {"epoch": round(epoch, 6), "step": self.steps,
                "train_loss": loss / rows, "train_accuracy": correct / rows, "valid_loss": None, "valid_accuracy": None,
-               "learning_rate": float(self.optimiser.param_groups[0]["lr"]), "seconds": round(self.seconds, 4)}
+               "learning_rate": rate, "seconds": round(self.seconds, 4)}
         if self.valid is not None:
             row["valid_loss"], row["valid_accuracy"] = self.evaluate(self.valid)
         self.history.append(row)
