@@ -199,7 +199,8 @@ def test_minilm_reaches_82_percent_and_fused_is_within_a_point(data_dir, tmp_pat
         run = tmp_path / impl
         command = ["train", "distilbert", "--data", str(data_dir), "--impl", impl, "--output", str(run), "--rank", "8",
                    "--model", str(Path(package.__file__).parent / "model"), "--max-length", "128", "--epochs", "2",
-                   "--train-samples", "2000", "--test-samples", "1000", "--device", "cpu"]
+                   "--train-samples", "2000", "--test-samples", "1000", "--device", "cpu",
+                   "--batch-size", "8", "--alpha", "8", "--lr", "2e-3"]
         assert main(command) == 0
         report = json.loads((run / "report.json").read_text())
         assert report["fallback_calls"] == 0
