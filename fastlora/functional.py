@@ -84,7 +84,7 @@ def lora_linear(
     ):
         return _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path)
 
-    if path is None and is_tiny(x, weight, lora_A, dropout_p):
+    if path is None and is_tiny(x, weight, lora_A, scaling, dropout_p):
         return torch.addmm(F.linear(x, weight, bias), F.linear(x, lora_A), lora_B.t(), alpha=scaling)
     run = select(x, weight, lora_A, dropout_p, path)
     if torch.is_grad_enabled():

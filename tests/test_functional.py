@@ -82,6 +82,17 @@ def test_nothing_to_multiply(lead, N, K, dropout_p):
     assert fastlora.lora_linear(inputs.x, weight, lora_A, inputs.lora_B).shape == (*lead, N)
 
 
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B"])
+@pytest.mark.parametrize("x_asks", [False, True])
+def test_a_scaling_of_zero_hides_no_nan(name, x_asks):
+    inputs = accuracy.draw(3, 5, 6, 2, torch.float32)
+    getattr(inputs, name).view(-1)[0] = float("nan")
+    inputs.x.requires_grad_(x_asks)
+    arguments = (inputs.x, inputs.weight, inputs.lora_A.requires_grad_(), inputs.lora_B, inputs.bias, 0.0)
+    y, expected = fastlora.lora_linear(*arguments), fastlora.reference.lora_linear(*arguments)
+    assert expected.isnan().any() and torch.equal(y.isnan(), expected.isnan())
+
+
 @pytest.mark.parametrize(("scaling", "dy", "lora_B"), [(1000.0, 1e-3, 1e-3), (0.01, 1e4, 1.0)])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_float16_keeps_the_range_that_eager_has(scaling, dy, lora_B, dropout_p):

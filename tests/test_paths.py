@@ -125,7 +125,7 @@ def test_selfcheck_finds_a_broken_torch_path(monkeypatch, operation):
 def test_forced_by_the_environment(monkeypatch):
     layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8)
     monkeypatch.setenv("FASTLORA_PATH", "split")
-    with pytest.raises(RuntimeError, match="path 'split' cannot run here"):
+    with pytest.raises(RuntimeError, match=r"path 'split' \(named by FASTLORA_PATH\) cannot run here"):
         layer(x)
     monkeypatch.setenv("FASTLORA_PATH", "torch")
     assert layer(x).shape == (3, 6)

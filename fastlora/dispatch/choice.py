@@ -59,14 +59,16 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
 TINY = 1 << 21  # M * N * K: some 30 microseconds of a core
 
 
-def is_tiny(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> bool:
+def is_tiny(x: Tensor, weight: Tensor, lora_A: Tensor, scaling: float, dropout_p: float) -> bool:
     """Whether ATen's own autograd nodes beat every path: three of them cost less than one of Python's.
 
     So it is for a small layer on a CPU that drops nothing and whose x asks for no gradient (the first layer of a small
-    model). They keep what the paths keep: x and S. So it is without gradients too, for the same bits in both.
+    model). They keep what the paths keep: x and S. So it is without gradients too, for the same bits in both. Not for a
+    scaling of 0, at which BLAS would look at no operand and lose its NaN.
     """
     return (
         dropout_p == 0.0
+        and scaling != 0.0
         and not x.requires_grad
         and x.is_cpu
         and x.dim() == 2
@@ -134,8 +136,8 @@ def explain(layer, x: Tensor) -> Explanation:
     """Which path `layer(x)` runs, and why.
 
     Args:
-        layer: a `FusedLoRALinear`, or anything with `weight`, `lora_A` and `lora_B` tensors; a layer may answer for
-            itself with a method `explain(x)`.
+        layer: a `FusedLoRALinear`, or anything with its attributes; one may answer for itself with a method
+            `explain(x)`.
         x: (..., K), as it would be passed.
 
     Raises:
@@ -152,7 +154,8 @@ def explain(layer, x: Tensor) -> Explanation:
     (N, K), dropout = layer.weight.shape, bool(layer.training and layer.lora_dropout > 0.0)
     problem = Problem(x.shape[:-1].numel(), N, K, layer.lora_A.shape[0], dtype, layer.lora_A.dtype, x.device, dropout)
     forced = env.forced_path()
-    if is_tiny(x, layer.weight, layer.lora_A, float(dropout)):
+    scaling = 1.0 if isinstance(layer.scaling, Tensor) else layer.scaling  # `lora_linear` multiplies lora_B by a tensor
+    if is_tiny(x, layer.weight, layer.lora_A, scaling, float(dropout)):
         return Explanation("torch", "so small a layer, whose x asks for no gradient, is fastest in ATen's own nodes")
     if forced is None:
         return Explanation(*vars(choose(problem)).values())

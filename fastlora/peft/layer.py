@@ -162,8 +162,8 @@ class FusedLinear(PeftLinear):
         reason = reasons.of_layer(self) or reasons.of_call(self, x, (), {})
         if reason is not None:
             return Explanation("peft", reason)
-        weight, lora_A, _, _, _, dropout_p = self._arguments()
-        view = SimpleNamespace(weight=weight, lora_A=lora_A, training=True, lora_dropout=dropout_p)
+        weight, lora_A, _, _, scaling, dropout_p = self._arguments()
+        view = SimpleNamespace(weight=weight, lora_A=lora_A, scaling=scaling, training=True, lora_dropout=dropout_p)
         return explain(view, x)
 
     def _arguments(self) -> tuple:
