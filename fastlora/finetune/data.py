@@ -44,6 +44,8 @@ def read_texts(
         table = file.read(columns=[text, label])
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: damaged, a column's name is not UTF-8") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: damaged or not a parquet file ({str(error).splitlines()[0][:90]})") from None
     table = table if limit is None else table.slice(0, limit)

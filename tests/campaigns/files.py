@@ -38,7 +38,7 @@ def fault(loader: Loader, folder: Path, path: Path, content: bytes, good: object
         return None, True
     except BaseException as error:
         return f"{type(error).__name__}: {error!s:.200}", True
-    return ("read as something else" if loader.exact and got != good else None), False
+    return ("read as something else" if loader.summed(content) and got != good else None), False
 
 
 def campaign(name: str, count: int, seed: int, skip: int = 0, progress: Path | None = None) -> tuple[list[str], int]:

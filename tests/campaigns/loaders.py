@@ -25,12 +25,13 @@ class Loader:
     """`make(folder)` writes good files and returns the one to damage; `load(folder)` reads them and returns what came.
 
     Attributes:
-        exact: what is read from a damaged file is what was in the good one, or the file is refused: it has a checksum.
+        summed: whether a file with these bytes bears a checksum: then what is read from it is what was in the good one,
+            or it is refused.
     """
 
     make: Callable[[Path], Path]
     load: Callable[[Path], object]
-    exact: bool
+    summed: Callable[[bytes], bool] = lambda content: False
 
 
 def _model() -> nn.Module:
@@ -101,14 +102,14 @@ def _load_glove(folder: Path) -> object:
 
 _GLOVE = "".join(f"{word} {' '.join(['0.25'] * 100)}\n" for word in ("film", "the", "bad"))
 LOADERS = {
-    "adapter": Loader(_adapter(WEIGHTS_NAME), _load_adapter, True),
-    "config": Loader(_adapter(CONFIG_NAME), _load_adapter, False),
-    "checkpoint": Loader(_make_checkpoint, _load_checkpoint, True),
-    "parquet": Loader(_make_parquet, lambda folder: read_texts(folder / "t.parquet", 2), False),
+    "adapter": Loader(_adapter(WEIGHTS_NAME), _load_adapter, lambda content: b'"sha256":' in content),
+    "config": Loader(_adapter(CONFIG_NAME), _load_adapter),
+    "checkpoint": Loader(_make_checkpoint, _load_checkpoint, lambda content: True),
+    "parquet": Loader(_make_parquet, lambda folder: read_texts(folder / "t.parquet", 2)),
     "vocabulary": Loader(_write("w.json", json.dumps(["film", "good", "bad"])),
-                         lambda folder: Vocabulary.load(folder / "w.json").words, False),
-    "vectors": Loader(_write("v.txt", _GLOVE), _load_glove, False),
-    "report": Loader(_write("report.json", json.dumps({"task": "imdb", "rank": 2})), read_report, False),
+                         lambda folder: Vocabulary.load(folder / "w.json").words),
+    "vectors": Loader(_write("v.txt", _GLOVE), _load_glove),
+    "report": Loader(_write("report.json", json.dumps({"task": "imdb", "rank": 2})), read_report),
 }  # fmt: skip
 
 

@@ -164,3 +164,11 @@ def test_a_text_that_is_not_utf8_is_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": [0, 1]}), tmp_path / "t.parquet")
     with pytest.raises(UserError, match=r"t\.parquet: damaged, a text is not UTF-8"):
         read_texts(tmp_path / "t.parquet", 2)
+
+
+def test_a_column_name_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "t.parquet"
+    pd.DataFrame({"text": ["fine"], "label": [0]}).to_parquet(path)
+    path.write_bytes(path.read_bytes().replace(b"label", b"\xe5abel"))
+    with pytest.raises(UserError, match=r"t\.parquet: damaged, a column's name is not UTF-8"):
+        read_texts(path, 2)
