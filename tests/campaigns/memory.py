@@ -63,8 +63,10 @@ def live() -> int:
     return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
 
 
-def steps(count: int, kind: str, warm: int = 100) -> tuple[int, int]:
-    """(bytes, tensors) more after `count` training steps of a layer with dropout than after `warm` ones."""
+def steps(count: int, kind: str, warm: int = 500) -> tuple[int, int]:
+    """(bytes, tensors) more after `count` training steps of a layer with dropout than after `warm` ones.
+
+    The allocator's own pools, some MiB, fill within the first hundreds."""
     case = Case(face=kind, lead=(64, 4), N=256, K=192, R=8, bias=True, dropout=0.1, scaling=2.0)
     inputs = replace(tensors(case), dropout_p=case.dropout)
     face = Face(case, inputs)
