@@ -9,16 +9,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+import torch.distributed as dist
+from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from torch import nn
+from transformers import set_seed
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import get_last_checkpoint
 
 import fastlora.peft
@@ -26,13 +28,13 @@ from fastlora.errors import UserError
 from fastlora.finetune import report as reports
 from fastlora.finetune.data import random_split, read_texts
 from fastlora.finetune.files import REPORT, run_folder
+from fastlora.finetune.hub_model import LABELS, load_adapter, load_config, load_model, quietly, shortened
 from fastlora.finetune.hub_trainer import CHECKPOINTS, TokenDataset, make_trainer
 from fastlora.finetune.locate import locate
 from fastlora.finetune.options import pick_device, positive, whole
 from fastlora.finetune.plots import plot_history
 
 HELP = "sentiment of film reviews with DistilBERT (or any sequence classifier of transformers), PEFT and the Trainer"
-LABELS = ("negative", "positive")
 MODEL = "distilbert-base-uncased"
 TARGETS = {"distilbert": ["q_lin"], "bert": ["query", "value"]}  # by model_type; PEFT's own table for the others
 DEFAULTS = {"epochs": 2, "rank": 4, "alpha": 32.0, "batch_size": 32, "lr": 1e-3}
@@ -74,20 +76,21 @@ def train(args: argparse.Namespace) -> None:
                 "device": device.type, "train_samples": args.train_samples, "test_samples": args.test_samples}
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that train together, one writes
     held = run_folder(args.output, settings, args.resume) if first else contextlib.nullcontext()
-    with held:
+    with held, _together():
         if args.resume and (args.output / REPORT).exists():
             print(f"{args.output}: the run is finished already")
             return
         texts = _texts(locate(args.data, "imdb"), args)
         set_seed(args.seed)
-        tokenizer, model = _load(recipe.model)
+        tokenizer, model = load_model(recipe.model, f"--model {args.model}")
+        _check_targets(model, recipe.target_modules)
         if args.show_tokens and first:
             _show(tokenizer, texts["train"][0][0], recipe.max_length)
         data = {name: TokenDataset(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
         try:
             model = get_peft_model(model, _lora_config(recipe))
         except ValueError as error:  # PEFT's, for target modules that the model has not
-            raise UserError(f"--target-modules {' '.join(recipe.target_modules)}: {_line(error)}") from None
+            raise UserError(f"--target-modules {' '.join(recipe.target_modules)}: {shortened(error)}") from None
         if args.impl == "fused":
             fastlora.peft.patch(model)
         counts = parameters(model)
@@ -105,6 +108,16 @@ def train(args: argparse.Namespace) -> None:
                 print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
 
 
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Ends the process group that the Trainer begins under torchrun: its threads abort a process that just exits."""
+    try:
+        yield
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     """A function that labels reviews, (label, probability) each, from a finished run's folder.
 
@@ -112,14 +125,12 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     """
     report = reports.read_report(run)
     try:
-        name, max_length, impl = report["model"], int(report["max_length"]), report["impl"]
+        name, max_length, impl = str(report["model"]), int(report["max_length"]), report["impl"]
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{run / REPORT}: damaged, it names no model or max_length") from None
-    tokenizer, model = _load(name)
-    try:
-        model = PeftModel.from_pretrained(model, run)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{run}: the adapter cannot be loaded ({_line(error)})") from None
+    with quietly():
+        tokenizer, model = load_model(name, f"{run}: its base model {name}")
+        model = load_adapter(model, run)
     if impl == "fused":
         fastlora.peft.patch(model)
     model.eval()
@@ -147,8 +158,7 @@ def parameters(model) -> dict[str, int]:
 def _recipe(args: argparse.Namespace) -> Recipe:
     folder = Path(args.model).expanduser()
     name = str(folder.resolve()) if folder.is_dir() else args.model
-    with _loading(name):
-        config = AutoConfig.from_pretrained(name)
+    config = load_config(name, f"--model {args.model}")
     targets = args.target_modules or TARGETS.get(config.model_type) or PEFT_TARGETS.get(config.model_type)
     if not targets:
         raise UserError(f"--model {args.model}: no default target modules for a {config.model_type!r}; "
@@ -163,24 +173,13 @@ def _lora_config(recipe: Recipe) -> LoraConfig:
                       lora_dropout=recipe.dropout, target_modules=list(recipe.target_modules))
 
 
-def _load(name: str):
-    labels = dict(enumerate(LABELS))
-    with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=len(LABELS), id2label=labels, label2id={label: i for i, label in labels.items()}
-        )
-    if tokenizer.pad_token is None:
-        raise UserError(f"--model {name}: its tokenizer has no padding token")
-    return tokenizer, model
-
-
-@contextlib.contextmanager
-def _loading(name: str):
-    try:
-        yield
-    except (OSError, ValueError) as error:  # what transformers raises for a name, a network or a file
-        raise UserError(f"--model {name}: cannot be loaded ({_line(error)})") from None
+def _check_targets(model, names: tuple[str, ...]) -> None:
+    """Each name must be that of a linear layer, or its end: PEFT passes over the others as long as one is found."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    for name in names:
+        if not any(f".{layer}".endswith(f".{name}") for layer in linear):
+            there = ", ".join(sorted({layer.rpartition(".")[2] for layer in linear}))
+            raise UserError(f"--target-modules {name}: the model has no such linear layer; names there: {there}")
 
 
 def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], list[int]]]:
@@ -232,7 +231,3 @@ def _probability(text: str) -> float:
     if value >= 1.0:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
     return value
-
-
-def _line(error: Exception) -> str:
-    return textwrap.shorten(str(error), 320, placeholder=" ...")

@@ -141,6 +141,8 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
         raise UserError(f"{path}: cannot be used as output folder ({error.strerror})") from None
     with held:
         begun = _begun(path, settings, resume)
+        if resume and not begun:
+            print(f"{path}: holds no run to go on with; a new one starts", flush=True)
         for left in path.glob(f".*{_TEMPORARY}"):
             left.unlink()
         if not begun:

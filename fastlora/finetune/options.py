@@ -50,7 +50,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=positive, metavar="X", help="learning rate")
     parser.add_argument("--seed", type=whole(0, 2**40), default=0, metavar="N")
     parser.add_argument("--device", default="auto", metavar="cpu|cuda[:N]|auto", help="default: cuda if there")
-    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --output")
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --output, if any")
     parser.add_argument("--train-samples", type=whole(2), metavar="N", help="train on the first N rows only")
     parser.add_argument("--test-samples", type=whole(1), metavar="N", help="test on the first N rows only")
 

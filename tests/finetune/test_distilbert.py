@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +17,19 @@ import torch
 pytest.importorskip("peft")
 
 from peft import get_peft_model
+from safetensors.torch import load_file, save
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertTokenizerFast,
     DistilBertConfig,
+    GPT2Config,
 )
 
 from fastlora.cli import main
 from fastlora.errors import UserError
 from fastlora.finetune import distilbert, hub_trainer, sample
+from fastlora.finetune.hub_model import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -124,7 +128,9 @@ def test_a_finished_run_is_kept_and_resume_needs_its_settings(folders, tmp_path,
     "more, said",
     [
         (["--model", "no/such-model-anywhere"], "cannot be loaded"),
+        (["--model", "/no/such/model"], "--model /no/such/model: no such folder"),
         (["--target-modules", "nothing"], "nothing"),
+        (["--target-modules", "query", "quary"], "quary: the model has no such linear layer; names there: classifier"),
         (["--max-length", "0"], "between 8"),
         (["--dropout", "1"], "below 1"),
         (["--data", "/no/such/folder"], "no such folder"),
@@ -150,9 +156,89 @@ def test_a_damaged_run_is_refused(folders, tmp_path):
         distilbert.load_predictor(run)
 
 
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory):
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert main(arguments(folders["bert"], run, "--epochs", "1")) == 0
+    return run
+
+
+def _without(weights, part):
+    return {name: t for name, t in weights.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda weights: save(weights)[:200], "cannot be loaded"),
+        (lambda weights: b"", "cannot be loaded"),
+        (lambda weights: save(_without(weights, "lora_B")), "lacks base_model"),
+        (lambda weights: save(_without(weights, "classifier")), "lacks base_model.model.classifier"),
+        (lambda weights: save({**weights, "other": torch.ones(1)}), "holds the unknown other"),
+        (lambda weights: save({n: t[:1].clone() for n, t in weights.items()}), "not ("),
+        (lambda weights: save({n: t * float("nan") for n, t in weights.items()}), "not finite"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(finished, tmp_path, capsys, damage, said):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "adapter_model.safetensors"
+    path.write_bytes(damage(load_file(path)))
+    assert main(["predict", str(run), "fine"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"fastlora: {run}: the adapter") and said in error
+
+
+def test_a_missing_base_model_is_named_with_its_run(folders, finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps({**report, "model": "/gone"}))
+    assert main(["predict", str(run), "fine"]) == 2
+    assert f"{run}: its base model /gone: no such folder" in capsys.readouterr().err
+
+
+def test_predict_says_nothing_but_its_answer(finished, capfd):
+    assert main(["predict", str(finished), "fine"]) == 0
+    said = capfd.readouterr()
+    assert len(said.out.splitlines()) == 1 and "MISSING" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: [path.unlink() for name in ("token*", "vocab*") for path in folder.glob(name)], "knows no word"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "cannot be loaded"),
+    ],
+)
+def test_a_damaged_model_folder_is_refused(folders, tmp_path, capsys, spoil, said):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["bert"], folder)
+    spoil(folder)
+    assert main(arguments(folder, tmp_path / "run")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"fastlora: --model {folder}") and said in error
+
+
+def test_a_decoder_without_a_padding_token_trains(folders, tmp_path):
+    folder = tmp_path / "gpt2"
+    tokenizer, _ = load_model(str(folders["bert"]), "--model")
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert main(arguments(folder, tmp_path / "run", "--epochs", "1")) == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["fallback_calls"] == 0
+    assert main(["predict", str(tmp_path / "run"), "a fine film", "bad"]) == 0
+
+
+def test_nothing_to_resume_is_said(folders, tmp_path, capsys):
+    assert main(arguments(folders["bert"], tmp_path / "run", "--epochs", "1", "--resume")) == 0
+    assert "holds no run to go on with; a new one starts" in capsys.readouterr().out
+
+
 def test_batches_are_grouped_by_length(folders, tmp_path):
     """At most a few per cent of padding, where batches in random order have a third."""
-    tokenizer, model = distilbert._load(str(folders["bert"]))
+    tokenizer, model = load_model(str(folders["bert"]), "--model")
     texts = [" ".join(["film"] * (1 + 7 * i % 60)) for i in range(400)]
     data = hub_trainer.TokenDataset(tokenizer, texts, [i % 2 for i in range(400)], 64)
     recipe = distilbert.Recipe("", (), 64, 0.0, 1, 3, 8.0, 8, 1e-3)
