@@ -207,7 +207,7 @@ def test_predict_says_nothing_but_its_answer(finished, capfd):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda folder: [path.unlink() for name in ("token*", "vocab*") for path in folder.glob(name)], "knows no word"),
+        (lambda folder: [path.unlink() for name in ("tok*", "voc*") for path in folder.glob(name)], "knows no word"),
         (lambda folder: os.truncate(folder / "model.safetensors", 5000), "cannot be loaded"),
     ],
 )
