@@ -39,21 +39,31 @@ struct BFloat16Engine {
     tile[1] = bits_of<Vec>(_mm512_permutex2var_ps(low, second, high));
   }
 
-  static Factor paired(float low, float high) {
-    BFloat16 halves[2];
-    put(halves[0], low);
-    put(halves[1], high);
-    return halves[0].bits | static_cast<Factor>(halves[1].bits) << 16;
+  static __mmask16 first(int n) { return static_cast<__mmask16>(n >= V ? 0xffff : (1 << n) - 1); }
+  // Of V numbers the first `n`, rounded, and zeros.
+  static Halves rounded(const float* c, int n) {
+    return bits_of<Halves>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first(n), c)));
   }
   static const Factor* pair_ranks(Factor* pairs, const float* c, int rows, int R) {
-    for (int m = 0, i = 0; m < rows; ++m)
-      for (int r = 0; r < R; r += 2) pairs[i++] = paired(c[m * R + r], r + 1 < R ? c[m * R + r + 1] : 0.0f);
+    const int steps = (R + 1) / 2;
+    for (int m = 0; m < rows; ++m)
+      for (int r = 0; r < R; r += V)
+        _mm256_mask_storeu_epi32(pairs + m * steps + r / 2, static_cast<__mmask8>(first(steps - r / 2)),
+                                 bits_of<__m256i>(rounded(c + m * R + r, R - r)));
     return pairs;
   }
   static const Factor* pair_rows(Factor* pairs, const float* c, int rows, int R) {
     for (int m = 0; m < rows; m += 2)
-      for (int r = 0; r < R; ++r)
-        pairs[m / 2 * R + r] = paired(c[m * R + r], m + 1 < rows ? c[(m + 1) * R + r] : 0.0f);
+      for (int r = 0; r < R; r += V) {
+        const Bits low = __builtin_convertvector(rounded(c + m * R + r, R - r), Bits);
+        const Bits high = __builtin_convertvector(rounded(c + (m + 1) * R + r, m + 1 < rows ? R - r : 0), Bits);
+        _mm512_mask_storeu_epi32(pairs + m / 2 * R + r, first(R - r), bits_of<__m512i>(low | high << 16));
+      }
+    return pairs;
+  }
+};
+        _mm512_mask_storeu_epi32(pairs + m / 2 * R + r, lanes(R - r), _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
     return pairs;
   }
 };

@@ -68,6 +68,13 @@ inline void store_some(T* p, Vec v, int n) {
   for (int i = 0; i < n; ++i) put(p[i], lanes[i]);
 }
 
+template <typename To, typename From>
+inline void convert(To* to, const From* from, std::int64_t count) {
+  std::int64_t i = 0;
+  for (; i + V <= count; i += V) store(to + i, load(from + i));
+  for (; i < count; ++i) put(to[i], from[i]);
+}
+
 // The sums of four registers' lanes. In pairs, as a tree.
 typedef float Four __attribute__((vector_size(16)));
 inline Four folded(Vec v) {
@@ -373,8 +380,7 @@ struct Kernels {
         const Element* x =
             block<Engine>(static_cast<const T*>(call.x), stride, row, rows, K, dropout, arena(x_block, part));
         dot<Engine>(sums, x, stride, rows, lora_A, K, R, 1.0f);
-        T* S = static_cast<T*>(call.S) + row * R;
-        for (int i = 0; i < rows * R; ++i) put(S[i], sums[i]);
+        convert(static_cast<T*>(call.S) + row * R, sums, rows * R);
         const Target<T> y{static_cast<T*>(call.y) + row * N, true, N, row, call.scaling, nullptr};
         expand<Engine>(y, rows, sums, arena[b], R);
       }
@@ -410,8 +416,7 @@ struct Kernels {
             block<Engine>(static_cast<const T*>(call.dy), stride, row, rows, N, nullptr, arena(dy_block, part));
         if (need_dS) dot<Engine>(dS, dy, stride, rows, arena[b], N, R, call.scaling);
         if (call.dB) {
-          const T* from = static_cast<const T*>(call.S) + row * R;
-          for (int i = 0; i < rows * R; ++i) put(S[i], from[i]);
+          convert(S, static_cast<const T*>(call.S) + row * R, rows * R);
           outer<Engine>(dB, N, dy, stride, rows, S, R);
         }
         if (call.dA) {
