@@ -62,8 +62,3 @@ struct BFloat16Engine {
     return pairs;
   }
 };
-        _mm512_mask_storeu_epi32(pairs + m / 2 * R + r, lanes(R - r), _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-      }
-    return pairs;
-  }
-};
