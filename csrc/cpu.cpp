@@ -142,9 +142,10 @@ constexpr int MAX_RANK = 128;
 constexpr int BLOCK = 48;     // rows that are worked on together, at most
 constexpr int DOT_RANKS = 4;  // ranks that `dot` computes together
 
-// A block takes a quarter of a usual core's own cache, if eight rows do.
+// A block takes up to 3/8 of a usual core's own cache, in whole tiles of rows.
 inline int block_rows(std::int64_t row_bytes) {
-  return static_cast<int>(std::max<std::int64_t>(8, std::min<std::int64_t>(BLOCK, (256 << 10) / (row_bytes + 1))));
+  const auto rows = static_cast<int>(std::min<std::int64_t>(BLOCK, (384 << 10) / std::max<std::int64_t>(1, row_bytes)));
+  return rows >= 24 ? rows / 24 * 24 : std::max(8, rows / 8 * 8);
 }
 
 inline std::int64_t ranks(int R) { return (R + DOT_RANKS - 1) / DOT_RANKS * DOT_RANKS; }

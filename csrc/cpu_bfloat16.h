@@ -2,7 +2,9 @@
 // multiplies pairs and adds them in float, twice the work of a float instruction and what ATen's own GEMMs there use.
 //
 // A pair runs along the index that is summed over: `dot` finds its pairs where they lie, `outer` interleaves two rows,
-// `expand` has its ranks interleaved when they are packed. What eager rounds to bfloat16, S and dS, is rounded here.
+// `expand` has its ranks interleaved when they are packed. Interleaving works within 128 bits: of a tile's columns, the
+// first register has the first four of every eight, the second the others. What eager rounds to bfloat16, S and dS, is
+// rounded here.
 
 struct BFloat16Engine {
   typedef BFloat16 Element;
@@ -24,19 +26,36 @@ struct BFloat16Engine {
     return bits_of<Vec>(_mm512_dpbf16_ps(bits_of<__m512>(sum), bits_of<__m512bh>(a), bits_of<__m512bh>(b)));
   }
 
-  // Interleaving works within 128 bits: of a tile's columns, the first register has the first four of every eight.
   static void load_rows(Bits* tile, const BFloat16* in, std::int64_t stride, int rows) {
     const __m512i first = bits_of<__m512i>(load(in));
     const __m512i second = rows > 1 ? bits_of<__m512i>(load(in + stride)) : __m512i{};
     tile[0] = bits_of<Bits>(_mm512_unpacklo_epi16(first, second));
     tile[1] = bits_of<Bits>(_mm512_unpackhi_epi16(first, second));
   }
+  static void arrange(Vec* tile) {
+    permute(tile, _mm512_set_epi32(27, 26, 25, 24, 19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0), 4);
+  }
   static void in_order(Vec* tile) {
-    const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
-    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    permute(tile, _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0), 8);
+  }
+  // Lane i of the first register comes from lane first[i] of both, of the second from `step` lanes behind it.
+  static void permute(Vec* tile, __m512i first, int step) {
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(step));
     const __m512 low = bits_of<__m512>(tile[0]), high = bits_of<__m512>(tile[1]);
     tile[0] = bits_of<Vec>(_mm512_permutex2var_ps(low, first, high));
     tile[1] = bits_of<Vec>(_mm512_permutex2var_ps(low, second, high));
+  }
+  static void load_tile(Vec* tile, const BFloat16* in) {
+    const __m512i halves = bits_of<__m512i>(load(in));
+    tile[0] = bits_of<Vec>(_mm512_unpacklo_epi16(__m512i{}, halves));
+    tile[1] = bits_of<Vec>(_mm512_unpackhi_epi16(__m512i{}, halves));
+  }
+  static void store_tile(BFloat16* out, const Vec* tile) {
+    std::uint16_t order[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) order[j] = static_cast<std::uint16_t>(j / 8 * 4 + j % 4 + j % 8 / 4 * 16);
+    const auto rounded = _mm512_cvtne2ps_pbh(bits_of<__m512>(tile[1]), bits_of<__m512>(tile[0]));
+    const __m512i halves = _mm512_permutexvar_epi16(bits_of<__m512i>(order), bits_of<__m512i>(rounded));
+    std::memcpy(out, &halves, sizeof halves);
   }
 
   static __mmask16 first(int n) { return static_cast<__mmask16>(n >= V ? 0xffff : (1 << n) - 1); }

@@ -147,27 +147,56 @@ struct FloatEngine {
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; ++i) tile[i] = load(in + i * V);
   }
-  static void in_order(Vec*) {}  // a tile of `outer`'s sums, whose columns lie as load_rows had them
+  // A tile's columns lie in registers in an order of the engine's own: `arrange` leads from theirs to it, and
+  // `in_order` back.
+  static void arrange(Vec*) {}
+  static void in_order(Vec*) {}
+  template <typename T>
+  static void load_tile(Vec* tile, const T* in) {
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; ++i) tile[i] = NAMESPACE::load(in + i * V);
+  }
+  template <typename T>
+  static void store_tile(T* out, const Vec* tile) {
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; ++i) store(out + i * V, tile[i]);
+  }
 
   // c[m][r] as factors of which each holds PAIR ranks, or PAIR rows.
   static const float* pair_ranks(float*, const float* c, int, int) { return c; }
   static const float* pair_rows(float*, const float* c, int, int) { return c; }
 };
 
-// p[r / PAIR][j][r % PAIR] from lora_A (R, width), or from lora_B (width, R) when `transposed`.
-template <int PAIR, typename E, typename P>
-inline void pack(E* p, const P* from, int R, std::int64_t width, bool transposed) {
-  const std::int64_t padded = whole(width);
-  const std::int64_t down = transposed ? 1 : width, along = transposed ? R : 1;
-  for (int r = 0; r < ranks(R); ++r) {
-    E* row = p + r / PAIR * padded * PAIR + r % PAIR;
-    std::int64_t j = 0;
-    if (r < R && along == 1)  // apart from the strided loop, so that the compiler sees vectors here
-      for (; j < width; ++j) put(row[j * PAIR], from[r * down + j]);
-    else if (r < R)
-      for (; j < width; ++j) put(row[j * PAIR], from[r * down + j * along]);
-    for (; j < padded; ++j) row[j * PAIR] = E{};
-  }
+// A tile of p's row r, from lora_A (R, width), or from lora_B (width, R) when `transposed`; zeros outside of them.
+template <typename E, typename P>
+inline void gather(E* tile, const P* from, int r, std::int64_t column, int R, std::int64_t width, bool transposed) {
+  const int there = r < R ? static_cast<int>(std::min<std::int64_t>(COLUMNS, width - column)) : 0;
+  if (transposed)
+    for (int j = 0; j < there; ++j) put(tile[j], from[(column + j) * R + r]);
+  else
+    for (int j = 0; j < there; ++j) put(tile[j], from[r * width + column + j]);
+  std::fill(tile + there, tile + COLUMNS, E{});
+}
+
+// p as `dot` reads it: a row for each rank.
+template <typename E, typename P>
+inline void pack_rows(E* p, const P* from, int R, std::int64_t width, bool transposed) {
+  for (int r = 0; r < ranks(R); ++r)
+    for (std::int64_t j = 0; j < width; j += COLUMNS, p += COLUMNS) gather(p, from, r, j, R, width, transposed);
+}
+
+// p as `expand` reads it: a row for each PAIR of ranks, in the engine's order.
+template <typename Engine, typename P>
+inline void pack_pairs(typename Engine::Element* p, const P* from, int R, std::int64_t width, bool transposed) {
+  constexpr int PAIR = Engine::PAIR;
+  for (int r = 0; r < R; r += PAIR)
+    for (std::int64_t j = 0; j < width; j += COLUMNS, p += PAIR * COLUMNS) {
+      typename Engine::Element rows[PAIR * COLUMNS];
+      for (int i = 0; i < PAIR; ++i) gather(rows + i * COLUMNS, from, r + i, j, R, width, transposed);
+      typename Engine::Register tile[TILE];
+      Engine::load_rows(tile, rows, COLUMNS, PAIR);
+      std::memcpy(p, tile, sizeof tile);
+    }
 }
 
 // Rows [row, row + rows) of `in`, dropped out, and the stride from one to the next. Rows of whole tiles that nothing
@@ -213,6 +242,7 @@ inline void dot_rows(float* c, const typename Engine::Element* in, std::int64_t 
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) {
         const typename Engine::Register a = Engine::load(in + m * stride + j);
+        if (r == 0) __builtin_prefetch(in + (m + ROWS) * stride + j, 0, 2);  // the next rows
 #pragma GCC unroll 8
         for (int i = 0; i < DOT_RANKS; ++i) acc[m][i] = Engine::add_products(acc[m][i], a, b[i]);
       }
@@ -249,6 +279,21 @@ struct Target {
   Target down(int rows) const { return {out + rows * width, add, width, row + rows, scaling, dropout}; }
 };
 
+// A tile of products, scaled and dropped out, and what is to be added to it.
+template <typename Engine, typename T>
+inline void finish(const Target<T>& to, Vec* tile, const T* at, const RowKey& key, std::int64_t column) {
+  Vec factors[TILE], there[TILE] = {};
+  for (int i = 0; i < TILE; ++i) factors[i] = splat(to.scaling);
+  if (to.dropout) {
+    Vec keep[TILE];
+    kept(keep, key, column, *to.dropout);
+    Engine::arrange(keep);
+    for (int i = 0; i < TILE; ++i) factors[i] *= keep[i];
+  }
+  if (to.add) Engine::load_tile(there, at);
+  for (int i = 0; i < TILE; ++i) tile[i] = there[i] + tile[i] * factors[i];
+}
+
 template <typename Engine, int ROWS, typename T>
 inline void expand_rows(const Target<T>& to, const typename Engine::Factor* c, const typename Engine::Element* p,
                         int steps) {
@@ -256,8 +301,21 @@ inline void expand_rows(const Target<T>& to, const typename Engine::Factor* c, c
   RowKey keys[ROWS];
   if (to.dropout)
     for (int m = 0; m < ROWS; ++m) keys[m] = RowKey(*to.dropout, to.row + m);
+  const bool onto = to.add && !to.dropout && to.scaling == 1.0f;  // the sums start with what is there
   for (std::int64_t j = 0; j < width; j += COLUMNS) {
     Vec acc[ROWS][TILE] = {};
+    T* at = to.out + j;
+    std::int64_t stride = width;
+    T edge[ROWS * COLUMNS];  // stands for a tile in which the rows end
+    const bool ends = width - j < COLUMNS;
+    if (ends) {
+      for (int m = 0; m < ROWS; ++m) std::copy_n(at + m * width, width - j, edge + m * COLUMNS);
+      at = edge;
+      stride = COLUMNS;
+    }
+    if (onto)
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; ++m) Engine::load_tile(acc[m], at + m * stride);
     for (int r = 0; r < steps; ++r) {
       typename Engine::Register b[TILE];
 #pragma GCC unroll 8
@@ -271,22 +329,12 @@ inline void expand_rows(const Target<T>& to, const typename Engine::Factor* c, c
     }
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) {
-      Vec factors[TILE] = {};
-      if (to.dropout) kept(factors, keys[m], j, *to.dropout);
-#pragma GCC unroll 8
-      for (int i = 0; i < TILE; ++i) {
-        Vec v = acc[m][i] * to.scaling;
-        if (to.dropout) v *= factors[i];
-        T* at = to.out + m * width + j + i * V;
-        const std::int64_t left = width - j - i * V;
-        if (left >= V) {
-          Engine::store(at, to.add ? load(at) + v : v);
-        } else if (left > 0) {
-          const int some = static_cast<int>(left);
-          store_some(at, to.add ? load_some(at, some) + v : v, some);
-        }
-      }
+      if (!onto) finish<Engine>(to, acc[m], at + m * stride, keys[m], j);
+      Engine::store_tile(at + m * stride, acc[m]);
+      __builtin_prefetch(to.out + (m + ROWS) * width + j, 1, 1);  // the next rows
     }
+    if (ends)
+      for (int m = 0; m < ROWS; ++m) std::copy_n(edge + m * COLUMNS, width - j, to.out + m * width + j);
   }
 }
 
@@ -318,7 +366,7 @@ inline void outer_tile(float* acc, std::int64_t padded, const typename Engine::E
     Engine::load_rows(a, in + m * stride, stride, rows - m);
 #pragma GCC unroll 8
     for (int i = 0; i < PAIR; ++i)  // down the columns, where no hardware sees a pattern
-      __builtin_prefetch(in + (m + i) * stride + COLUMNS);
+      __builtin_prefetch(in + (m + i) * stride + 4 * COLUMNS, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < RANKS; ++r) {
       const typename Engine::Register b = Engine::splat(c[m / PAIR * R + r]);
@@ -369,8 +417,8 @@ struct Kernels {
     if (std::is_same<P, Element>::value && K == whole(K) && R == ranks(R))
       lora_A = static_cast<const Element*>(call.lora_A);  // lies as `dot` wants it
     else
-      pack<1>(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
-    pack<Engine::PAIR>(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
+      pack_rows(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
+    pack_pairs<Engine>(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
     parallel(parts, [&](int part) {
       float* sums = arena(c, part);
       const std::int64_t end = M * (part + 1) / parts;
@@ -402,8 +450,8 @@ struct Kernels {
     const auto coefficients = arena.reserve<float>(2 * size * R, parts);
     const auto gradients = arena.reserve<float>(dA_size + dB_size, parts);
     arena.allocate();
-    if (call.dx) pack<Engine::PAIR>(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
-    if (need_dS) pack<1>(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
+    if (call.dx) pack_pairs<Engine>(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
+    if (need_dS) pack_rows(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
     parallel(parts, [&](int part) {
       float *dA = arena(gradients, part), *dB = dA + dA_size;
       float *dS = arena(coefficients, part), *S = dS + size * R;
