@@ -171,7 +171,9 @@ struct FloatEngine {
 template <typename E, typename P>
 inline void gather(E* tile, const P* from, int r, std::int64_t column, int R, std::int64_t width, bool transposed) {
   const int there = r < R ? static_cast<int>(std::min<std::int64_t>(COLUMNS, width - column)) : 0;
-  if (transposed)
+  if (!transposed && there == COLUMNS)  // a loop of vectors
+    for (int j = 0; j < COLUMNS; ++j) put(tile[j], from[r * width + column + j]);
+  else if (transposed)
     for (int j = 0; j < there; ++j) put(tile[j], from[(column + j) * R + r]);
   else
     for (int j = 0; j < there; ++j) put(tile[j], from[r * width + column + j]);
@@ -232,17 +234,19 @@ inline const typename Engine::Element* block(const T* in, std::int64_t& stride, 
 template <typename Engine, int ROWS>
 inline void dot_rows(float* c, const typename Engine::Element* in, std::int64_t stride,
                      const typename Engine::Element* p, std::int64_t padded, int R, float scaling) {
+  const int passes = (R + DOT_RANKS - 1) / DOT_RANKS, each = (ROWS + passes - 1) / passes;
   for (int r = 0; r < R; r += DOT_RANKS) {
+    const auto* next = in + (ROWS + r / DOT_RANKS * each) * stride;
     Vec acc[ROWS][DOT_RANKS] = {};
     const auto* q = p + r * padded;
     for (std::int64_t j = 0; j < padded; j += V * Engine::PAIR) {
       typename Engine::Register b[DOT_RANKS];
 #pragma GCC unroll 8
       for (int i = 0; i < DOT_RANKS; ++i) b[i] = Engine::load(q + i * padded + j);
+      for (int i = 0; i < each; ++i) __builtin_prefetch(next + i * stride + j);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) {
         const typename Engine::Register a = Engine::load(in + m * stride + j);
-        if (r == 0) __builtin_prefetch(in + (m + ROWS) * stride + j, 0, 2);  // the next rows
 #pragma GCC unroll 8
         for (int i = 0; i < DOT_RANKS; ++i) acc[m][i] = Engine::add_products(acc[m][i], a, b[i]);
       }
@@ -331,7 +335,7 @@ inline void expand_rows(const Target<T>& to, const typename Engine::Factor* c, c
     for (int m = 0; m < ROWS; ++m) {
       if (!onto) finish<Engine>(to, acc[m], at + m * stride, keys[m], j);
       Engine::store_tile(at + m * stride, acc[m]);
-      __builtin_prefetch(to.out + (m + ROWS) * width + j, 1, 1);  // the next rows
+      __builtin_prefetch(to.out + (m + ROWS) * width + j, 1);  // the next rows
     }
     if (ends)
       for (int m = 0; m < ROWS; ++m) std::copy_n(edge + m * COLUMNS, width - j, to.out + m * width + j);
@@ -366,7 +370,7 @@ inline void outer_tile(float* acc, std::int64_t padded, const typename Engine::E
     Engine::load_rows(a, in + m * stride, stride, rows - m);
 #pragma GCC unroll 8
     for (int i = 0; i < PAIR; ++i)  // down the columns, where no hardware sees a pattern
-      __builtin_prefetch(in + (m + i) * stride + 4 * COLUMNS, 0, 2);
+      __builtin_prefetch(in + (m + i) * stride + 4 * COLUMNS);
 #pragma GCC unroll 8
     for (int r = 0; r < RANKS; ++r) {
       const typename Engine::Register b = Engine::splat(c[m / PAIR * R + r]);
