@@ -306,27 +306,29 @@ PyObject* run(const Call& call, bool addresses, const Function& function) {
   Py_RETURN_NONE;
 }
 
-// forward(x_type, adapter_type, x, x_stride, A, B, S, y, M, N, K, R, scaling, p, seed, threads)
+// forward(y, x_type, adapter_type, x, x_stride, A, B, S, M, N, K, R, scaling, p, seed, threads)
 PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments in(values, count, 16);
   Call call{};
+  call.y = in.address();
   const bool x16 = in.integer(), adapter16 = in.integer();
   call.x = in.address();
   call.x_stride = in.integer();
   call.lora_A = in.address();
   call.lora_B = in.address();
   call.S = in.address();
-  call.y = in.address();
   in.rest(call);
   const bool addresses = call.x && call.lora_A && call.lora_B && call.S && call.y;
   return run(call, addresses, [&] { library->forward[x16][adapter16](call); });
 }
 
-// backward(x_type, adapter_type, dy, dy_stride, x, x_stride, A, B, S, dx, add, dA, dB, M, N, K, R, scaling, p,
+// backward(dx, add, x_type, adapter_type, dy, dy_stride, x, x_stride, A, B, S, dA, dB, M, N, K, R, scaling, p,
 //          seed, threads)
 PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments in(values, count, 21);
   Call call{};
+  call.dx = in.address();
+  call.add = in.integer();
   const bool x16 = in.integer(), adapter16 = in.integer();
   call.dy = in.address();
   call.dy_stride = in.integer();
@@ -335,8 +337,6 @@ PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.lora_A = in.address();
   call.lora_B = in.address();
   call.S = in.address();
-  call.dx = in.address();
-  call.add = in.integer();
   call.dA = in.address();
   call.dB = in.address();
   in.rest(call);

@@ -33,6 +33,10 @@ inline R bits_of(const T& value) {
 
 inline Vec splat(float a) { return a - Vec{}; }
 inline std::int64_t whole(std::int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }
+// The column at which part `part` of a row's tiles begins.
+inline std::int64_t share(std::int64_t width, int part, int parts) {
+  return whole(width) / COLUMNS * part / parts * COLUMNS;
+}
 
 inline Vec load(const float* p) {
   Vec v;
@@ -180,24 +184,28 @@ inline void gather(E* tile, const P* from, int r, std::int64_t column, int R, st
   std::fill(tile + there, tile + COLUMNS, E{});
 }
 
-// p as `dot` reads it: a row for each rank.
+// Part `part` of p as `dot` reads it: a row for each rank.
 template <typename E, typename P>
-inline void pack_rows(E* p, const P* from, int R, std::int64_t width, bool transposed) {
+inline void pack_rows(E* p, const P* from, int R, std::int64_t width, bool transposed, int part, int parts) {
+  const std::int64_t padded = whole(width), end = share(width, part + 1, parts);
   for (int r = 0; r < ranks(R); ++r)
-    for (std::int64_t j = 0; j < width; j += COLUMNS, p += COLUMNS) gather(p, from, r, j, R, width, transposed);
+    for (std::int64_t j = share(width, part, parts); j < end; j += COLUMNS)
+      gather(p + r * padded + j, from, r, j, R, width, transposed);
 }
 
-// p as `expand` reads it: a row for each PAIR of ranks, in the engine's order.
+// Part `part` of p as `expand` reads it: a row for each PAIR of ranks, in the engine's order.
 template <typename Engine, typename P>
-inline void pack_pairs(typename Engine::Element* p, const P* from, int R, std::int64_t width, bool transposed) {
+inline void pack_pairs(typename Engine::Element* p, const P* from, int R, std::int64_t width, bool transposed, int part,
+                       int parts) {
   constexpr int PAIR = Engine::PAIR;
+  const std::int64_t padded = whole(width), end = share(width, part + 1, parts);
   for (int r = 0; r < R; r += PAIR)
-    for (std::int64_t j = 0; j < width; j += COLUMNS, p += PAIR * COLUMNS) {
+    for (std::int64_t j = share(width, part, parts); j < end; j += COLUMNS) {
       typename Engine::Element rows[PAIR * COLUMNS];
       for (int i = 0; i < PAIR; ++i) gather(rows + i * COLUMNS, from, r + i, j, R, width, transposed);
       typename Engine::Register tile[TILE];
       Engine::load_rows(tile, rows, COLUMNS, PAIR);
-      std::memcpy(p, tile, sizeof tile);
+      std::memcpy(p + r * padded + j * PAIR, tile, sizeof tile);
     }
 }
 
@@ -417,12 +425,13 @@ struct Kernels {
     const auto x_block = arena.reserve<Element>(size * whole(K), parts);
     const auto c = arena.reserve<float>(size * R, parts);
     arena.allocate();
-    const Element* lora_A = arena[a];
-    if (std::is_same<P, Element>::value && K == whole(K) && R == ranks(R))
-      lora_A = static_cast<const Element*>(call.lora_A);  // lies as `dot` wants it
-    else
-      pack_rows(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
-    pack_pairs<Engine>(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
+    // it may lie as `dot` wants it
+    const bool packed_A = std::is_same<P, Element>::value && K == whole(K) && R == ranks(R);
+    const Element* lora_A = packed_A ? static_cast<const Element*>(call.lora_A) : arena[a];
+    parallel(parts, [&](int part) {
+      if (!packed_A) pack_rows(arena[a], static_cast<const P*>(call.lora_A), R, K, false, part, parts);
+      pack_pairs<Engine>(arena[b], static_cast<const P*>(call.lora_B), R, N, true, part, parts);
+    });
     parallel(parts, [&](int part) {
       float* sums = arena(c, part);
       const std::int64_t end = M * (part + 1) / parts;
@@ -454,8 +463,10 @@ struct Kernels {
     const auto coefficients = arena.reserve<float>(2 * size * R, parts);
     const auto gradients = arena.reserve<float>(dA_size + dB_size, parts);
     arena.allocate();
-    if (call.dx) pack_pairs<Engine>(arena[a], static_cast<const P*>(call.lora_A), R, K, false);
-    if (need_dS) pack_rows(arena[b], static_cast<const P*>(call.lora_B), R, N, true);
+    parallel(parts, [&](int part) {
+      if (call.dx) pack_pairs<Engine>(arena[a], static_cast<const P*>(call.lora_A), R, K, false, part, parts);
+      if (need_dS) pack_rows(arena[b], static_cast<const P*>(call.lora_B), R, N, true, part, parts);
+    });
     parallel(parts, [&](int part) {
       float *dA = arena(gradients, part), *dB = dA + dA_size;
       float *dS = arena(coefficients, part), *S = dS + size * R;
@@ -491,17 +502,16 @@ struct Kernels {
       Engine::in_order(sum);
       for (int i = 0; i < TILE; ++i) store(tile + i * V, sum[i] * scaling);
     };
-    const auto tiles = [&](int part, std::int64_t width) { return whole(width) / COLUMNS * part / parts * COLUMNS; };
     parallel(parts, [&](int part) {
       P tile[MAX_RANK * COLUMNS];
       if (call.dA)
         for (int r = 0; r < R; ++r)
-          for (std::int64_t j = tiles(part, K); j < tiles(part + 1, K); j += COLUMNS) {
+          for (std::int64_t j = share(K, part, parts); j < share(K, part + 1, parts); j += COLUMNS) {
             total(tile, r * whole(K) + j, 1.0f);
             std::copy_n(tile, std::min<std::int64_t>(COLUMNS, K - j), static_cast<P*>(call.dA) + r * K + j);
           }
       if (call.dB)
-        for (std::int64_t j = tiles(part, N); j < tiles(part + 1, N); j += COLUMNS) {
+        for (std::int64_t j = share(N, part, parts); j < share(N, part + 1, parts); j += COLUMNS) {
           for (int r = 0; r < R; ++r) total(tile + r * COLUMNS, dA_size + r * whole(N) + j, call.scaling);
           P* dB = static_cast<P*>(call.dB) + j * R;
           for (int i = 0; i < std::min<std::int64_t>(COLUMNS, N - j); ++i)

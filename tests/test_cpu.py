@@ -353,6 +353,6 @@ def test_arguments_are_counted_and_typed():
         cpu._cpu.mask(0, 2, 2, 0.1, 0)
     at = torch.zeros(9).data_ptr()
     with pytest.raises(ValueError, match="out of range"):
-        cpu._cpu.forward(0, 0, at, 1, at, at, at, at, 1, 1, 1, cpu._cpu.MAX_RANK + 1, 1.0, 0.0, 0, 1)
+        cpu._cpu.forward(at, 0, 0, at, 1, at, at, at, 1, 1, 1, cpu._cpu.MAX_RANK + 1, 1.0, 0.0, 0, 1)
     with pytest.raises(ValueError, match="abacus"):
         cpu._cpu.use_instructions("abacus")

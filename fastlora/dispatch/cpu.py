@@ -100,6 +100,11 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> tuple[
     x2, lora_A, lora_B = _dense_rows(rows(x)), _packable(lora_A), _packable(lora_B)
     (M, K), (N, R) = x2.shape, lora_B.shape
     S = x.new_empty((M, R))
+    # Said before the product, which leaves all of Python out of the caches.
+    arguments = (
+        _CODES[x.dtype], _CODES[lora_A.dtype], x2.data_ptr(), x2.stride(0), lora_A.data_ptr(), lora_B.data_ptr(),
+        S.data_ptr(), M, N, K, R, scaling, dropout_p, 0 if seed is None else seed.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
     if x.dim() == 2:
         y = F.linear(x, weight, bias)
     else:  # F.linear would return a view here, on which autograd forbids in-place operations
@@ -108,11 +113,7 @@ def forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> tuple[
             torch.mm(x2, weight.t(), out=y.view(M, N))
         else:
             torch.addmm(bias, x2, weight.t(), out=y.view(M, N))
-    _cpu.forward(
-        _CODES[x.dtype], _CODES[lora_A.dtype], x2.data_ptr(), x2.stride(0), lora_A.data_ptr(), lora_B.data_ptr(),
-        S.data_ptr(), y.data_ptr(), M, N, K, R, scaling, dropout_p, 0 if seed is None else seed.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    _cpu.forward(y.data_ptr(), *arguments)
     return y, S
 
 
@@ -133,14 +134,15 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     if need_B:
         dB = torch.empty_like(lora_B)
         at_dB = dB.data_ptr()
+    arguments = (
+        _CODES[dy.dtype], _CODES[lora_A.dtype], dy.data_ptr(), dy.stride(0), at_x, x_stride, lora_A.data_ptr(),
+        lora_B.data_ptr(), S.data_ptr(), at_dA, at_dB, M, N, K, R, scaling, dropout_p,
+        0 if seed is None else seed.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
     if weight is not None:
         dx = torch.mm(dy, weight) if add else dy.new_empty((M, K))
         at_dx = dx.data_ptr()
-    _cpu.backward(
-        _CODES[dy.dtype], _CODES[lora_A.dtype], dy.data_ptr(), dy.stride(0), at_x, x_stride, lora_A.data_ptr(),
-        lora_B.data_ptr(), S.data_ptr(), at_dx, add, at_dA, at_dB, M, N, K, R, scaling, dropout_p,
-        0 if seed is None else seed.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+    _cpu.backward(at_dx, add, *arguments)
     if dx is not None and not add:
         dx.addmm_(dy, weight)
     return dx, dA, dB
