@@ -33,6 +33,9 @@ inline R bits_of(const T& value) {
 
 inline Vec splat(float a) { return a - Vec{}; }
 inline std::int64_t whole(std::int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }
+// From one row of packed adapters, of their gradients' sums or of a block to the next: an odd number of tiles, so that
+// rows one under the other do not all claim the same places of a cache.
+inline std::int64_t pitch(std::int64_t width) { return (whole(width) / COLUMNS | 1) * COLUMNS; }
 // The column at which part `part` of a row's tiles begins.
 inline std::int64_t share(std::int64_t width, int part, int parts) {
   return whole(width) / COLUMNS * part / parts * COLUMNS;
@@ -187,10 +190,10 @@ inline void gather(E* tile, const P* from, int r, std::int64_t column, int R, st
 // Part `part` of p as `dot` reads it: a row for each rank.
 template <typename E, typename P>
 inline void pack_rows(E* p, const P* from, int R, std::int64_t width, bool transposed, int part, int parts) {
-  const std::int64_t padded = whole(width), end = share(width, part + 1, parts);
+  const std::int64_t end = share(width, part + 1, parts);
   for (int r = 0; r < ranks(R); ++r)
     for (std::int64_t j = share(width, part, parts); j < end; j += COLUMNS)
-      gather(p + r * padded + j, from, r, j, R, width, transposed);
+      gather(p + r * pitch(width) + j, from, r, j, R, width, transposed);
 }
 
 // Part `part` of p as `expand` reads it: a row for each PAIR of ranks, in the engine's order.
@@ -198,14 +201,14 @@ template <typename Engine, typename P>
 inline void pack_pairs(typename Engine::Element* p, const P* from, int R, std::int64_t width, bool transposed, int part,
                        int parts) {
   constexpr int PAIR = Engine::PAIR;
-  const std::int64_t padded = whole(width), end = share(width, part + 1, parts);
+  const std::int64_t end = share(width, part + 1, parts);
   for (int r = 0; r < R; r += PAIR)
     for (std::int64_t j = share(width, part, parts); j < end; j += COLUMNS) {
       typename Engine::Element rows[PAIR * COLUMNS];
       for (int i = 0; i < PAIR; ++i) gather(rows + i * COLUMNS, from, r + i, j, R, width, transposed);
       typename Engine::Register tile[TILE];
       Engine::load_rows(tile, rows, COLUMNS, PAIR);
-      std::memcpy(p + r * padded + j * PAIR, tile, sizeof tile);
+      std::memcpy(p + r * pitch(width) + j * PAIR, tile, sizeof tile);
     }
 }
 
@@ -222,7 +225,7 @@ inline const typename Engine::Element* block(const T* in, std::int64_t& stride, 
     if (!dropout && padded == width) return in;
   for (int m = 0; m < rows; ++m) {
     const T* from = in + m * stride;
-    Element* to = scratch + m * padded;
+    Element* to = scratch + m * pitch(width);
     const RowKey key = dropout ? RowKey(*dropout, row + m) : RowKey();
     for (std::int64_t j = 0; j < padded; j += COLUMNS) {
       Vec factors[TILE] = {};
@@ -235,22 +238,23 @@ inline const typename Engine::Element* block(const T* in, std::int64_t& stride, 
       }
     }
   }
-  stride = padded;
+  stride = pitch(width);
   return scratch;
 }
 
 template <typename Engine, int ROWS>
 inline void dot_rows(float* c, const typename Engine::Element* in, std::int64_t stride,
-                     const typename Engine::Element* p, std::int64_t padded, int R, float scaling) {
+                     const typename Engine::Element* p, std::int64_t p_stride, std::int64_t padded, int R,
+                     float scaling) {
   const int passes = (R + DOT_RANKS - 1) / DOT_RANKS, each = (ROWS + passes - 1) / passes;
   for (int r = 0; r < R; r += DOT_RANKS) {
     const auto* next = in + (ROWS + r / DOT_RANKS * each) * stride;
     Vec acc[ROWS][DOT_RANKS] = {};
-    const auto* q = p + r * padded;
+    const auto* q = p + r * p_stride;
     for (std::int64_t j = 0; j < padded; j += V * Engine::PAIR) {
       typename Engine::Register b[DOT_RANKS];
 #pragma GCC unroll 8
-      for (int i = 0; i < DOT_RANKS; ++i) b[i] = Engine::load(q + i * padded + j);
+      for (int i = 0; i < DOT_RANKS; ++i) b[i] = Engine::load(q + i * p_stride + j);
       for (int i = 0; i < each; ++i) __builtin_prefetch(next + i * stride + j);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) {
@@ -272,11 +276,11 @@ inline void dot_rows(float* c, const typename Engine::Element* in, std::int64_t 
 
 template <typename Engine>
 inline void dot(float* c, const typename Engine::Element* in, std::int64_t stride, int rows,
-                const typename Engine::Element* p, std::int64_t width, int R, float scaling) {
+                const typename Engine::Element* p, std::int64_t p_stride, std::int64_t width, int R, float scaling) {
   int m = 0;
   for (; m + DOT_ROWS <= rows; m += DOT_ROWS)
-    dot_rows<Engine, DOT_ROWS>(c + m * R, in + m * stride, stride, p, whole(width), R, scaling);
-  for (; m < rows; ++m) dot_rows<Engine, 1>(c + m * R, in + m * stride, stride, p, whole(width), R, scaling);
+    dot_rows<Engine, DOT_ROWS>(c + m * R, in + m * stride, stride, p, p_stride, whole(width), R, scaling);
+  for (; m < rows; ++m) dot_rows<Engine, 1>(c + m * R, in + m * stride, stride, p, p_stride, whole(width), R, scaling);
 }
 
 // Where an output tile lies and what becomes of it. `row` and the columns count from the tensor's start, for the mask.
@@ -309,7 +313,7 @@ inline void finish(const Target<T>& to, Vec* tile, const T* at, const RowKey& ke
 template <typename Engine, int ROWS, typename T>
 inline void expand_rows(const Target<T>& to, const typename Engine::Factor* c, const typename Engine::Element* p,
                         int steps) {
-  const std::int64_t width = to.width, padded = whole(width);
+  const std::int64_t width = to.width, p_stride = pitch(width) * Engine::PAIR;
   RowKey keys[ROWS];
   if (to.dropout)
     for (int m = 0; m < ROWS; ++m) keys[m] = RowKey(*to.dropout, to.row + m);
@@ -331,7 +335,7 @@ inline void expand_rows(const Target<T>& to, const typename Engine::Factor* c, c
     for (int r = 0; r < steps; ++r) {
       typename Engine::Register b[TILE];
 #pragma GCC unroll 8
-      for (int i = 0; i < TILE; ++i) b[i] = Engine::load(p + (r * padded + j + i * V) * Engine::PAIR);
+      for (int i = 0; i < TILE; ++i) b[i] = Engine::load(p + r * p_stride + (j + i * V) * Engine::PAIR);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) {
         const typename Engine::Register a = Engine::splat(c[m * steps + r]);
@@ -365,14 +369,14 @@ inline void expand(const Target<T>& to, int rows, const float* c, const typename
 }
 
 template <typename Engine, int RANKS>
-inline void outer_tile(float* acc, std::int64_t padded, const typename Engine::Element* in, std::int64_t stride,
+inline void outer_tile(float* acc, std::int64_t acc_stride, const typename Engine::Element* in, std::int64_t stride,
                        int rows, const typename Engine::Factor* c, int R) {
   constexpr int PAIR = Engine::PAIR;
   Vec sum[RANKS][TILE];
 #pragma GCC unroll 8
   for (int r = 0; r < RANKS; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE; ++i) sum[r][i] = load(acc + r * padded + i * V);
+    for (int i = 0; i < TILE; ++i) sum[r][i] = load(acc + r * acc_stride + i * V);
   for (int m = 0; m < rows; m += PAIR) {
     typename Engine::Register a[TILE];
     Engine::load_rows(a, in + m * stride, stride, rows - m);
@@ -389,22 +393,22 @@ inline void outer_tile(float* acc, std::int64_t padded, const typename Engine::E
 #pragma GCC unroll 8
   for (int r = 0; r < RANKS; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE; ++i) store(acc + r * padded + i * V, sum[r][i]);
+    for (int i = 0; i < TILE; ++i) store(acc + r * acc_stride + i * V, sum[r][i]);
 }
 
 template <typename Engine>
 inline void outer(float* acc, std::int64_t width, const typename Engine::Element* in, std::int64_t stride, int rows,
                   const float* c, int R) {
-  const std::int64_t padded = whole(width);
+  const std::int64_t acc_stride = pitch(width);
   typename Engine::Factor scratch[BLOCK * MAX_RANK / Engine::PAIR];
   const auto* factors = Engine::pair_rows(scratch, c, rows, R);
-  for (std::int64_t j = 0; j < padded; j += COLUMNS) {
+  for (std::int64_t j = 0; j < width; j += COLUMNS) {
     int r = 0;
     for (; r + OUTER_RANKS <= R; r += OUTER_RANKS)
-      outer_tile<Engine, OUTER_RANKS>(acc + r * padded + j, padded, in + j, stride, rows, factors + r, R);
+      outer_tile<Engine, OUTER_RANKS>(acc + r * acc_stride + j, acc_stride, in + j, stride, rows, factors + r, R);
     for (; r + 2 <= R; r += 2)
-      outer_tile<Engine, 2>(acc + r * padded + j, padded, in + j, stride, rows, factors + r, R);
-    if (r < R) outer_tile<Engine, 1>(acc + r * padded + j, padded, in + j, stride, rows, factors + r, R);
+      outer_tile<Engine, 2>(acc + r * acc_stride + j, acc_stride, in + j, stride, rows, factors + r, R);
+    if (r < R) outer_tile<Engine, 1>(acc + r * acc_stride + j, acc_stride, in + j, stride, rows, factors + r, R);
   }
 }
 
@@ -413,7 +417,7 @@ template <typename T, typename P, typename Engine>
 struct Kernels {
   typedef typename Engine::Element Element;
 
-  static std::int64_t packed(int R, std::int64_t width) { return ranks(R) * whole(width); }
+  static std::int64_t packed(int R, std::int64_t width) { return ranks(R) * pitch(width); }
 
   static void forward(const Call& call) {
     const std::int64_t M = call.M, N = call.N, K = call.K;
@@ -422,7 +426,7 @@ struct Kernels {
     const int size = block_rows(std::max(K, N) * static_cast<std::int64_t>(sizeof(Element)));
     Arena arena;
     const auto a = arena.reserve<Element>(packed(R, K)), b = arena.reserve<Element>(packed(R, N));
-    const auto x_block = arena.reserve<Element>(size * whole(K), parts);
+    const auto x_block = arena.reserve<Element>(size * pitch(K), parts);
     const auto c = arena.reserve<float>(size * R, parts);
     arena.allocate();
     // it may lie as `dot` wants it
@@ -440,7 +444,7 @@ struct Kernels {
         std::int64_t stride = call.x_stride;
         const Element* x =
             block<Engine>(static_cast<const T*>(call.x), stride, row, rows, K, dropout, arena(x_block, part));
-        dot<Engine>(sums, x, stride, rows, lora_A, K, R, 1.0f);
+        dot<Engine>(sums, x, stride, rows, lora_A, packed_A ? K : pitch(K), K, R, 1.0f);
         convert(static_cast<T*>(call.S) + row * R, sums, rows * R);
         const Target<T> y{static_cast<T*>(call.y) + row * N, true, N, row, call.scaling, nullptr};
         expand<Engine>(y, rows, sums, arena[b], R);
@@ -451,15 +455,15 @@ struct Kernels {
   // dA, dB and the part of dX that comes through the adapter; each where its pointer is not null.
   static void backward(const Call& call) {
     const std::int64_t M = call.M, N = call.N, K = call.K;
-    const int R = call.R, parts = call.parts(sizeof(float) * R * (whole(K) + whole(N)));
+    const int R = call.R, parts = call.parts(sizeof(float) * R * (pitch(K) + pitch(N)));
     const Dropout* dropout = call.dropout.on ? &call.dropout : nullptr;
     const bool need_dS = call.dA || call.dx;
-    const std::int64_t dA_size = call.dA ? R * whole(K) : 0, dB_size = call.dB ? R * whole(N) : 0;
+    const std::int64_t dA_size = call.dA ? R * pitch(K) : 0, dB_size = call.dB ? R * pitch(N) : 0;
     const int size = block_rows(std::max(K, N) * static_cast<std::int64_t>(sizeof(Element)));
     Arena arena;
     const auto a = arena.reserve<Element>(packed(R, K)), b = arena.reserve<Element>(packed(R, N));
-    const auto x_block = arena.reserve<Element>(size * whole(K), parts);
-    const auto dy_block = arena.reserve<Element>(size * whole(N), parts);
+    const auto x_block = arena.reserve<Element>(size * pitch(K), parts);
+    const auto dy_block = arena.reserve<Element>(size * pitch(N), parts);
     const auto coefficients = arena.reserve<float>(2 * size * R, parts);
     const auto gradients = arena.reserve<float>(dA_size + dB_size, parts);
     arena.allocate();
@@ -477,7 +481,7 @@ struct Kernels {
         std::int64_t stride = call.dy_stride;
         const Element* dy =
             block<Engine>(static_cast<const T*>(call.dy), stride, row, rows, N, nullptr, arena(dy_block, part));
-        if (need_dS) dot<Engine>(dS, dy, stride, rows, arena[b], N, R, call.scaling);
+        if (need_dS) dot<Engine>(dS, dy, stride, rows, arena[b], pitch(N), N, R, call.scaling);
         if (call.dB) {
           convert(S, static_cast<const T*>(call.S) + row * R, rows * R);
           outer<Engine>(dB, N, dy, stride, rows, S, R);
@@ -507,12 +511,12 @@ struct Kernels {
       if (call.dA)
         for (int r = 0; r < R; ++r)
           for (std::int64_t j = share(K, part, parts); j < share(K, part + 1, parts); j += COLUMNS) {
-            total(tile, r * whole(K) + j, 1.0f);
+            total(tile, r * pitch(K) + j, 1.0f);
             std::copy_n(tile, std::min<std::int64_t>(COLUMNS, K - j), static_cast<P*>(call.dA) + r * K + j);
           }
       if (call.dB)
         for (std::int64_t j = share(N, part, parts); j < share(N, part + 1, parts); j += COLUMNS) {
-          for (int r = 0; r < R; ++r) total(tile + r * COLUMNS, dA_size + r * whole(N) + j, call.scaling);
+          for (int r = 0; r < R; ++r) total(tile + r * COLUMNS, dA_size + r * pitch(N) + j, call.scaling);
           P* dB = static_cast<P*>(call.dB) + j * R;
           for (int i = 0; i < std::min<std::int64_t>(COLUMNS, N - j); ++i)
             for (int r = 0; r < R; ++r) *dB++ = tile[r * COLUMNS + i];
