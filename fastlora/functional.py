@@ -87,12 +87,16 @@ def lora_linear(
 
     if path is None and is_tiny(x, weight, lora_A, scaling, dropout_p):
         return torch.addmm(F.linear(x, weight, bias), F.linear(x, lora_A), lora_B.t(), alpha=scaling)
+    # Tensors may have outlived a function transform; ATen's operations see to that themselves.
+    x, weight, lora_A, lora_B = unwrap_if_dead(x), unwrap_if_dead(weight), unwrap_if_dead(lora_A), unwrap_if_dead(lora_B)
+    if bias is not None:
+        bias = unwrap_if_dead(bias)
     run = select(x, weight, lora_A, dropout_p, path)
     if torch.is_grad_enabled():
         if weight.requires_grad:
             weight = _freeze(weight)
         if lora_A.requires_grad or lora_B.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad):
-            return _apply(unwrap_if_dead(x), weight, lora_A, lora_B, bias, scaling, dropout_p, run)
+            return _apply(x, weight, lora_A, lora_B, bias, scaling, dropout_p, run)
     seed = run.draw(x, dropout_p) if dropout_p > 0.0 else None
     return run.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)[0]
 
@@ -241,8 +245,8 @@ def _backward_as_written(run, dy, x, weight, lora_A, lora_B, S, scaling, dropout
 
 
 _once_differentiable_backward = once_differentiable(_backward)
-# What torch.autograd.Function.apply ends in: the rest is for function transforms, of which none is active where this is
-# called, and costs 4 microseconds a call.
+# What torch.autograd.Function.apply ends in. The rest is for function transforms, of which none is active where this is
+# called (and what they leave behind is unwrapped there); it costs 4 microseconds a call.
 _apply = super(torch.autograd.Function, _LoRALinear).apply
 
 

@@ -318,6 +318,29 @@ def test_function_transforms_work():
     torch.testing.assert_close(per_row.sum(0), A.grad)
 
 
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "bias"])
+@pytest.mark.filterwarnings("ignore:.*weight is frozen here")
+def test_what_outlives_a_function_transform_is_a_tensor_again(name):
+    left = []
+    inputs = accuracy.draw(300, 96, 96, 4, torch.float32)
+
+    def leak(t):
+        left.append(t)
+        return t.sum()
+
+    torch.func.grad(leak)(getattr(inputs, name))
+    tensors = {key: getattr(inputs, key) for key in ("x", "weight", "lora_A", "lora_B", "bias")}
+    expected = fastlora.lora_linear(**tensors)
+    leaked = tensors | {name: left[0]}
+    with torch.no_grad():
+        assert torch.equal(fastlora.lora_linear(**leaked), expected)
+    trained = "lora_B" if name == "lora_A" else "lora_A"
+    leaked[trained] = leaked[trained].clone().requires_grad_()
+    y = fastlora.lora_linear(**leaked)
+    y.sum().backward()
+    assert torch.equal(y, expected) and leaked[trained].grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
