@@ -88,7 +88,8 @@ def lora_linear(
     if path is None and is_tiny(x, weight, lora_A, scaling, dropout_p):
         return torch.addmm(F.linear(x, weight, bias), F.linear(x, lora_A), lora_B.t(), alpha=scaling)
     # Tensors may have outlived a function transform; ATen's operations see to that themselves.
-    x, weight, lora_A, lora_B = unwrap_if_dead(x), unwrap_if_dead(weight), unwrap_if_dead(lora_A), unwrap_if_dead(lora_B)
+    x, weight = unwrap_if_dead(x), unwrap_if_dead(weight)
+    lora_A, lora_B = unwrap_if_dead(lora_A), unwrap_if_dead(lora_B)
     if bias is not None:
         bias = unwrap_if_dead(bias)
     run = select(x, weight, lora_A, dropout_p, path)
