@@ -325,6 +325,7 @@ inline void expand_rows(const Target<T>& to, const typename Engine::Factor* c, c
     T edge[ROWS * COLUMNS];  // stands for a tile in which the rows end
     const bool ends = width - j < COLUMNS;
     if (ends) {
+      std::fill(edge, edge + ROWS * COLUMNS, T{});
       for (int m = 0; m < ROWS; ++m) std::copy_n(at + m * width, width - j, edge + m * COLUMNS);
       at = edge;
       stride = COLUMNS;

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
@@ -82,6 +83,7 @@ def lora_linear(
         or type(lora_B) not in _PLAIN
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     ):
         return _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path)
 
@@ -172,6 +174,8 @@ def _as_written(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path):
         if torch._C._are_functorch_transforms_active()
         else "torch.jit.trace is active"
         if torch._C._get_tracing_state() is not None
+        else "forward-mode differentiation is active"
+        if forward_ad._current_level >= 0
         else "a tensor subclass was passed: "
         + ", ".join(sorted({type(t).__name__ for t in (x, weight, lora_A, lora_B) if type(t) not in _PLAIN}))
     )
@@ -204,6 +208,7 @@ def _backward(ctx, dy):
     x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
     scaling, dropout_p, run, x_shape = ctx.call
     need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+    dy = unwrap_if_dead(dy)
     if dy.dim() != 2:
         dy = rows(dy)
     backward = run.backward

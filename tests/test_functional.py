@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
@@ -339,6 +340,41 @@ def test_what_outlives_a_function_transform_is_a_tensor_again(name):
     y = fastlora.lora_linear(**leaked)
     y.sum().backward()
     assert torch.equal(y, expected) and leaked[trained].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B"])
+@pytest.mark.filterwarnings("ignore:fastlora.lora_linear runs")
+@pytest.mark.parametrize("shape", [(300, 96), (3, 100, 96)])
+def test_forward_mode_differentiation_gives_the_tangent(name, shape):
+    inputs = accuracy.draw(300, 96, 96, 4, torch.float32)
+    tensors = {key: getattr(inputs, key) for key in ("x", "weight", "lora_A", "lora_B", "bias")}
+    tensors["x"] = tensors["x"].view(shape)
+    tangents = []
+    for function in (fastlora.lora_linear, fastlora.reference.lora_linear):
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
+            tangents.append(forward_ad.unpack_dual(function(**tensors | {name: dual})).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+def test_a_gradient_that_outlived_a_function_transform_is_a_tensor_again():
+    inputs, left = accuracy.draw(300, 96, 96, 4, torch.float32), []
+    torch.func.grad(lambda t: left.append(t) or t.sum())(inputs.dy)
+    grads = []
+    for dy in (inputs.dy, left[0]):
+        A = inputs.lora_A.clone().requires_grad_()
+        fastlora.lora_linear(inputs.x, inputs.weight, A, inputs.lora_B).backward(dy)
+        grads.append(A.grad)
+    assert torch.equal(*grads)
+
+
+def test_saved_tensors_of_another_dtype_are_refused():
+    inputs = accuracy.draw(300, 96, 96, 4, torch.float32)
+    A = inputs.lora_A.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t):
+        y = fastlora.lora_linear(inputs.x, inputs.weight, A, inputs.lora_B)
+    with pytest.raises(RuntimeError, match=r"dtype|hooks"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize(

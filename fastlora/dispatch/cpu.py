@@ -122,6 +122,9 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
 
     None for dx when weight is None, for dA when x is None, for dB unless `need_B`.
     """
+    if dy._is_zerotensor():
+        dy = dy.clone()
+    _check_saved(dy, x, S, lora_A, lora_B)
     dy, S, lora_A, lora_B = _dense_rows(dy), _packable(S), _packable(lora_A), _packable(lora_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = dA = dB = None
@@ -165,6 +168,18 @@ def _refuse_devices(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and not t.is_cpu:
             raise RuntimeError(f"{name} is on {t.device} and x on cpu; they need one device")
+
+
+def _check_saved(dy: Tensor, x: Tensor | None, S: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Hooks of saved tensors may have changed them, and the kernels read addresses."""
+    (M, N), (R, K) = dy.shape, lora_A.shape
+    dtype, cpu = dy.dtype, dy.is_cpu and S.is_cpu and lora_A.is_cpu and lora_B.is_cpu
+    if not cpu or S.dtype is not dtype or S.shape != (M, R) or lora_B.shape != (N, R):
+        raise RuntimeError(f"S came back from saved-tensor hooks as {tuple(S.shape)} {S.dtype} on {S.device}")
+    if lora_B.dtype is not lora_A.dtype:
+        raise RuntimeError(f"lora_B is {lora_B.dtype} but lora_A is {lora_A.dtype} in backward; they need one dtype")
+    if x is not None and (not x.is_cpu or x.dtype is not dtype or x.shape[-1] != K or x.shape[:-1].numel() != M):
+        raise RuntimeError(f"x came back from saved-tensor hooks as {tuple(x.shape)} {x.dtype} on {x.device}")
 
 
 def _packable(t: Tensor) -> Tensor:

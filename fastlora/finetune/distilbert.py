@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import fastlora.peft
 from fastlora.errors import UserError
+from fastlora.finetune import parallel
 from fastlora.finetune import report as reports
 from fastlora.finetune.data import random_split, read_texts
 from fastlora.finetune.files import REPORT, run_folder
@@ -80,42 +82,52 @@ def train(args: argparse.Namespace) -> None:
         if args.resume and (args.output / REPORT).exists():
             print(f"{args.output}: the run is finished already")
             return
-        texts = _texts(locate(args.data, "imdb"), args)
-        set_seed(args.seed)
-        tokenizer, model = load_model(recipe.model, f"--model {args.model}")
-        _check_targets(model, recipe.target_modules)
-        if args.show_tokens and first:
-            _show(tokenizer, texts["train"][0][0], recipe.max_length)
-        data = {name: TokenDataset(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
-        try:
-            model = get_peft_model(model, _lora_config(recipe))
-        except ValueError as error:  # PEFT's, for target modules that the model has not
-            raise UserError(f"--target-modules {' '.join(recipe.target_modules)}: {shortened(error)}") from None
-        if args.impl == "fused":
-            fastlora.peft.patch(model)
-        counts = parameters(model)
-        if first:
-            print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
-        trainer = make_trainer(model, tokenizer, data, args, recipe, device)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(args) if args.resume else None)
-        test = trainer.predict(data["test"], metric_key_prefix="test").metrics
-        if first:
-            _leave(args, recipe, data, model, trainer, counts, test["test_accuracy"])
-            print(f"test accuracy {test['test_accuracy']:.2%} on {len(data['test']):,} reviews; trained "
-                  f"{trainer.seconds:.1f} s; everything is in {args.output}")
-            few = texts["test"][0][:3]
-            for text, (label, probability) in zip(few, load_predictor(args.output)(few), strict=True):
-                print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
+        _train(args, recipe, device, first)
+
+
+def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, first: bool) -> None:
+    texts = _texts(locate(args.data, "imdb"), args)
+    set_seed(args.seed)
+    tokenizer, model = load_model(recipe.model, f"--model {args.model}")
+    _check_targets(model, recipe.target_modules)
+    if args.show_tokens and first:
+        _show(tokenizer, texts["train"][0][0], recipe.max_length)
+    data = {name: TokenDataset(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
+    try:
+        model = get_peft_model(model, _lora_config(recipe))
+    except ValueError as error:  # PEFT's, for target modules that the model has not
+        raise UserError(f"--target-modules {' '.join(recipe.target_modules)}: {shortened(error)}") from None
+    if args.impl == "fused":
+        fastlora.peft.patch(model)
+    counts = parameters(model)
+    if first:
+        print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
+    trainer = make_trainer(model, tokenizer, data, args, recipe, device)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(args) if args.resume else None)
+    test = trainer.predict(data["test"], metric_key_prefix="test").metrics
+    if first:
+        _leave(args, recipe, data, model, trainer, counts, test["test_accuracy"])
+        print(f"test accuracy {test['test_accuracy']:.2%} on {len(data['test']):,} reviews; trained "
+              f"{trainer.seconds:.1f} s; everything is in {args.output}")
+        few = texts["test"][0][:3]
+        for text, (label, probability) in zip(few, load_predictor(args.output)(few), strict=True):
+            print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
 
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """Ends the process group that the Trainer begins under torchrun: its threads abort a process that just exits."""
+    """Ends the process group that the Trainer begins under torchrun: its threads abort a process that just exits.
+
+    All processes end it at one time, and after the model that speaks through it: else one may wait for ever.
+    """
     try:
         yield
-    finally:
+    except BaseException:  # the others may be anywhere
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+        raise
+    gc.collect()
+    parallel.stop()
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
