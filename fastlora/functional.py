@@ -216,6 +216,7 @@ def _backward(ctx, dy):
         type(dy) not in _PLAIN
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(dy)  # is_grads_batched=True
+        or forward_ad._current_level >= 0
     ):
         backward = partial(_backward_as_written, run)
     dx, dA, dB = backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)

@@ -377,6 +377,28 @@ def test_saved_tensors_of_another_dtype_are_refused():
         y.sum().backward()
 
 
+def test_a_seed_that_hooks_have_changed_is_refused():
+    hashed = "cpu" if fastlora.paths()["cpu"] == "usable" else "torch"
+    inputs = accuracy.draw(300, 96, 96, 4, torch.float32)
+    A = inputs.lora_A.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t.float()):
+        y = fastlora.lora_linear(inputs.x, inputs.weight, A, inputs.lora_B, dropout_p=0.5, path=hashed)
+    with pytest.raises(RuntimeError):
+        y.sum().backward()
+
+
+def test_a_dual_gradient_keeps_its_tangent():
+    inputs = accuracy.draw(300, 96, 96, 4, torch.float32)
+    tangents = []
+    for function in (fastlora.lora_linear, fastlora.reference.lora_linear):
+        A = inputs.lora_A.clone().requires_grad_()
+        y = function(inputs.x, inputs.weight, A, inputs.lora_B, None, 1.0)
+        with forward_ad.dual_level():
+            (grad,) = torch.autograd.grad(y, A, forward_ad.make_dual(inputs.dy, torch.ones_like(inputs.dy)))
+            tangents.append(forward_ad.unpack_dual(grad).tangent)
+    torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -124,7 +124,7 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     """
     if dy._is_zerotensor():
         dy = dy.clone()
-    _check_saved(dy, x, S, lora_A, lora_B)
+    _check_saved(dy, x, S, lora_A, lora_B, seed)
     dy, S, lora_A, lora_B = _dense_rows(dy), _packable(S), _packable(lora_A), _packable(lora_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = dA = dB = None
@@ -170,7 +170,9 @@ def _refuse_devices(**tensors: Tensor | None) -> None:
             raise RuntimeError(f"{name} is on {t.device} and x on cpu; they need one device")
 
 
-def _check_saved(dy: Tensor, x: Tensor | None, S: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+def _check_saved(
+    dy: Tensor, x: Tensor | None, S: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None
+) -> None:
     """Hooks of saved tensors may have changed them, and the kernels read addresses."""
     (M, N), (R, K) = dy.shape, lora_A.shape
     dtype, cpu = dy.dtype, dy.is_cpu and S.is_cpu and lora_A.is_cpu and lora_B.is_cpu
@@ -178,6 +180,8 @@ def _check_saved(dy: Tensor, x: Tensor | None, S: Tensor, lora_A: Tensor, lora_B
         raise RuntimeError(f"S came back from saved-tensor hooks as {tuple(S.shape)} {S.dtype} on {S.device}")
     if lora_B.dtype is not lora_A.dtype:
         raise RuntimeError(f"lora_B is {lora_B.dtype} but lora_A is {lora_A.dtype} in backward; they need one dtype")
+    if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1 or not seed.is_cpu):
+        raise RuntimeError(f"the dropout seed came back from saved-tensor hooks as {seed.dtype} on {seed.device}")
     if x is not None and (not x.is_cpu or x.dtype is not dtype or x.shape[-1] != K or x.shape[:-1].numel() != M):
         raise RuntimeError(f"x came back from saved-tensor hooks as {tuple(x.shape)} {x.dtype} on {x.device}")
 
