@@ -40,7 +40,7 @@ class StableABIWheel(bdist_wheel):
 cpu_kernels = Extension(
     "fastlora._cpu",
     sources=["csrc/cpu.cpp"],
-    depends=["csrc/cpu_kernels.h", "csrc/cpu_bfloat16.h"],
+    depends=["csrc/call.h", "csrc/cpu_kernels.h", "csrc/cpu_bfloat16.h"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17"],
     py_limited_api=LIMITED,

@@ -1,7 +1,7 @@
 // fastlora._cpu: the rank terms of the LoRA layer on a CPU, beside ATen's GEMM with the frozen weight.
 //
 // A Python extension in plain C++, with no libtorch: tensors come as addresses, sizes and strides, and are checked by
-// fastlora/dispatch/cpu.py. The kernels are compiled for each instruction set and chosen when the module is loaded. They
+// fastlora/dispatch/cpu.py, or by cpu_node.cpp where that was built. The kernels are compiled for each instruction set and chosen when the module is loaded. They
 // run on torch's own OpenMP threads, through the address of its GOMP_parallel: a second pool would fight the first.
 
 #define PY_SSIZE_T_CLEAN
@@ -22,33 +22,13 @@
 #include <new>
 #include <type_traits>
 
+#include "call.h"
+
 namespace {
 
-struct Dropout {
-  bool on;
-  std::uint64_t seed;
-  std::uint32_t threshold;  // an element is dropped when its 16 random bits are below
-  float scale;              // of what is kept: 1 / (1 - p)
-};
-
-// One call. Row-major with rows of the given stride, or dense where there is none.
-struct Call {
-  const void *x, *dy, *lora_A, *lora_B;
-  void *S, *y, *dx, *dA, *dB;
-  std::int64_t x_stride, dy_stride, M, N, K;
-  int R, threads;
-  float scaling;
-  bool add;  // dx holds dY W already; else it is yet to be added
-  Dropout dropout;
-
-  // How many pieces the rows are cut into, each of which needs so many bytes for sums of its own.
-  int parts(std::int64_t bytes) const {
-    // below some 10 microseconds of work a second thread costs more than it does
-    if (static_cast<double>(M) * (N + K) * R < 5e5) return 1;
-    const std::int64_t memory = bytes ? std::max<std::int64_t>(1, (std::int64_t{128} << 20) / bytes) : threads;
-    return static_cast<int>(std::min({static_cast<std::int64_t>(threads), (M + 15) / 16, memory}));
-  }
-};
+using fastlora::Call;
+using fastlora::Dropout;
+using fastlora::MAX_RANK;
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -92,8 +72,8 @@ void parallel(int parts, const Body& body) {
 }
 
 // One piece of the calling thread's memory for all that a call needs: first each part is reserved, then all allocated.
-// Up to KEPT bytes of it stay for the next call: their pages cost more than the arithmetic.
-constexpr std::int64_t KEPT = std::int64_t{64} << 20;
+// It stays for the next call: its pages cost more than the arithmetic. `parts_of` keeps it below ARENA where it can.
+constexpr std::int64_t ARENA = std::int64_t{64} << 20;
 thread_local std::unique_ptr<char[]> memory;
 thread_local std::int64_t capacity = 0;
 
@@ -103,10 +83,10 @@ class Arena {
   struct Part {
     std::int64_t start, each;  // bytes
   };
-  // `count` elements for each of `parts`
+  // `count` elements for each of `parts`, which share no page: what another core writes beside them would cost
   template <typename T>
   Part<T> reserve(std::int64_t count, int parts = 1) {
-    const Part<T> part{size_, (count * static_cast<std::int64_t>(sizeof(T)) + 63) / 64 * 64};
+    const Part<T> part{size_, (count * static_cast<std::int64_t>(sizeof(T)) + 4095) / 4096 * 4096};
     size_ += part.each * parts;
     return part;
   }
@@ -120,7 +100,7 @@ class Arena {
     start_ = memory.get() + (64 - reinterpret_cast<std::uintptr_t>(memory.get()) % 64) % 64;
   }
   ~Arena() {
-    if (capacity <= KEPT) return;
+    if (capacity <= ARENA) return;
     memory.reset();
     capacity = 0;
   }
@@ -138,14 +118,19 @@ class Arena {
   char* start_ = nullptr;
 };
 
-constexpr int MAX_RANK = 128;
-constexpr int BLOCK = 48;     // rows that are worked on together, at most
+constexpr int BLOCK = 48;     // rows that are worked on together, at most; half of it too is whole tiles of rows
 constexpr int DOT_RANKS = 4;  // ranks that `dot` computes together
 
-// A block takes up to 3/8 of a usual core's own cache, in whole tiles of rows.
-inline int block_rows(std::int64_t row_bytes) {
-  const auto rows = static_cast<int>(std::min<std::int64_t>(BLOCK, (384 << 10) / std::max<std::int64_t>(1, row_bytes)));
-  return rows >= 24 ? rows / 24 * 24 : std::max(8, rows / 8 * 8);
+// Half a block when the rows are so long that a whole one would take more than 3/8 of a usual core's own cache.
+inline int block_rows(std::int64_t row_bytes) { return row_bytes * BLOCK <= (384 << 10) ? BLOCK : BLOCK / 2; }
+
+// How many pieces the rows are cut into, each of which needs `bytes` of memory for itself.
+inline int parts_of(const Call& call, std::int64_t bytes) {
+  // below some 10 microseconds of work a second thread costs more than it does
+  if (static_cast<double>(call.M) * (call.N + call.K) * call.R < 5e5) return 1;
+  const std::int64_t memory = ARENA / std::max<std::int64_t>(1, bytes);
+  return static_cast<int>(
+      std::max<std::int64_t>(1, std::min({static_cast<std::int64_t>(call.threads), (call.M + 15) / 16, memory})));
 }
 
 inline std::int64_t ranks(int R) { return (R + DOT_RANKS - 1) / DOT_RANKS * DOT_RANKS; }
@@ -169,6 +154,8 @@ typedef int Indices __attribute__((vector_size(16)));
 #endif
 
 #if defined(__x86_64__)
+#if defined(__clang__) || __GNUC__ >= 10
+#define FASTLORA_AVX512BF16
 FASTLORA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 namespace avx512bf16 {
 #define NAMESPACE avx512bf16
@@ -179,6 +166,7 @@ typedef Kernels<BFloat16, BFloat16, BFloat16Engine> BothBFloat16;
 #undef NAMESPACE
 }  // namespace avx512bf16
 FASTLORA_END_TARGET
+#endif
 
 FASTLORA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace avx512 {
@@ -229,7 +217,9 @@ struct Library {
 
 const Library libraries[] = {
 #if defined(__x86_64__)
+#if defined(FASTLORA_AVX512BF16)
     FASTLORA_LIBRARY(avx512bf16),
+#endif
     FASTLORA_LIBRARY(avx512),
     FASTLORA_LIBRARY(avx2),
 #endif
@@ -242,7 +232,9 @@ bool runs_here(const Library& candidate) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if defined(FASTLORA_AVX512BF16)
   if (!std::strcmp(candidate.name, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
   if (!std::strcmp(candidate.name, "avx512")) return avx512;
   if (!std::strcmp(candidate.name, "avx2")) return avx2;
 #endif
@@ -256,6 +248,7 @@ class Arguments {
     if (count != expected) PyErr_Format(PyExc_TypeError, "%zd arguments needed, got %zd", expected, count);
   }
   std::int64_t integer() { return PyErr_Occurred() ? 0 : PyLong_AsLongLong(*next_++); }
+  int small() { return static_cast<int>(std::clamp<std::int64_t>(integer(), -1, 1 << 20)); }
   double real() { return PyErr_Occurred() ? 0.0 : PyFloat_AsDouble(*next_++); }
   template <typename T = void>
   T* address() {
@@ -264,24 +257,32 @@ class Arguments {
   Dropout dropout() {
     const double p = real();
     const std::int64_t* seed = address<const std::int64_t>();
-    if (PyErr_Occurred() || p <= 0.0 || !seed) return {false, 0, 0, 1.0f};
-    return {true, static_cast<std::uint64_t>(*seed), static_cast<std::uint32_t>(p * 65536.0 + 0.5),
-            p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
+    return PyErr_Occurred() || p <= 0.0 || !seed ? Dropout::none() : Dropout::with(p, *seed);
   }
   // M, N, K, R, scaling, dropout_p, seed, threads: what ends a call of the layer
   void rest(Call& call) {
     call.M = integer();
     call.N = integer();
     call.K = integer();
-    call.R = static_cast<int>(integer());
+    call.R = small();
     call.scaling = static_cast<float>(real());
     call.dropout = dropout();
-    call.threads = static_cast<int>(integer());
+    call.threads = small();
   }
 
  private:
   PyObject* const* next_;
 };
+
+template <typename Function>
+bool allocates(const Function& function) {
+  try {
+    function();
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+}
 
 template <typename Function>
 PyObject* run(const Call& call, bool addresses, const Function& function) {
@@ -294,15 +295,11 @@ PyObject* run(const Call& call, bool addresses, const Function& function) {
     PyErr_SetString(PyExc_ValueError, "a size is out of range");
     return nullptr;
   }
-  bool memory = true;
+  bool enough;
   Py_BEGIN_ALLOW_THREADS;
-  try {
-    function();
-  } catch (const std::bad_alloc&) {
-    memory = false;
-  }
+  enough = allocates(function);
   Py_END_ALLOW_THREADS;
-  if (!memory) return PyErr_NoMemory();
+  if (!enough) return PyErr_NoMemory();
   Py_RETURN_NONE;
 }
 
@@ -356,6 +353,18 @@ PyObject* mask(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return run(call, out, [&] { library->mask(out, call); });
 }
 
+// for cpu_node.cpp
+PyObject* kernels(PyObject*, PyObject*) {
+  static fastlora::Kernels table{
+      [](bool x16, bool adapter16, const Call& call) {
+        return allocates([&] { library->forward[x16][adapter16](call); });
+      },
+      [](bool x16, bool adapter16, const Call& call) {
+        return allocates([&] { library->backward[x16][adapter16](call); });
+      }};
+  return PyCapsule_New(&table, fastlora::KERNELS, nullptr);
+}
+
 PyObject* use_threads_of(PyObject*, PyObject* address) {
   void* function = PyLong_AsVoidPtr(address);
   if (PyErr_Occurred()) return nullptr;
@@ -364,6 +373,10 @@ PyObject* use_threads_of(PyObject*, PyObject* address) {
 }
 
 PyObject* use_instructions(PyObject*, PyObject* name) {
+  if (!PyUnicode_Check(name)) {
+    PyErr_SetString(PyExc_TypeError, "the name of an instruction set needs to be a str");
+    return nullptr;
+  }
   for (const Library& candidate : libraries)
     if (PyUnicode_CompareWithASCIIString(name, candidate.name) == 0 && runs_here(candidate)) {
       library = &candidate;
@@ -393,6 +406,7 @@ PyMethodDef methods[] = {
     {"forward", fastcall<forward>(), METH_FASTCALL, "S, and y += s S Bᵀ"},
     {"backward", fastcall<backward>(), METH_FASTCALL, "dA, dB, and dx (+)= drop'(dS A)"},
     {"mask", fastcall<mask>(), METH_FASTCALL, "the dropout mask of a seed"},
+    {"kernels", kernels, METH_NOARGS, "forward and backward for C++, in a capsule"},
     {"use_threads_of", use_threads_of, METH_O, "run on the OpenMP pool whose GOMP_parallel has this address"},
     {"use_instructions", use_instructions, METH_O, "run the kernels compiled for this instruction set"},
     {"instructions", instructions, METH_NOARGS, "the instruction sets that can run here, fastest first"},

@@ -11,7 +11,7 @@
 // `expand` adds where `add` is set. What it writes without adding, ATen's GEMM then adds to, and nothing is read again.
 //
 // p is lora_A, or lora_B transposed. Blocks, p and acc have rows of whole tiles of COLUMNS, with zeros behind `width`;
-// the rows of p are padded with zeros to a multiple of DOT_RANKS.
+// the rows of p are padded with zeros to a multiple of DOT_RANKS. What lies so already is used where it lies.
 //
 // An engine is how the products are made: FloatEngine below multiplies floats, BFloat16Engine in cpu_bfloat16.h pairs of
 // bfloat16. A lane takes PAIR elements of the index that is summed over, which a Factor holds too.
@@ -33,8 +33,8 @@ inline R bits_of(const T& value) {
 
 inline Vec splat(float a) { return a - Vec{}; }
 inline std::int64_t whole(std::int64_t width) { return (width + COLUMNS - 1) / COLUMNS * COLUMNS; }
-// From one row of packed adapters, of their gradients' sums or of a block to the next: an odd number of tiles, so that
-// rows one under the other do not all claim the same places of a cache.
+// From one row to the next of what we lay out ourselves (packed adapters, their gradients' sums, copies of blocks): an
+// odd number of tiles, so that rows one under the other do not all claim the same places of a cache.
 inline std::int64_t pitch(std::int64_t width) { return (whole(width) / COLUMNS | 1) * COLUMNS; }
 // The column at which part `part` of a row's tiles begins.
 inline std::int64_t share(std::int64_t width, int part, int parts) {
@@ -124,7 +124,7 @@ inline Bits hash(const RowKey& key, std::int64_t column) {
   return h ^ (h >> 16);
 }
 // out[i] = `scale` in the lanes of columns column + i * V... that are kept, 0 in those that are dropped.
-inline void kept(Vec* out, const RowKey& key, std::int64_t column, const Dropout& dropout) {
+inline void keep_factors(Vec* out, const RowKey& key, std::int64_t column, const Dropout& dropout) {
   Bits hashed = hash(key, column);
   const Bits scale = bits_of<Bits>(splat(dropout.scale));
 #pragma GCC unroll 8
@@ -212,8 +212,13 @@ inline void pack_pairs(typename Engine::Element* p, const P* from, int R, std::i
     }
 }
 
-// Rows [row, row + rows) of `in`, dropped out, and the stride from one to the next. Rows of whole tiles that nothing
-// drops are used where they lie.
+// Whether `block` makes a copy: rows of whole tiles that nothing drops are used where they lie.
+template <typename T, typename Element>
+inline bool copied(std::int64_t width, const Dropout* dropout) {
+  return !std::is_same<T, Element>::value || dropout || whole(width) != width;
+}
+
+// Rows [row, row + rows) of `in`, dropped out, and the stride from one to the next.
 template <typename Engine, typename T>
 inline const typename Engine::Element* block(const T* in, std::int64_t& stride, std::int64_t row, int rows,
                                              std::int64_t width, const Dropout* dropout,
@@ -222,14 +227,14 @@ inline const typename Engine::Element* block(const T* in, std::int64_t& stride, 
   in += row * stride;
   const std::int64_t padded = whole(width);
   if constexpr (std::is_same<T, Element>::value)
-    if (!dropout && padded == width) return in;
+    if (!copied<T, Element>(width, dropout)) return in;
   for (int m = 0; m < rows; ++m) {
     const T* from = in + m * stride;
     Element* to = scratch + m * pitch(width);
     const RowKey key = dropout ? RowKey(*dropout, row + m) : RowKey();
     for (std::int64_t j = 0; j < padded; j += COLUMNS) {
       Vec factors[TILE] = {};
-      if (dropout) kept(factors, key, j, *dropout);
+      if (dropout) keep_factors(factors, key, j, *dropout);
 #pragma GCC unroll 8
       for (int i = 0; i < TILE; ++i) {
         const std::int64_t at = j + i * V, left = width - at;
@@ -302,7 +307,7 @@ inline void finish(const Target<T>& to, Vec* tile, const T* at, const RowKey& ke
   for (int i = 0; i < TILE; ++i) factors[i] = splat(to.scaling);
   if (to.dropout) {
     Vec keep[TILE];
-    kept(keep, key, column, *to.dropout);
+    keep_factors(keep, key, column, *to.dropout);
     Engine::arrange(keep);
     for (int i = 0; i < TILE; ++i) factors[i] *= keep[i];
   }
@@ -310,49 +315,55 @@ inline void finish(const Target<T>& to, Vec* tile, const T* at, const RowKey& ke
   for (int i = 0; i < TILE; ++i) tile[i] = there[i] + tile[i] * factors[i];
 }
 
+// The tile of ROWS rows at column j; it may be one in which the rows end.
+template <typename Engine, int ROWS, typename T>
+inline void expand_tile(const Target<T>& to, const RowKey* keys, const typename Engine::Factor* c,
+                         const typename Engine::Element* p, std::int64_t p_stride, int steps, std::int64_t j) {
+  const bool onto = to.add && !to.dropout && to.scaling == 1.0f;  // the sums start with what is there
+  Vec acc[ROWS][TILE] = {};
+  T* at = to.out + j;
+  std::int64_t stride = to.width;
+  T edge[ROWS * COLUMNS];  // stands for a tile in which the rows end
+  const bool ends = to.width - j < COLUMNS;
+  if (ends) {
+    std::fill(edge, edge + ROWS * COLUMNS, T{});
+    for (int m = 0; m < ROWS; ++m) std::copy_n(at + m * to.width, to.width - j, edge + m * COLUMNS);
+    at = edge;
+    stride = COLUMNS;
+  }
+  if (onto)
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) Engine::load_tile(acc[m], at + m * stride);
+  const auto* q = p + j * Engine::PAIR;
+  for (int r = 0; r < steps; ++r, q += p_stride) {
+    typename Engine::Register b[TILE];
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; ++i) b[i] = Engine::load(q + i * V * Engine::PAIR);
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) {
+      const typename Engine::Register a = Engine::splat(c[m * steps + r]);
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE; ++i) acc[m][i] = Engine::add_products(acc[m][i], b[i], a);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m) {
+    if (!onto) finish<Engine>(to, acc[m], at + m * stride, keys[m], j);
+    Engine::store_tile(at + m * stride, acc[m]);
+    __builtin_prefetch(to.out + (m + ROWS) * to.width + j, 1);  // the next rows
+  }
+  if (ends)
+    for (int m = 0; m < ROWS; ++m) std::copy_n(edge + m * COLUMNS, to.width - j, to.out + m * to.width + j);
+}
+
 template <typename Engine, int ROWS, typename T>
 inline void expand_rows(const Target<T>& to, const typename Engine::Factor* c, const typename Engine::Element* p,
                         int steps) {
-  const std::int64_t width = to.width, p_stride = pitch(width) * Engine::PAIR;
+  const std::int64_t p_stride = pitch(to.width) * Engine::PAIR;
   RowKey keys[ROWS];
   if (to.dropout)
     for (int m = 0; m < ROWS; ++m) keys[m] = RowKey(*to.dropout, to.row + m);
-  const bool onto = to.add && !to.dropout && to.scaling == 1.0f;  // the sums start with what is there
-  for (std::int64_t j = 0; j < width; j += COLUMNS) {
-    Vec acc[ROWS][TILE] = {};
-    T* at = to.out + j;
-    std::int64_t stride = width;
-    T edge[ROWS * COLUMNS];  // stands for a tile in which the rows end
-    const bool ends = width - j < COLUMNS;
-    if (ends) {
-      std::fill(edge, edge + ROWS * COLUMNS, T{});
-      for (int m = 0; m < ROWS; ++m) std::copy_n(at + m * width, width - j, edge + m * COLUMNS);
-      at = edge;
-      stride = COLUMNS;
-    }
-    if (onto)
-#pragma GCC unroll 8
-      for (int m = 0; m < ROWS; ++m) Engine::load_tile(acc[m], at + m * stride);
-    for (int r = 0; r < steps; ++r) {
-      typename Engine::Register b[TILE];
-#pragma GCC unroll 8
-      for (int i = 0; i < TILE; ++i) b[i] = Engine::load(p + r * p_stride + (j + i * V) * Engine::PAIR);
-#pragma GCC unroll 8
-      for (int m = 0; m < ROWS; ++m) {
-        const typename Engine::Register a = Engine::splat(c[m * steps + r]);
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE; ++i) acc[m][i] = Engine::add_products(acc[m][i], b[i], a);
-      }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < ROWS; ++m) {
-      if (!onto) finish<Engine>(to, acc[m], at + m * stride, keys[m], j);
-      Engine::store_tile(at + m * stride, acc[m]);
-      __builtin_prefetch(to.out + (m + ROWS) * width + j, 1);  // the next rows
-    }
-    if (ends)
-      for (int m = 0; m < ROWS; ++m) std::copy_n(edge + m * COLUMNS, width - j, to.out + m * width + j);
-  }
+  for (std::int64_t j = 0; j < to.width; j += COLUMNS) expand_tile<Engine, ROWS>(to, keys, c, p, p_stride, steps, j);
 }
 
 template <typename Engine, typename T>
@@ -369,9 +380,12 @@ inline void expand(const Target<T>& to, int rows, const float* c, const typename
   }
 }
 
-template <typename Engine, int RANKS>
+// Adds to the sums of RANKS ranks over one tile of columns. Rows may lie so that the tile's pieces of them claim the same
+// few places of the cache: the first ranks to come leave the pieces side by side in `kept` (FILL) for those that follow.
+enum class Kept { NO, FILL, USE };
+template <typename Engine, int RANKS, Kept KEPT>
 inline void outer_tile(float* acc, std::int64_t acc_stride, const typename Engine::Element* in, std::int64_t stride,
-                       int rows, const typename Engine::Factor* c, int R) {
+                       int rows, const typename Engine::Factor* c, int R, typename Engine::Register* kept) {
   constexpr int PAIR = Engine::PAIR;
   Vec sum[RANKS][TILE];
 #pragma GCC unroll 8
@@ -379,11 +393,13 @@ inline void outer_tile(float* acc, std::int64_t acc_stride, const typename Engin
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; ++i) sum[r][i] = load(acc + r * acc_stride + i * V);
   for (int m = 0; m < rows; m += PAIR) {
-    typename Engine::Register a[TILE];
-    Engine::load_rows(a, in + m * stride, stride, rows - m);
+    typename Engine::Register here[TILE], *a = KEPT == Kept::NO ? here : kept + m / PAIR * TILE;
+    if (KEPT != Kept::USE) {
+      Engine::load_rows(a, in + m * stride, stride, rows - m);
 #pragma GCC unroll 8
-    for (int i = 0; i < PAIR; ++i)  // down the columns, where no hardware sees a pattern
-      __builtin_prefetch(in + (m + i) * stride + 4 * COLUMNS);
+      for (int i = 0; i < PAIR; ++i)  // down the columns, where no hardware sees a pattern
+        __builtin_prefetch(in + (m + i) * stride + 4 * COLUMNS);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < RANKS; ++r) {
       const typename Engine::Register b = Engine::splat(c[m / PAIR * R + r]);
@@ -402,14 +418,24 @@ inline void outer(float* acc, std::int64_t width, const typename Engine::Element
                   const float* c, int R) {
   const std::int64_t acc_stride = pitch(width);
   typename Engine::Factor scratch[BLOCK * MAX_RANK / Engine::PAIR];
+  typename Engine::Register kept[BLOCK / Engine::PAIR * TILE];
   const auto* factors = Engine::pair_rows(scratch, c, rows, R);
   for (std::int64_t j = 0; j < width; j += COLUMNS) {
     int r = 0;
-    for (; r + OUTER_RANKS <= R; r += OUTER_RANKS)
-      outer_tile<Engine, OUTER_RANKS>(acc + r * acc_stride + j, acc_stride, in + j, stride, rows, factors + r, R);
-    for (; r + 2 <= R; r += 2)
-      outer_tile<Engine, 2>(acc + r * acc_stride + j, acc_stride, in + j, stride, rows, factors + r, R);
-    if (r < R) outer_tile<Engine, 1>(acc + r * acc_stride + j, acc_stride, in + j, stride, rows, factors + r, R);
+    const auto add = [&](auto ranks, auto keep) {
+      outer_tile<Engine, ranks.value, keep.value>(acc + r * acc_stride + j, acc_stride, in + j, stride, rows,
+                                                  factors + r, R, kept);
+      r += ranks.value;
+    };
+    const std::integral_constant<int, OUTER_RANKS> most{};
+    if (R >= 2 * OUTER_RANKS) {
+      add(most, std::integral_constant<Kept, Kept::FILL>{});
+      while (r + OUTER_RANKS <= R) add(most, std::integral_constant<Kept, Kept::USE>{});
+    }
+    const std::integral_constant<Kept, Kept::NO> none{};
+    while (r + OUTER_RANKS <= R) add(most, none);
+    while (r + 2 <= R) add(std::integral_constant<int, 2>{}, none);
+    if (r < R) add(std::integral_constant<int, 1>{}, none);
   }
 }
 
@@ -422,16 +448,17 @@ struct Kernels {
 
   static void forward(const Call& call) {
     const std::int64_t M = call.M, N = call.N, K = call.K;
-    const int R = call.R, parts = call.parts(0);
+    const int R = call.R, size = block_rows(std::max(K, N) * static_cast<std::int64_t>(sizeof(Element)));
     const Dropout* dropout = call.dropout.on ? &call.dropout : nullptr;
-    const int size = block_rows(std::max(K, N) * static_cast<std::int64_t>(sizeof(Element)));
-    Arena arena;
-    const auto a = arena.reserve<Element>(packed(R, K)), b = arena.reserve<Element>(packed(R, N));
-    const auto x_block = arena.reserve<Element>(size * pitch(K), parts);
-    const auto c = arena.reserve<float>(size * R, parts);
-    arena.allocate();
+    const std::int64_t x_size = copied<T, Element>(K, dropout) ? size * pitch(K) : 0;
+    const int parts = parts_of(call, sizeof(Element) * x_size + sizeof(float) * size * R);
     // it may lie as `dot` wants it
     const bool packed_A = std::is_same<P, Element>::value && K == whole(K) && R == ranks(R);
+    Arena arena;
+    const auto a = arena.reserve<Element>(packed_A ? 0 : packed(R, K)), b = arena.reserve<Element>(packed(R, N));
+    const auto x_block = arena.reserve<Element>(x_size, parts);
+    const auto c = arena.reserve<float>(size * R, parts);
+    arena.allocate();
     const Element* lora_A = packed_A ? static_cast<const Element*>(call.lora_A) : arena[a];
     parallel(parts, [&](int part) {
       if (!packed_A) pack_rows(arena[a], static_cast<const P*>(call.lora_A), R, K, false, part, parts);
@@ -456,15 +483,18 @@ struct Kernels {
   // dA, dB and the part of dX that comes through the adapter; each where its pointer is not null.
   static void backward(const Call& call) {
     const std::int64_t M = call.M, N = call.N, K = call.K;
-    const int R = call.R, parts = call.parts(sizeof(float) * R * (pitch(K) + pitch(N)));
+    const int R = call.R, size = block_rows(std::max(K, N) * static_cast<std::int64_t>(sizeof(Element)));
     const Dropout* dropout = call.dropout.on ? &call.dropout : nullptr;
     const bool need_dS = call.dA || call.dx;
     const std::int64_t dA_size = call.dA ? R * pitch(K) : 0, dB_size = call.dB ? R * pitch(N) : 0;
-    const int size = block_rows(std::max(K, N) * static_cast<std::int64_t>(sizeof(Element)));
+    const std::int64_t x_size = call.dA && copied<T, Element>(K, dropout) ? size * pitch(K) : 0;
+    const std::int64_t dy_size = copied<T, Element>(N, nullptr) ? size * pitch(N) : 0;
+    const int parts =
+        parts_of(call, sizeof(Element) * (x_size + dy_size) + sizeof(float) * (2 * size * R + dA_size + dB_size));
     Arena arena;
-    const auto a = arena.reserve<Element>(packed(R, K)), b = arena.reserve<Element>(packed(R, N));
-    const auto x_block = arena.reserve<Element>(size * pitch(K), parts);
-    const auto dy_block = arena.reserve<Element>(size * pitch(N), parts);
+    const auto a = arena.reserve<Element>(call.dx ? packed(R, K) : 0);
+    const auto b = arena.reserve<Element>(need_dS ? packed(R, N) : 0);
+    const auto x_block = arena.reserve<Element>(x_size, parts), dy_block = arena.reserve<Element>(dy_size, parts);
     const auto coefficients = arena.reserve<float>(2 * size * R, parts);
     const auto gradients = arena.reserve<float>(dA_size + dB_size, parts);
     arena.allocate();
@@ -531,7 +561,7 @@ inline void mask(float* out, const Call& call) {
     const RowKey key(call.dropout, row);
     for (std::int64_t j = 0; j < call.K; j += COLUMNS) {
       Vec factors[TILE] = {};
-      kept(factors, key, j, call.dropout);
+      keep_factors(factors, key, j, call.dropout);
       for (int i = 0; i < TILE && j + i * V < call.K; ++i)
         store_some(out + row * call.K + j + i * V, factors[i],
                    static_cast<int>(std::min<std::int64_t>(V, call.K - j - i * V)));
