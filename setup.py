@@ -1,7 +1,9 @@
-"""The build: the CPU kernels, and one switch that must not be ignored. All else is declared in pyproject.toml."""
+"""The build: what is compiled for CPUs, and one switch that must not be ignored. All else is in pyproject.toml."""
 
+import importlib.util
 import os
 import platform
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -29,14 +31,52 @@ class FreshExtension(build_ext):
 
 
 class StableABIWheel(bdist_wheel):
-    """One wheel for every Python from 3.10 on: the extension keeps to the limited API."""
+    """One wheel for every Python from 3.10 on, where all that is compiled keeps to the limited API."""
 
     def get_tag(self):
         python, abi, system = super().get_tag()
-        return ("cp310", "abi3", system) if LIMITED and python.startswith("cp") else (python, abi, system)
+        stable = all(extension.py_limited_api for extension in self.distribution.ext_modules)
+        return ("cp310", "abi3", system) if stable and python.startswith("cp") else (python, abi, system)
 
 
-# Without a compiler or Python's headers the install goes on: the path `torch` then runs on CPUs.
+def installed_torch():
+    """The folder and version of the torch beside which this is installed, or (None, None).
+
+    An isolated build cannot import it, but may compile against it.
+    """
+    spec = importlib.util.find_spec("torch")
+    folder = Path(spec.origin).parent if spec else Path(sysconfig.get_path("purelib")) / "torch"
+    if not (folder / "include" / "torch").is_dir():
+        return None, None
+    found = re.search(r"^__version__ = ['\"](.+)['\"]", (folder / "version.py").read_text(), re.MULTILINE)
+    return (folder, found[1]) if found else (None, None)
+
+
+def cpu_node():
+    """Path `cpu` as an autograd node: for the torch that is here and no other, whose version its name bears."""
+    folder, version = installed_torch()
+    if folder is None:
+        return []
+    name = "_cpu_node_" + re.sub(r"\W", "_", version)
+    include = folder / "include"
+    return [
+        Extension(
+            f"fastlora.{name}",
+            sources=["csrc/cpu_node.cpp"],
+            depends=["csrc/call.h"],
+            include_dirs=[str(include), str(include / "torch" / "csrc" / "api" / "include")],
+            library_dirs=[str(folder / "lib")],
+            libraries=["torch_python", "torch_cpu", "c10"],
+            define_macros=[("FASTLORA_NAME", name)],
+            language="c++",
+            extra_compile_args=["-O2", "-std=c++20"],
+            optional=True,
+        )
+    ]
+
+
+# Without a compiler or Python's headers the install goes on: the path `torch` then runs on CPUs. So it does without
+# `cpu_node`, whose part Python then does.
 cpu_kernels = Extension(
     "fastlora._cpu",
     sources=["csrc/cpu.cpp"],
@@ -49,6 +89,6 @@ cpu_kernels = Extension(
 
 # Elsewhere torch does not run on GNU OpenMP, whose threads the kernels borrow.
 if platform.system() == "Linux":
-    setup(ext_modules=[cpu_kernels], cmdclass={"bdist_wheel": StableABIWheel, "build_ext": FreshExtension})
+    setup(ext_modules=[cpu_kernels, *cpu_node()], cmdclass={"bdist_wheel": StableABIWheel, "build_ext": FreshExtension})
 else:
     setup()

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from fastlora.dispatch import cpu
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 VERSIONS = ("torch", "triton", "peft", "transformers", "numpy")
@@ -196,6 +198,7 @@ def _cpu_facts() -> dict:
         "threads": torch.get_num_threads(),
         "load_before": load,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "autograd_node": "Python" if cpu.NODE is None else "C++",
     }
 
 

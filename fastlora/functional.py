@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from fastlora import reference
-from fastlora.dispatch import select
-from fastlora.dispatch.choice import is_tiny
+from fastlora.dispatch import cpu, registry, select
+from fastlora.dispatch.choice import TINY, is_tiny
 from fastlora.dispatch.problem import rows
 from fastlora.errors import warn_once
 
@@ -72,6 +72,10 @@ def lora_linear(
     compiling = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if compiling or torch._C._is_any_autocast_enabled():
         x, weight, bias = _autocast(x, weight, bias)
+    if path is None and not compiling and _node is not None:
+        y = _node.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, registry.selected)
+        if y is not None:
+            return y
     _check(x, weight, lora_A, lora_B, bias, dropout_p)
     if compiling:
         seed = torch.randint(2**63 - 1, (), device=x.device) if dropout_p > 0.0 else None
@@ -95,6 +99,10 @@ def lora_linear(
     if bias is not None:
         bias = unwrap_if_dead(bias)
     run = select(x, weight, lora_A, dropout_p, path)
+    if run is cpu and _node is not None:  # named, or chosen for the first time
+        y = _node.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, None)
+        if y is not None:
+            return y
     if torch.is_grad_enabled():
         if weight.requires_grad:
             weight = _freeze(weight)
@@ -192,7 +200,7 @@ class _LoRALinear(torch.autograd.Function):
         y, S = run.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
         need_x, _, need_A, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_A else None, weight if need_x else None, lora_A, lora_B, S, seed)
-        ctx.call = (scaling, dropout_p, run, x.shape)
+        ctx.call = (scaling, dropout_p, run)
         return y
 
     @staticmethod
@@ -202,14 +210,22 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _backward(ctx, dy):
+    scaling, dropout_p, run = ctx.call
+    need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+    needs = (need_x, need_A, need_B, need_bias)
+    dx, dA, dB, dbias = _gradients(dy, *ctx.saved_tensors, scaling, dropout_p, run, needs)
+    return dx, None, dA, dB, dbias, None, None, None
+
+
+def _gradients(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, run, needs):
+    """dx, dA, dB and dbias, each where `needs` asks for it, else None."""
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(dy.device.type):
         with torch.autocast(dy.device.type, enabled=False):
-            return _backward(ctx, dy)
-    x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
-    scaling, dropout_p, run, x_shape = ctx.call
-    need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+            return _gradients(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, run, needs)
+    need_x, need_A, need_B, need_bias = needs
     dy = unwrap_if_dead(dy)
-    if dy.dim() != 2:
+    y_shape = dy.shape
+    if len(y_shape) != 2:
         dy = rows(dy)
     backward = run.backward
     if (
@@ -219,16 +235,14 @@ def _backward(ctx, dy):
         or forward_ad._current_level >= 0
     ):
         backward = partial(_backward_as_written, run)
-    dx, dA, dB = backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
+    dx, dA, dB = backward(
+        dy, x if need_A else None, weight if need_x else None, lora_A, lora_B, S, scaling, dropout_p, seed, need_B
+    )
     return (
-        (dx if len(x_shape) == 2 else dx.view(x_shape)) if need_x else None,
-        None,
+        (dx if len(y_shape) == 2 else dx.view((*y_shape[:-1], dx.shape[-1]))) if need_x else None,
         (dA if dA.dtype is lora_A.dtype else dA.to(lora_A.dtype)) if need_A else None,
         (dB if dB.dtype is lora_B.dtype else dB.to(lora_B.dtype)) if need_B else None,
         dy.sum(0) if need_bias else None,
-        None,
-        None,
-        None,
     )
 
 
@@ -255,6 +269,10 @@ _once_differentiable_backward = once_differentiable(_backward)
 # What torch.autograd.Function.apply ends in. The rest is for function transforms, of which none is active where this is
 # called (and what they leave behind is unwrapped there); it costs 4 microseconds a call.
 _apply = super(torch.autograd.Function, _LoRALinear).apply
+# Path `cpu` as a node in C++, where it was built for this torch: it takes ordinary tensors and leaves the rest to us.
+_node = cpu.NODE
+if _node is not None:
+    _node.prepare(cpu.kernels(), cpu, _gradients, TINY)
 
 
 # What a compiler sees. The ops choose their path when they run, so that one graph serves every M. A dispatcher call

@@ -6,6 +6,7 @@ import torch
 
 import fastlora
 from fastlora import env
+from fastlora.dispatch import cpu
 from fastlora.finetune.locate import found
 from fastlora.finetune.report import versions
 
@@ -15,7 +16,13 @@ def info() -> str:
     lines = [f"{name:<10} {version}" for name, version in versions().items()]
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines += [f"{'GPU':<10} {name}" for name in devices or ["none"]]
-    lines += [f"{'CPU':<10} {torch.get_num_threads()} threads"]
+    lines += [f"{'CPU':<10} {torch.get_num_threads()} threads, autograd node {_node()}"]
     lines += ["", "paths"] + [f"  {name:<8} {state}" for name, state in fastlora.paths().items()]
     lines += ["", f"data (cache: {env.cache_dir()})"] + [f"  {name:<8} {place}" for name, place in found().items()]
     return "\n".join(lines)
+
+
+def _node() -> str:
+    if cpu.NODE is not None:
+        return "in C++"
+    return f"in Python (for torch {torch.__version__} none was compiled: install fastlora again, after torch)"

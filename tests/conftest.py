@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import errors
+from fastlora import errors, functional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # for `import accuracy`
@@ -49,6 +49,19 @@ def poisoned(monkeypatch):
     poison(torch, "empty")
     poison(torch, "empty_like")
     poison(torch.Tensor, "new_empty")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # ATen then does the same for those who ask it in C++
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["C++", "Python"])
+def either_node(request, monkeypatch):
+    """Path `cpu` by way of either of its autograd nodes."""
+    if request.param == "Python":
+        monkeypatch.setattr(functional, "_node", None)
+    elif functional._node is None:
+        pytest.skip("the node in C++ was not compiled here")
 
 
 @pytest.fixture(autouse=True)

@@ -14,18 +14,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.profiler import profile
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastlora
+from fastlora import functional
 from fastlora.dispatch import Problem, check, choice, cpu, registry
 
 CPU = torch.device("cpu")
 if cpu.unavailable(CPU):
     pytest.skip(f"path 'cpu': {cpu.unavailable(CPU)}", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("either_node")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -218,6 +221,10 @@ def test_kernels_broken_on_purpose_are_found_and_not_used(monkeypatch, tmp_path)
         fastlora.lora_linear(x, layer.weight, layer.lora_A, layer.lora_B, path="cpu")
 
 
+class Mine(torch.Tensor):
+    pass
+
+
 class Doubled(torch.Tensor):
     """A wrapper without memory of its own, as distributed tensors are."""
 
@@ -328,14 +335,16 @@ def test_saved_tensors_may_come_back_with_other_strides_and_inputs_may_be_negati
 def test_a_new_verdict_is_obeyed_at_once(monkeypatch):
     layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8, requires_grad=True)
     layer(x)
+    with profile() as before:
+        layer(x)
     monkeypatch.setattr(check, "_verdicts", {})
     monkeypatch.setattr(check, "examine", lambda name, device: "it is Sunday")
     fastlora.selfcheck("cpu")
-    seen = []
-    monkeypatch.setattr(cpu, "forward", lambda *a: seen.append(a))
-    layer(x)
-    assert not seen
+    with profile() as after:
+        layer(x)
     registry.selected.clear()
+    products = [[event.name for event in run.function_events].count("aten::addmm_") for run in (before, after)]
+    assert products == [0, 1]  # which only path `torch` adds in place
 
 
 def test_an_instruction_set_that_nobody_measured_is_not_chosen(monkeypatch):
@@ -369,3 +378,42 @@ def test_any_number_of_threads_gives_the_same_forward(threads):
     addresses = [t.data_ptr() for t in (A, B, S)]
     cpu._cpu.forward(y.data_ptr(), 0, 0, x.data_ptr(), 90, *addresses, 700, 80, 90, 20, 1.0, 0.0, 0, threads)
     torch.testing.assert_close(y, 1 + x @ A.t() @ B.t(), rtol=1e-5, atol=1e-3)
+
+
+def test_the_node_in_cpp_serves_what_is_ordinary_and_leaves_the_rest(monkeypatch):
+    if functional._node is None:
+        pytest.skip("this is about the node in C++")
+    served = []
+
+    class Watched:
+        def lora_linear(self, *arguments):
+            y = node.lora_linear(*arguments)
+            served.append(y is not None)
+            return y
+
+    node = functional._node
+    monkeypatch.setattr(functional, "_node", Watched())
+    fastlora.selfcheck("cpu")  # an empty table: Python chooses first
+    layer = fastlora.FusedLoRALinear(64, 48, r=4, lora_dropout=0.1)
+    x = torch.randn(5, 7, 64, requires_grad=True)
+
+    def run(x, **keywords):
+        served.clear()
+        y = fastlora.lora_linear(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, 2, 0.1, **keywords)
+        y.sum().backward()
+        return list(served)
+
+    assert run(x) == run(x, training=False) == [False, True]
+    assert run(x) == run(x, training=False) == run(x.detach()) == run(x[0].t().contiguous().t()) == [True]
+    assert run(x, path="cpu") == [True] and run(x, path="torch") == []
+    assert run(torch._neg_view(x)) == [False, False]  # path `cpu` in Python
+    assert run(x.as_subclass(Mine)) == [False]  # the reference
+    monkeypatch.setenv("FASTLORA_PATH", "torch")
+    assert run(x) == [False]
+    monkeypatch.delenv("FASTLORA_PATH")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(x) in ([True], [False, True])
+    with pytest.raises(ValueError, match="lora_A has shape"):
+        fastlora.lora_linear(x, layer.weight, torch.randn(4, 9), layer.lora_B)
+    with pytest.raises(TypeError, match="8 arguments needed, got 1"):
+        node.lora_linear(x)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora.dispatch import torch as torch_path
 
+pytestmark = pytest.mark.usefixtures("either_node")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

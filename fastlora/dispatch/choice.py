@@ -84,8 +84,11 @@ def _select_on_cpu(x: Tensor, weight: Tensor, key: tuple) -> ModuleType:
     """There the path depends on no size but the rank's."""
     dtype, adapter_dtype, R, dropout = key
     problem = Problem(x.shape[:-1].numel(), *weight.shape, R, dtype, adapter_dtype, x.device, dropout)
-    registry.selected[key] = registry.load(choose(problem).path)
-    return registry.selected[key]
+    chosen = registry.load(choose(problem).path)
+    registry.selected[key] = chosen
+    if chosen.NAME == "cpu":
+        registry.selected[chosen.node_key(*key)] = chosen
+    return chosen
 
 
 def choose(problem: Problem) -> Choice:

@@ -10,14 +10,20 @@ where oneDNN adds at a greater cost than they do.
 
 The dropout mask is a hash of the seed and of an element's place, made where it is needed. The kernels use torch's own
 threads, and the fastest instruction set that the processor has. Where they were not compiled, path `torch` runs.
+
+`NODE` is the same path as an autograd node in C++ (csrc/cpu_node.cpp), compiled for one version of torch: ordinary calls
+take it and save most of Python's time; it shares the kernels and the seeds of what is here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
+import re
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +52,29 @@ CASES = (
     (40, 50, 60, 8, 0.25, torch.bfloat16, torch.float32),
     (40, 50, 60, 8, 0.25, torch.float32, torch.bfloat16),
 )
+
+
+def _load_node() -> ModuleType | None:
+    """What was compiled for this very version of torch, or None: another version's would not even load safely."""
+    try:
+        return importlib.import_module("fastlora._cpu_node_" + re.sub(r"\W", "_", torch.__version__))
+    except ImportError:
+        return None
+
+
+NODE = None if _cpu is None else _load_node()
+
+
+def kernels() -> object:
+    """The compiled kernels as `NODE` takes them."""
+    return _cpu.kernels()
+
+
+def node_key(dtype: torch.dtype, adapter_dtype: torch.dtype, R: int, dropout: bool) -> int | None:
+    """What `NODE` looks up in `registry.selected` to know whether this path runs; None for dtypes that are not ours."""
+    if dtype not in _CODES or adapter_dtype not in _CODES:
+        return None
+    return ((R * 2 + dropout) * 2 + _CODES[dtype]) * 2 + _CODES[adapter_dtype]
 
 
 @cache
@@ -122,8 +151,6 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
 
     None for dx when weight is None, for dA when x is None, for dB unless `need_B`.
     """
-    if dy._is_zerotensor():
-        dy = dy.clone()
     _check_saved(dy, x, S, lora_A, lora_B, seed)
     dy, S, lora_A, lora_B = _dense_rows(dy), _packable(S), _packable(lora_A), _packable(lora_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
@@ -173,28 +200,44 @@ def _refuse_devices(**tensors: Tensor | None) -> None:
 def _check_saved(
     dy: Tensor, x: Tensor | None, S: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None
 ) -> None:
-    """Hooks of saved tensors may have changed them, and the kernels read addresses."""
-    (M, N), (R, K) = dy.shape, lora_A.shape
-    dtype, cpu = dy.dtype, dy.is_cpu and S.is_cpu and lora_A.is_cpu and lora_B.is_cpu
-    if not cpu or S.dtype is not dtype or S.shape != (M, R) or lora_B.shape != (N, R):
-        raise RuntimeError(f"S came back from saved-tensor hooks as {tuple(S.shape)} {S.dtype} on {S.device}")
-    if lora_B.dtype is not lora_A.dtype:
-        raise RuntimeError(f"lora_B is {lora_B.dtype} but lora_A is {lora_A.dtype} in backward; they need one dtype")
-    if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1 or not seed.is_cpu):
-        raise RuntimeError(f"the dropout seed came back from saved-tensor hooks as {seed.dtype} on {seed.device}")
-    if x is not None and (not x.is_cpu or x.dtype is not dtype or x.shape[-1] != K or x.shape[:-1].numel() != M):
-        raise RuntimeError(f"x came back from saved-tensor hooks as {tuple(x.shape)} {x.dtype} on {x.device}")
+    """Hooks of saved tensors may have changed them, and the kernels read addresses. One expression when all is well."""
+    (M, N), (R, K), dtype, adapter_dtype = dy.shape, lora_A.shape, dy.dtype, lora_A.dtype
+    if (
+        S.dtype is dtype
+        and S.shape == (M, R)
+        and lora_B.dtype is adapter_dtype
+        and lora_B.shape == (N, R)
+        and dy.is_cpu and S.is_cpu and lora_A.is_cpu and lora_B.is_cpu
+        and (seed is None or (seed.dtype is torch.int64 and seed.numel() == 1 and seed.is_cpu))
+        and (x is None or (x.is_cpu and x.dtype is dtype and x.shape[-1] == K and x.shape[:-1].numel() == M))
+    ):  # fmt: skip
+        return
+    expected = {"dy": (dy, (M, N), dtype), "S": (S, (M, R), dtype), "lora_B": (lora_B, (N, R), adapter_dtype)}
+    expected |= {"lora_A": (lora_A, (R, K), adapter_dtype), "x": (x, (M, K), dtype), "the seed": (seed, (), torch.int64)}
+    for name, (t, shape, dtype) in expected.items():
+        if t is None:
+            continue
+        found = rows(t).shape if name == "x" else t.squeeze().shape if name == "the seed" else t.shape
+        if found != shape or t.dtype is not dtype or not t.is_cpu:
+            raise RuntimeError(
+                f"{name} came back from saved-tensor hooks as {tuple(t.shape)} {t.dtype} on {t.device}; backward needs "
+                f"{shape} {dtype} on cpu"
+            )
+
+
+def _readable(t: Tensor) -> Tensor:
+    """t with memory that holds its numbers: neither negated nor zero by declaration."""
+    if t.is_neg():
+        t = t.resolve_neg()
+    return t.clone() if t._is_zerotensor() else t
 
 
 def _packable(t: Tensor) -> Tensor:
     """As the kernels read what has the rank in it: dense."""
-    if t.is_neg():
-        t = t.resolve_neg()
-    return t.contiguous()
+    return _readable(t).contiguous()
 
 
 def _dense_rows(t: Tensor) -> Tensor:
     """t (M, K) with the elements of a row side by side; a row may lie anywhere."""
-    if t.is_neg():
-        t = t.resolve_neg()
+    t = _readable(t)
     return t if t.stride(1) == 1 else t.contiguous()

@@ -8,8 +8,9 @@ from types import ModuleType
 
 from fastlora import env
 
-# What `choice.select` has found for a shape. Here, since a new verdict of the self-check empties it.
-selected: dict[tuple, ModuleType] = {}
+# What `choice.select` has found for a shape, and under a number what path `cpu` looks up in C++. Here, since a new
+# verdict of the self-check empties it.
+selected: dict[tuple | int, ModuleType] = {}
 
 NAMES = ("torch", "cpu", "onepass", "split", "cuda")
 
