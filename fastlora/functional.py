@@ -291,6 +291,7 @@ def _forward_op(
     seed: Tensor | None,
     path: str,
 ) -> tuple[Tensor, Tensor]:
+    _check(x, weight, lora_A, lora_B, bias, dropout_p)  # a caller of torch.ops has passed by `lora_linear`
     run = select(x, weight, lora_A, dropout_p, path or None)
     return run.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
 
@@ -317,6 +318,10 @@ def _backward_op(
     need_A: bool,
     need_B: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, lora_A, lora_B, None, dropout_p)
+    for name, t, shape in (("dy", dy, (*x.shape[:-1], weight.shape[0])), ("S", S, (rows(x).shape[0], lora_A.shape[0]))):
+        if t.shape != shape or t.dtype is not x.dtype:
+            raise ValueError(f"{name} is {tuple(t.shape)} {t.dtype}; it needs to be {shape} {x.dtype}")
     run = select(x, weight, lora_A, dropout_p, path or None)
     dx, dA, dB = run.backward(
         rows(dy),

@@ -439,3 +439,25 @@ def test_a_path_that_the_environment_names_wrongly_is_traced_to_it(monkeypatch, 
     monkeypatch.setenv("FASTLORA_PATH", path)
     with pytest.raises(error, match="FASTLORA_PATH"):
         fastlora.lora_linear(torch.zeros(4, 6), torch.zeros(5, 6), torch.zeros(2, 6), torch.zeros(5, 2))
+
+
+def test_the_registered_ops_check_what_they_are_given():
+    """Kernels read addresses: who calls `torch.ops.fastlora` himself is told what is wrong, as by `lora_linear`."""
+    inputs = accuracy.draw(6, 5, 7, 2, torch.float32)
+    x, W, A, B, bias, dy = inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, inputs.dy
+    forward, backward = torch.ops.fastlora.forward, torch.ops.fastlora.backward
+    _, S = forward(x, W, A, B, bias, 2.0, 0.0, None, "")
+    with pytest.raises(ValueError, match="lora_B has shape"):
+        forward(x, W, A, B[:4], bias, 2.0, 0.0, None, "")
+    with pytest.raises(TypeError, match="lora_B is"):
+        forward(x, W, A, B.bfloat16(), bias, 2.0, 0.0, None, "")
+    with pytest.raises(ValueError, match="they need"):
+        forward(x[:, :5], W, A, B, bias, 2.0, 0.0, None, "")
+    rest = (2.0, 0.0, None, "", True, True, True)
+    torch.testing.assert_close(backward(dy, x, W, A, B, S, *rest)[0], dy @ W + 2.0 * dy @ B @ A)
+    with pytest.raises(ValueError, match="dy is"):
+        backward(dy[:, :4], x, W, A, B, S, *rest)
+    with pytest.raises(ValueError, match="S is"):
+        backward(dy, x, W, A, B, S[:3], *rest)
+    with pytest.raises(ValueError, match="S is"):
+        backward(dy, x, W, A, B, S.bfloat16(), *rest)

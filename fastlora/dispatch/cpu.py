@@ -11,8 +11,8 @@ where oneDNN adds at a greater cost than they do.
 The dropout mask is a hash of the seed and of an element's place, made where it is needed. The kernels use torch's own
 threads, and the fastest instruction set that the processor has. Where they were not compiled, path `torch` runs.
 
-`NODE` is the same path as an autograd node in C++ (csrc/cpu_node.cpp), compiled for one version of torch: ordinary calls
-take it and save most of Python's time; it shares the kernels and the seeds of what is here.
+`NODE` is the same path as an autograd node in C++ (csrc/cpu_node.cpp), compiled for one version of torch: ordinary
+calls take it and save most of Python's time; it shares the kernels and the seeds of what is here.
 """
 
 from __future__ import annotations
@@ -213,7 +213,8 @@ def _check_saved(
     ):  # fmt: skip
         return
     expected = {"dy": (dy, (M, N), dtype), "S": (S, (M, R), dtype), "lora_B": (lora_B, (N, R), adapter_dtype)}
-    expected |= {"lora_A": (lora_A, (R, K), adapter_dtype), "x": (x, (M, K), dtype), "the seed": (seed, (), torch.int64)}
+    expected |= {"lora_A": (lora_A, (R, K), adapter_dtype), "x": (x, (M, K), dtype)}
+    expected["the seed"] = (seed, (), torch.int64)
     for name, (t, shape, dtype) in expected.items():
         if t is None:
             continue

@@ -29,6 +29,7 @@ class Case:
     seed: int = 0
     face: str = "function"  # or layer, peft, conv1d (PEFT's layer over transformers' Conv1D)
     path: str | None = None
+    node: bool = True  # path `cpu` by way of its autograd node in C++, where that was compiled
     mode: str = "plain"
     lead: tuple[int, ...] = ()
     N: int = 1
@@ -101,6 +102,7 @@ def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), fa
         size=(rng.choice(names), rng.choice(factors)) if sized else None,
         special=special if mode not in TRANSFORMS and rng.random() < 0.12 else (),
         wants="XABb" if rng.random() < 0.6 else "".join(c for c in "XABb" if rng.random() < 0.5),
+        node=rng.random() < 0.6,
     )  # fmt: skip
 
 
