@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.dispatch.problem import Problem, rows
+from fastlora.dispatch.problem import Problem, check_saved, rows
 from fastlora.dispatch.torch import draw_seed
 
 try:
@@ -151,7 +151,7 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
 
     None for dx when weight is None, for dA when x is None, for dB unless `need_B`.
     """
-    _check_saved(dy, x, S, lora_A, lora_B, seed)
+    check_saved(dy, x, S, lora_A, lora_B, seed)
     dy, S, lora_A, lora_B = _dense_rows(dy), _packable(S), _packable(lora_A), _packable(lora_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = dA = dB = None
@@ -195,35 +195,6 @@ def _refuse_devices(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and not t.is_cpu:
             raise RuntimeError(f"{name} is on {t.device} and x on cpu; they need one device")
-
-
-def _check_saved(
-    dy: Tensor, x: Tensor | None, S: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None
-) -> None:
-    """Hooks of saved tensors may have changed them, and the kernels read addresses. One expression when all is well."""
-    (M, N), (R, K), dtype, adapter_dtype = dy.shape, lora_A.shape, dy.dtype, lora_A.dtype
-    if (
-        S.dtype is dtype
-        and S.shape == (M, R)
-        and lora_B.dtype is adapter_dtype
-        and lora_B.shape == (N, R)
-        and dy.is_cpu and S.is_cpu and lora_A.is_cpu and lora_B.is_cpu
-        and (seed is None or (seed.dtype is torch.int64 and seed.numel() == 1 and seed.is_cpu))
-        and (x is None or (x.is_cpu and x.dtype is dtype and x.shape[-1] == K and x.shape[:-1].numel() == M))
-    ):  # fmt: skip
-        return
-    expected = {"dy": (dy, (M, N), dtype), "S": (S, (M, R), dtype), "lora_B": (lora_B, (N, R), adapter_dtype)}
-    expected |= {"lora_A": (lora_A, (R, K), adapter_dtype), "x": (x, (M, K), dtype)}
-    expected["the seed"] = (seed, (), torch.int64)
-    for name, (t, shape, dtype) in expected.items():
-        if t is None:
-            continue
-        found = rows(t).shape if name == "x" else t.squeeze().shape if name == "the seed" else t.shape
-        if found != shape or t.dtype is not dtype or not t.is_cpu:
-            raise RuntimeError(
-                f"{name} came back from saved-tensor hooks as {tuple(t.shape)} {t.dtype} on {t.device}; backward needs "
-                f"{shape} {dtype} on cpu"
-            )
 
 
 def _readable(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora import env
-from fastlora.dispatch.problem import Problem, rows
+from fastlora.dispatch.problem import Problem, check_saved, rows
 
 MAX_RANK = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,6 +98,7 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     """
     from fastlora.kernels import gemm, grads
 
+    check_saved(dy, x, S, lora_A, lora_B, seed)
     dropout = dropout_of(dropout_p, seed)
     with on_device_of(dy):
         dS, dB = grads.ds_db(dy, lora_B, S, exact(scaling, dropout_p))

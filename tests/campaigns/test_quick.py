@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("peft")
 
-from campaigns import concurrency, files, memory, numbers, observe, properties, runs
+from campaigns import concurrency, files, memory, numbers, observe, properties, runs, waits
 from campaigns.case import Case
 from campaigns.loaders import LOADERS
+from fastlora.dispatch import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,6 +76,32 @@ def test_steps_leave_nothing_behind(kind):
     more, tensors = memory.steps(200, kind)
     assert tensors <= 0
     assert more < 4 << 20
+
+
+@pytest.mark.parametrize("name", waits.PATHS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_no_step_waits_for_a_gpu(name, dropout_p):
+    import torch
+
+    case = (64, 96, 128, 8, torch.float16, torch.float32, dropout_p)
+    found, launched = waits.waits(registry.load(name), case, (9, 0))
+    assert not found
+    assert bool(launched) == (name != "torch")
+
+
+def test_a_step_that_waits_for_a_gpu_is_found():
+    import torch
+
+    case, honest = (64, 96, 128, 8, torch.float16, torch.float16, 0.0), registry.load("torch")
+    for asks, what in (
+        (lambda y: y.sum().item(), "DataDependentOutputException"),
+        (lambda y: y.cpu(), "aten._to_copy"),
+        (lambda y: y + torch.zeros(y.shape).to(y.device), "aten._to_copy"),
+        (lambda y: y[y > 0], "DynamicOutputShapeException"),
+    ):
+        path = SimpleNamespace(forward=lambda *a, asks=asks: (asks(honest.forward(*a)[0]), None))
+        found, _ = waits.waits(path, case, (9, 0))
+        assert found and what in found[0]
 
 
 def test_properties():
