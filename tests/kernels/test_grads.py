@@ -6,6 +6,7 @@ import pytest
 import torch
 from judge import DTYPES, LAYOUTS, RANKS, draw, judge, strided
 
+import fastlora
 from fastlora.kernels import grads
 from fastlora.kernels.dropout import Dropout, keep_mask
 from fastlora.kernels.s import s_forward
@@ -98,3 +99,14 @@ def test_offsets_past_two_to_the_31():
     check_ds_db(dy, draw(40, 2, dtype=torch.float16, seed=2), S)
     check_da(S, dy)
     check_da(draw(40, 2, dtype=torch.float16, seed=2), dy.t())
+
+
+@pytest.mark.parametrize("path", ["split", "onepass"])
+@pytest.mark.parametrize(("pack", "what"), [(torch.Tensor.half, "S"), (lambda t: t[:1] if t.dim() else t, "S"),
+                                            (lambda t: t if t.dim() else t.int(), "the dropout seed")])  # fmt: skip
+def test_what_hooks_of_saved_tensors_have_changed_is_refused(path, pack, what):
+    x, W, A, B = torch.randn(20, 24), torch.randn(16, 24), torch.randn(4, 24, requires_grad=True), torch.randn(16, 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, pack):
+        y = fastlora.lora_linear(x, W, A, B, dropout_p=0.5, path=path)
+        with pytest.raises(RuntimeError, match=f"^{what} came back from saved-tensor hooks as"):
+            y.sum().backward()
