@@ -69,7 +69,7 @@ def cpu_node():
             libraries=["torch_python", "torch_cpu", "c10"],
             define_macros=[("FASTLORA_NAME", name)],
             language="c++",
-            extra_compile_args=["-O2", "-std=c++20"],
+            extra_compile_args=["-O2", "-g0", "-std=c++20"],
             optional=True,
         )
     ]
@@ -82,7 +82,7 @@ cpu_kernels = Extension(
     sources=["csrc/cpu.cpp"],
     depends=["csrc/call.h", "csrc/cpu_kernels.h", "csrc/cpu_bfloat16.h"],
     language="c++",
-    extra_compile_args=["-O3", "-std=c++17"],
+    extra_compile_args=["-O3", "-g0", "-std=c++17"],
     py_limited_api=LIMITED,
     optional=True,
 )
