@@ -9,17 +9,21 @@ import torch
 from torch import Tensor
 
 from fastlora.accuracy import Inputs
+from fastlora.dispatch import cpu
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = ("plain", "transposed", "reversed", "expanded", "broadcast", "sliced", "stepped", "rows")
-TENSORS = ("x", "weight", "lora_A", "lora_B", "bias", "dy")
+LAID = ("x", "weight", "lora_A", "lora_B", "dy")  # in one of the LAYOUTS
+TENSORS = (*LAID, "bias")
 SPECIALS = ("nan", "inf", "-inf")
 TRANSFORMS = ("vmap", "func_grad", "jvp")
 MODES = (
     *("plain", "no_grad", "inference", "autocast", "checkpoint", "reentrant", "retain", "create_graph"),
-    *("shared", "hooks", "in_place", "mistake"),
+    *("shared", "hooks", "in_place", "mistake", "changed", "kept_elsewhere", "other_thread"),
 )
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 33, 64, 70)
+LARGE = (100, 129, 257, 300, 515)  # several blocks of the CPU kernels' rows, and work for several threads
+INSTRUCTIONS = tuple(cpu._cpu.instructions()) if cpu._cpu else ()  # of this processor; a case may name no other
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Case:
     face: str = "function"  # or layer, peft, conv1d (PEFT's layer over transformers' Conv1D)
     path: str | None = None
     node: bool = True  # path `cpu` by way of its autograd node in C++, where that was compiled
+    instructions: str | None = None  # the set that path `cpu` computes with; None is the processor's best
+    threads: int = 1
     mode: str = "plain"
     lead: tuple[int, ...] = ()
     N: int = 1
@@ -68,16 +74,19 @@ def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), fa
         dtype = "f32"
     lead = tuple(rng.choice(sizes[:9] if i else sizes) for i in range(rng.choice((0, 1, 1, 1, 2, 2, 3))))
     N, K, R = rng.choice(sizes), rng.choice(sizes), rng.choice((1, 2, 3, 4, 8, 8, 16, 33))
-    if not kernels and rng.random() < 0.02:
-        N, K, R = rng.choice((130, 257)), rng.choice((100, 300)), rng.choice((64, 128))
+    threads = 1
+    if not kernels and rng.random() < 0.04:
+        M, N, K = rng.choices(LARGE[:2] if dtype == "f16" else LARGE, k=3)  # ATen's float16 takes seconds
+        lead, R, threads = (M,), rng.choice((5, 16, 32, 64, 128)), rng.choice((1, 2, 3))
+        if rng.random() < 0.1:
+            N, K = rng.choice(((9, 9001), (9001, 9)))  # rows too long for a whole block
     if rng.random() < 0.06:
         at = rng.randrange(len(lead) + 2)
         if at < len(lead):
             lead = (*lead[:at], 0, *lead[at + 1 :])
         elif face == "function":
             N, K = (0, K) if at == len(lead) else (N, 0)
-    placed = ("x", "weight", "lora_A", "lora_B", "dy")
-    layouts = {name: rng.choice(LAYOUTS) if rng.random() < 0.35 else "plain" for name in placed}
+    layouts = {name: rng.choice(LAYOUTS) if rng.random() < 0.35 else "plain" for name in LAID}
     if face == "conv1d" and mode in TRANSFORMS:
         layouts["x"] = "plain"  # PEFT's own forward runs then, and transformers' takes a view of x
     bias = face == "conv1d" or rng.random() < 0.5
@@ -108,7 +117,8 @@ def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), fa
         size=(rng.choice(names), rng.choice(factors)) if sized else None,
         special=special if mode not in TRANSFORMS and rng.random() < 0.12 else (),
         wants="XABb" if rng.random() < 0.6 else "".join(c for c in "XABb" if rng.random() < 0.5),
-        node=rng.random() < 0.6,
+        node=rng.random() < 0.6, threads=threads,
+        instructions=rng.choice((None, None, *INSTRUCTIONS)),
     )  # fmt: skip
 
 

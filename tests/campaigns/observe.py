@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 from dataclasses import replace
 
@@ -15,10 +16,10 @@ import fastlora
 import fastlora.peft
 from fastlora import accuracy, functional
 from fastlora.accuracy import Inputs
-from fastlora.dispatch import select
+from fastlora.dispatch import cpu, select
 from fastlora.errors import FastLoRAWarning
 
-from .case import Case, tensors
+from .case import INSTRUCTIONS, LAID, Case, tensors
 
 GRADIENTS = {"X": "dX", "A": "dA", "B": "dB", "b": "dbias"}
 
@@ -37,7 +38,7 @@ def faults(case: Case) -> list[str]:
         warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, on infinities in the interpreter
         warnings.filterwarnings("ignore", message=".*(create_graph=True|gradient layout contract).*")
         try:
-            with _node(case.node):
+            with _arranged(case):
                 return _faults(case)
         except Exception as error:
             return [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"]
@@ -72,12 +73,15 @@ def _judged(case: Case, got: dict[str, Tensor], inputs: Inputs) -> list[str]:
 
     The rule grants two units where eager's own error does not speak. But the update is added to the base term by term,
     R roundings at the size of the sum where eager has one: R / 2 units at most, which show in float32 and float64 when
-    the base is much the larger and its own sum short. And float64 has no finer truth: a sum of n terms in another
-    order may differ by n / 2 units.
+    the base is much the larger and its own sum short. And a sum of n terms in another order may differ by n / 2 units:
+    float64 has no finer truth to tell, and the roundings of equal terms, where two tensors repeat one number, do not
+    average out.
     """
     found = accuracy.violations(got, inputs)
     if found and case.dtype in ("f32", "f64"):
-        terms = case.R + (max(case.N, case.K, inputs.x.shape[:-1].numel()) if case.dtype == "f64" else 0)
+        equal = sum(getattr(case, name) in ("expanded", "broadcast") for name in LAID) > 1
+        longest = max(case.N, case.K, inputs.x.shape[:-1].numel())
+        terms = case.R + (longest if case.dtype == "f64" or equal else 0)
         if not accuracy.violations(got, inputs, units=2.0 + terms / 2):
             near.append(case)
             return []
@@ -249,6 +253,51 @@ class _Modes:
         return got
 
     @staticmethod
+    def changed(case, inputs, face):
+        """What backward needs is changed before it runs: autograd's error, never the gradients of another call."""
+        y = face(face.leaves["X"])
+        needed = [name for name, who in {"X": "A", "A": "X", "B": "AX"}.items() if set(who) & set(case.wants)]
+        needed = [name for name in needed if face.leaves[name].is_contiguous()]  # the expanded cannot be changed
+        if not needed:
+            return {"Y": y.detach()}
+        leaf = face.leaves[needed[case.seed % len(needed)]].detach()
+        before = leaf.clone()
+        leaf.add_(1.0)
+        try:
+            y.backward(inputs.dy.to(y.dtype))
+        except RuntimeError as error:
+            _require("modified by an inplace operation" in str(error), str(error))
+        else:
+            raise Wrong("backward ran with what had been changed")
+        leaf.copy_(before)  # whose memory is the inputs'
+        return {"Y": y.detach()}
+
+    @staticmethod
+    def kept_elsewhere(case, inputs, face):
+        """Hooks that off-load what is kept bring other tensors back, with the same numbers."""
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            y = face(face.leaves["X"])
+        return {"Y": y.detach(), **_backward(case, inputs, face, y)}
+
+    @staticmethod
+    def other_thread(case, inputs, face):
+        y = face(face.leaves["X"])
+        got, errors = {}, []
+
+        def work():
+            try:
+                got.update(_backward(case, inputs, face, y))
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+        return {"Y": y.detach(), **got}
+
+    @staticmethod
     def in_place(case, inputs, face):
         y = face(face.leaves["X"]).neg_()
         return {"Y": -y.detach(), **{name: -g for name, g in _backward(case, inputs, face, y).items()}}
@@ -357,14 +406,20 @@ def forced(path: str | None):
 
 
 @contextlib.contextmanager
-def _node(wanted: bool):
-    """Path `cpu`'s node in C++ switched off for a while, unless `wanted`."""
-    before = functional._node
-    functional._node = before if wanted else None
+def _arranged(case: Case):
+    """The node, the threads and the instruction set that the case names, for a while."""
+    node, threads = functional._node, torch.get_num_threads()
+    functional._node = node if case.node else None
+    torch.set_num_threads(case.threads)
+    if case.instructions:
+        cpu._cpu.use_instructions(case.instructions)
     try:
         yield
     finally:
-        functional._node = before
+        functional._node = node
+        torch.set_num_threads(threads)
+        if case.instructions:
+            cpu._cpu.use_instructions(INSTRUCTIONS[0])
 
 
 def _require(holds: bool, what: str) -> None:
