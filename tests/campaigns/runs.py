@@ -4,7 +4,7 @@
 
 A disk that is full (a small tmpfs, where we may mount one; else a limit on file sizes), a read-only folder, two runs in
 one output folder, a cache shared by eight processes. Kills at random moments are `python tests/finetune/killed.py 50`;
-downloads that are cut, slowed, corrupted or replaced are in `tests/finetune/test_download.py`.
+downloads that are cut, slowed, corrupted or replaced are `python -m tests.campaigns.downloads`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("peft")
 
-from campaigns import concurrency, files, memory, numbers, observe, properties, runs, waits
+from campaigns import concurrency, downloads, files, memory, numbers, observe, properties, runs, waits
 from campaigns.case import Case
 from campaigns.loaders import LOADERS
 from fastlora.dispatch import registry
@@ -142,6 +142,13 @@ def test_threads_forks_and_workers():
 def test_a_disk_that_fills_up():
     """Two runs in one folder, kills and damage are in `tests/finetune`."""
     assert runs.campaign(["full_disk"], tries=1, seed=1) == []
+
+
+def test_downloads_in_trouble_and_killed():
+    found, fetched = downloads.campaign(30, seed=1)
+    assert not found and 10 < fetched < 30
+    found, midway = downloads.killed(8, seed=1)
+    assert not found and midway
 
 
 @pytest.mark.slow

@@ -1,21 +1,23 @@
-"""Downloads against a server on the loopback that cuts, stalls, lies, corrupts and replaces."""
+"""Downloads against a server on the loopback that cuts, stalls, lies, corrupts and replaces.
+
+Random trouble and kills are in `tests.campaigns.downloads`.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-import http.server
 import io
 import multiprocessing
 import random
 import re
 import tarfile
-import threading
 import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from campaigns.server import serving
 
 from fastlora.errors import WorkError
 from fastlora.finetune import convert, download, locate
@@ -24,65 +26,10 @@ CONTENT = random.Random(0).randbytes(300_000)
 SUM = hashlib.sha256(CONTENT).hexdigest()
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` by path. `plan` says what to do with each request in turn; when it is used up, serve well.
-
-    ("cut", n): close after n bytes; ("stall", n): send n bytes and then nothing; an int: that status;
-    ("flip", n): the byte n of the content inverted; "no range": ignore a Range header.
-    """
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files = {"/file.bin": CONTENT}
-        self.plan: list = []
-        self.ranges: list = []
-        self.stop_stalling = threading.Event()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        server, content = self.server, self.server.files[self.path]
-        what = server.plan.pop(0) if server.plan else None
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(asked[1]) if asked else 0
-        server.ranges.append(start)
-        if isinstance(what, int):
-            self.send_error(what)
-            return
-        kind, number = what if isinstance(what, tuple) else (what, 0)
-        if start >= len(content):
-            self.send_error(416)
-            return
-        if kind == "flip":
-            content = content[:number] + bytes([content[number] ^ 255]) + content[number + 1 :]
-        if asked and kind != "no range":
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        else:
-            start = 0
-            self.send_response(200)
-        body = content[start:]
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[:number] if kind in ("cut", "stall") else body)
-        if kind == "stall":
-            self.wfile.flush()
-            server.stop_stalling.wait(20)
-        self.close_connection = True
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server():
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with serving({"/file.bin": CONTENT}) as server:
         yield server
-        server.stop_stalling.set()
-        server.shutdown()
 
 
 def remote(server, path="/file.bin", sha256=SUM, size=300_000):
