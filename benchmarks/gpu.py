@@ -161,14 +161,14 @@ def _sanitizer(seconds: float) -> str:
 
 def _tune(seconds: float, folder: Path | None) -> str:
     from benchmarks import tune
-    from fastlora.dispatch import choice, table
+    from fastlora.dispatch import registry, table
 
     tune.main(seconds, None, folder)
     file = table.FOLDER / f"{table.device_class(torch.device('cuda'))}.json"
     if folder is not None and file.exists():
         shutil.copy(file, folder / file.name)
     table._rows.cache_clear()
-    choice._selected.clear()
+    registry.selected.clear()
     return f"table {file.name}"
 
 
