@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import accuracy
@@ -211,16 +212,21 @@ def test_nothing_waits_for_the_gpu(path):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def allocated():
+    """Bytes in use when nothing runs: autograd's own thread drops a step's gradients after handing them out."""
+    torch.cuda.synchronize()
+    time.sleep(0.05)
+    return torch.cuda.memory_allocated()
+
+
 def test_steps_leak_no_memory(path):
     inputs = drawn(path, 512, 384, 256, 8, torch.bfloat16, dropout_p=0.1)
     tensors = leaves(inputs)
     step(inputs, path, tensors)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     for _ in range(20):
         step(inputs, path, tensors)
-    torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == before
+    assert allocated() == before
 
 
 @pytest.mark.parametrize("path", ["onepass", "split"])
@@ -229,8 +235,7 @@ def test_nothing_as_large_as_x_is_kept_for_backward(path):
     inputs = drawn(path, M, N, K, R, torch.bfloat16, dropout_p=0.1)
     tensors = leaves(inputs)
     step(inputs, path, tensors)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = allocated()
     y = fastlora.lora_linear(tensors[0], inputs.weight, *tensors[1:], inputs.bias, 2.0, 0.1, path=path)
     kept = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
     assert kept <= 2 * M * R + 4096  # S, and a seed
