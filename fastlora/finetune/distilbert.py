@@ -72,7 +72,7 @@ def train(args: argparse.Namespace) -> None:
     """Fine-tune, test, save, load and predict, leaving everything in `args.output`; `args` as the flags."""
     device = pick_device(args.device)
     if device.type == "cuda" and "RANK" not in os.environ:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
     recipe = _recipe(args)
     settings = {"task": "distilbert", "data": args.data, "impl": args.impl, **vars(recipe), "seed": args.seed,
                 "device": device.type, "train_samples": args.train_samples, "test_samples": args.test_samples}
