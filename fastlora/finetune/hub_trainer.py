@@ -62,7 +62,7 @@ class HubTrainer(Trainer):
                 logits = outputs["logits"]
                 mean = torch.nn.functional.cross_entropy(logits.float(), labels)
                 correct = (logits.argmax(-1) == labels).sum()
-                part = torch.stack([mean.double() * len(labels), correct.double(), correct.new_tensor(len(labels))])
+                part = torch.stack([mean.double() * len(labels), correct.double(), correct.new_full((), len(labels))])
                 self._tally = self._tally.to(part.device) + part
         return (loss, outputs) if return_outputs else loss
 
