@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastlora.errors import UserError, WorkError
+from fastlora.errors import UserError, WorkError, shown
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,12 +37,6 @@ DTYPES = {
 
 class AdapterError(UserError, ValueError):
     """An adapter's files are missing, damaged or unsupported, or do not fit the model. One line."""
-
-
-def shown(name: object) -> str:
-    """A name out of a stranger's file, fit to be shown: quoted, control characters escaped, of bounded length."""
-    text = ascii(name)
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def open_regular(path: Path) -> tuple[BinaryIO, int]:

@@ -18,6 +18,12 @@ class FastLoRAWarning(UserWarning):
     """Something was asked for and something else runs; the message names both and says why."""
 
 
+def shown(name: object) -> str:
+    """A name out of a stranger's file, fit to be shown: quoted, control characters escaped, of bounded length."""
+    text = ascii(name)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 _said: set[Hashable] = set()
 
 
