@@ -6,11 +6,14 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fastlora.adapter_files import shown
 from fastlora.errors import UserError, WorkError
+from fastlora.regular_files import read_regular
 
 try:
     import fcntl
@@ -21,9 +24,12 @@ SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
 CHECKPOINT = "checkpoint.safetensors"
 RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "history.csv", "curves.png", "adapter_config.json",
-             "adapter_model.safetensors", "model.safetensors", "vocabulary.json")
+             "adapter_model.safetensors", "model.safetensors", "vocabulary.json", "checkpoints", "gpt2", "README.md")
+LOCK = ".fastlora.lock"
+MAX_JSON_BYTES = 16 << 20  # the largest, a vocabulary, has half a MiB
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_TEMPORARY = ".part"
+_SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_OURS, _TEMPORARY = ".fastlora-", ".part"  # how temporary files begin and end; the user's own are never touched
 
 
 @contextlib.contextmanager
@@ -33,7 +39,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     The content reaches the disk before the name does, so that a crash leaves the old file or the new one.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_TEMPORARY, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f"{_OURS}{path.name}.", suffix=_TEMPORARY, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -61,6 +67,13 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what `atomic_write` left in `folder` when it was killed."""
+    for left in folder.glob(f"{_OURS}*{_TEMPORARY}"):
+        if not left.is_dir():
+            left.unlink()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`, whole or not at all."""
     with atomic_write(path) as temporary:
@@ -69,13 +82,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value) -> None:
     """Write `value` as indented JSON, whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"))  # of a path that is not UTF-8, JSON's own escapes
 
 
 def read_json(path: Path):
-    """The JSON in `path`; UserError when it is missing or damaged."""
+    """The JSON in `path`; UserError when it is missing, damaged, no regular file or larger than ours are."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_regular(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -91,10 +105,16 @@ def locked(path: Path, wait: bool, busy: str) -> Iterator[None]:
     Args:
         path: the lock file.
         wait: wait for another holder; otherwise raise UserError(busy).
+
+    Raises OSError when `path` is a link, a pipe or anything else that is not a file: it may be the user's.
     """
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if path.is_symlink():
+            raise OSError(errno.EINVAL, "a symbolic link, not a lock file", str(path))
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | _SAFELY, 0o666)
         try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
             if fcntl:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -134,7 +154,7 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = contextlib.ExitStack()
-        held.enter_context(locked(path / ".lock", wait=False, busy=f"{path}: another run is writing to this folder"))
+        held.enter_context(locked(path / LOCK, wait=False, busy=f"{path}: another run is writing to this folder"))
     except OSError as error:
         if error.errno in FULL:
             raise
@@ -143,25 +163,24 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
         begun = _begun(path, settings, resume)
         if resume and not begun:
             print(f"{path}: holds no run to go on with; a new one starts", flush=True)
-        for left in path.glob(f".*{_TEMPORARY}"):
-            left.unlink()
+        clear_leftovers(path)
         if not begun:
             write_json(path / SETTINGS, dict(settings))
         try:
             yield begun
         except Exception:
-            if not any((path / name).exists() for name in RUN_FILES if name != SETTINGS):
+            if not any(os.path.lexists(path / name) for name in RUN_FILES if name != SETTINGS):
                 (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
             raise
 
 
 def _begun(path: Path, settings: Mapping, resume: bool) -> bool:
-    present = [name for name in RUN_FILES if (path / name).exists()]
+    present = [name for name in RUN_FILES if os.path.lexists(path / name)]
     if not present:
         return False
     if not resume:
-        state = "a finished run" if REPORT in present else f"a run's files ({present[0]})"
-        hint = "" if REPORT in present else ", or go on with it by --resume"
+        state = "a finished run" if {SETTINGS, REPORT} <= {*present} else f"a run's files ({present[0]})"
+        hint = ", or go on with it by --resume" if SETTINGS in present and REPORT not in present else ""
         raise UserError(f"{path}: holds {state} already; choose another --output{hint}")
     if SETTINGS not in present:
         raise UserError(f"{path}: holds {present[0]} but no {SETTINGS}, so there is no run to resume")
@@ -171,8 +190,9 @@ def _begun(path: Path, settings: Mapping, resume: bool) -> bool:
     now = json.loads(json.dumps(dict(settings)))
     for key in [*now, *before]:
         if before.get(key) != now.get(key):
-            raise UserError(f"{path}: the run was started with {key} = {before.get(key)}, not {now.get(key)}; "
-                            "--resume needs the same settings")
+            name = key if key in now else shown(key)
+            raise UserError(f"{path}: the run was started with {name} = {shown(before.get(key))}, not "
+                            f"{shown(now.get(key))}; --resume needs the same settings")
     return True
 
 

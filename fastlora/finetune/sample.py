@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from fastlora.finetune.files import atomic_write, locked
+from fastlora.finetune.files import LOCK, atomic_write, locked
 
 VERSION = "1"  # changes when the texts do
 _WORDS = {
@@ -49,7 +49,7 @@ def make_sample(folder: Path) -> Path:
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock", wait=True, busy=""):
+    with locked(folder / LOCK, wait=True, busy=""):
         for name, rows in _tables().items():
             path = folder / f"{name}.parquet"
             if not path.exists():
