@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -64,13 +65,50 @@ def test_a_later_process_reads_what_an_earlier_one_measured(monkeypatch):
     assert later.seen == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": [{"M": 1}]}', '{"rows": 3}'])
+ROW = {"M": 8, "N": 8, "K": 8, "R": 2, "dtype": "float32", "dropout": False, "path": "cpu"}
+MIXED = json.dumps({"rows": [ROW | {"M": "8"}, ROW | {"dtype": None}, ROW | {"dropout": None}, ROW | {"M": 8.5}]})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": [{"M": 1}]}', '{"rows": 3}', "[" * 100_000, MIXED])
 def test_a_damaged_file_costs_a_measurement_and_is_mended(content):
     file = autotune.store(CPU)
     file.parent.mkdir(parents=True)
     file.write_text(content)
     assert autotune.lookup(problem(), Measure(split=1.0)) == "split"
     assert autotune.read(file) == {table.bucket(problem()): "split"}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "20 GB"])
+def test_what_is_no_file_of_ours_costs_a_measurement_and_is_replaced(kind):
+    file = autotune.store(CPU)
+    file.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        with open(file, "wb") as sparse:
+            sparse.truncate(20 << 30)
+    assert autotune.lookup(problem(), Measure(split=1.0)) == "split"
+    assert autotune.read(file) == {table.bucket(problem()): "split"}
+
+
+@pytest.mark.parametrize("kind", ["a user's file", "link", "pipe"])
+def test_what_stands_in_the_locks_place_keeps_its_content(kind, tmp_path):
+    file, mine = autotune.store(CPU), tmp_path / "mine.txt"
+    mine.write_text("mine")
+    file.parent.mkdir(parents=True)
+    lock = file.with_suffix(".lock")
+    if kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "link":
+        lock.symlink_to(mine)
+    else:
+        mine.rename(lock)
+        mine = lock
+    with contextlib.nullcontext() if mine == lock else pytest.warns(UserWarning, match="cannot be kept"):
+        assert autotune.lookup(problem(), Measure(split=1.0)) == "split"
+    assert mine.read_text() == "mine"
 
 
 def test_a_path_that_is_no_longer_known_is_measured_again():

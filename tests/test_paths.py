@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -88,6 +89,27 @@ def test_the_verdict_is_kept_per_machine_and_a_damaged_one_is_not_trusted(gpu, m
     before = check._store("onepass", GPU)
     monkeypatch.setattr(check, "_driver", lambda device: "a newer one")
     assert check._store("onepass", GPU) != before
+
+
+@pytest.mark.parametrize("kind", ["deep", "20 GB", "escapes", "device", "pipe", "folder"])
+def test_what_is_no_verdict_of_ours_is_not_trusted(gpu, monkeypatch, kind):
+    monkeypatch.setattr(check, "examine", lambda name, device: None)
+    store = check._store("onepass", GPU)
+    store.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(store)
+    elif kind == "device":
+        store.symlink_to("/dev/zero")
+    elif kind == "folder":
+        store.mkdir()
+    else:
+        store.write_text("[" * 60_000 if kind == "deep" else json.dumps({"reason": "\x1b[2J\n"}))
+        if kind == "20 GB":
+            os.truncate(store, 20 << 30)
+    with pytest.warns(FastLoRAWarning, match="not be kept") if kind == "folder" else contextlib.nullcontext():
+        assert check.admit("onepass", GPU) is None
+    assert [path.name for path in store.parent.iterdir()] == [store.name]
+    assert kind == "folder" or check._read(store) == {"path": "onepass", "reason": None}
 
 
 def test_no_check_while_a_graph_is_captured(gpu, monkeypatch):

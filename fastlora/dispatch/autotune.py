@@ -8,8 +8,10 @@ that meet a new shape one measures and the others read; it is replaced whole, so
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,9 +27,11 @@ from fastlora.dispatch import registry, table
 from fastlora.dispatch.check import admit
 from fastlora.dispatch.problem import Problem
 from fastlora.errors import warn_once
+from fastlora.regular_files import read_regular
 
 FALLBACK = "torch"
-FIELDS = ("M", "N", "K", "R", "dtype", "dropout")  # of a row, in the order of `table.bucket`
+FIELDS = {"M": int, "N": int, "K": int, "R": int, "dtype": str, "dropout": bool}  # of a row, as in `table.bucket`
+MAX_BYTES = 8 << 20  # of the file: some 60,000 rows
 LOCK_WAIT_S = 60.0  # longer than any one tuning run
 ROUNDS = 11
 SAMPLE_S = 1e-3
@@ -62,7 +66,10 @@ def lookup(problem: Problem, measure: Callable[[Problem], dict[str, float]] | No
             return known.get(key, FALLBACK)
     except OSError as error:
         warn_once(("autotune", file), f"fastlora: what is tuned here cannot be kept in {file.parent}: {error}")
-        return _known[file].setdefault(key, _measured(measure, problem))
+        known = _known[file]
+        if key not in known:
+            known[key] = _measured(measure, problem)
+        return known[key]
 
 
 def fastest(seconds: dict[str, float]) -> str:
@@ -113,11 +120,12 @@ def store(device: torch.device) -> Path:
 def read(file: Path) -> dict[tuple, str]:
     """Bucket to path; empty when the file is absent or damaged, which costs one more measurement."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        rows = json.loads(read_regular(file, MAX_BYTES))["rows"]
         found = {tuple(row[name] for name in FIELDS): row["path"] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return {key: path for key, path in found.items() if path in registry.NAMES}
+    kinds = tuple(FIELDS.values())  # a row of other types is nobody's bucket, and could not be sorted among ours
+    return {key: path for key, path in found.items() if path in registry.NAMES and tuple(map(type, key)) == kinds}
 
 
 def write(file: Path, known: dict[tuple, str], device: torch.device) -> None:
@@ -161,7 +169,12 @@ def _lock(file: Path) -> Iterator[bool]:
         yield True
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+    path = file.with_suffix(".lock")
+    # whatever stands under that name is left as it is: a link's target is not opened, a pipe is not waited for
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(lock).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         end = time.monotonic() + LOCK_WAIT_S
         held = False
         while not held:
@@ -172,7 +185,9 @@ def _lock(file: Path) -> Iterator[bool]:
                 if time.monotonic() > end:
                     break
                 time.sleep(0.02)
-        yield held  # closing the file gives the lock back
+        yield held
+    finally:
+        os.close(lock)  # gives the lock back
 
 
 def _draw(problem: Problem) -> tuple[Tensor, ...]:

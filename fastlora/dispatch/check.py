@@ -23,7 +23,9 @@ from fastlora._version import __version__
 from fastlora.dispatch import registry
 from fastlora.dispatch.problem import Problem
 from fastlora.errors import warn_once
+from fastlora.regular_files import read_regular
 
+MAX_VERDICT_BYTES = 1 << 16
 # (M, N, K, R, dropout_p): no size a multiple of a tile, one aligned case for the TMA kernels, one of a single row
 CASES = ((37, 53, 41, 3, 0.0), (130, 72, 100, 16, 0.25), (64, 128, 256, 8, 0.0), (1, 24, 40, 1, 0.0))
 
@@ -169,13 +171,15 @@ def _driver(device: torch.device) -> str | None:
 
 def _read(store: Path) -> dict | None:
     try:
-        verdict = json.loads(store.read_text())
-        return verdict if verdict["reason"] is None or isinstance(verdict["reason"], str) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        verdict = json.loads(read_regular(store, MAX_VERDICT_BYTES))
+        reason = verdict["reason"]
+        return verdict if reason is None or (isinstance(reason, str) and reason.isprintable()) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # absent or damaged: check again
 
 
 def _write(store: Path, verdict: dict) -> None:
+    temporary = None
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=store.parent)
@@ -183,6 +187,8 @@ def _write(store: Path, verdict: dict) -> None:
             json.dump(verdict, file)
         os.replace(temporary, store)
     except OSError as error:  # a read-only home costs a second per process, nothing else
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
         warn_once(
             "self-check cache",
             f"fastlora: the self-check's verdict could not be kept in {store.parent}: {error}",
