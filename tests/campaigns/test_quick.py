@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("peft")
 
-from campaigns import concurrency, downloads, files, memory, numbers, observe, properties, runs, waits
+from campaigns import concurrency, downloads, files, memory, numbers, observe, properties, runs, sync, waits
 from campaigns.case import Case
 from campaigns.loaders import LOADERS
 from fastlora.dispatch import registry
@@ -103,6 +103,20 @@ def test_a_step_that_waits_for_a_gpu_is_found():
         assert found and what in found[0]
 
 
+def test_the_hollow_gpu_compiles(tmp_path):
+    reason = sync.compiler_missing()
+    if reason:
+        pytest.skip(reason)
+    symbols = sync.build(tmp_path).read_bytes()
+    assert all(name in symbols for name in (b"cudaStreamSynchronize", b"cuLaunchKernelEx", b"hollow_waits"))
+
+
+def test_the_hollow_gpu_says_what_it_lacks(monkeypatch, capsys):
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert sync.main([]) == sync.CANNOT_RUN
+    assert capsys.readouterr().out.endswith("it stands in for CUDA 13, and this torch was built for no CUDA\n")
+
+
 def test_properties():
     assert properties.campaign(40, seed=1) == []
 
@@ -137,6 +151,12 @@ def test_threads_forks_and_workers():
     assert concurrency.threads(4, 50) == 0
     assert concurrency.forks(3) == 0
     assert concurrency.workers(2, 20, "fork") == 0
+
+
+@pytest.mark.parametrize("name", concurrency.NEIGHBOURS)
+def test_calls_beside_other_work(name):
+    calls, wrong = concurrency.neighbours(name, 1.0)
+    assert wrong == 0 and calls > 10
 
 
 def test_a_disk_that_fills_up():
