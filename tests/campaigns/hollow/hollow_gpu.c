@@ -1,9 +1,9 @@
 /* A GPU that computes nothing: the parts of the CUDA runtime, the driver and cuBLAS that torch and Triton call.
 
    Loaded before all other libraries (LD_PRELOAD) it stands in for libcudart, libcuda.so.1 and cuBLAS, so that a CUDA
-   build of torch goes through all of its host code on a machine without a GPU. Device memory is host memory, copies are
-   real (up to 64 MiB), kernels and products are only counted: every result is garbage. What a driver refuses (launches and tensor maps
-   out of bounds, what may not be done while a graph is captured) is refused here too.
+   build of torch goes through all of its host code on a machine without a GPU. Device memory is host memory, copies of
+   up to 64 MiB are real, kernels and products are only counted: every result is garbage. What a driver refuses (launches
+   and tensor maps out of bounds, what may not be done while a graph is captured) is refused here too.
 
    Environment: HOLLOW_CAPABILITY (default 90), HOLLOW_MEMORY_GIB (default 80).
    For ctypes: hollow_launches(), hollow_waits(), hollow_last_wait(). */
