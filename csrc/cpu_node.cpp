@@ -19,9 +19,11 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "call.h"
 
@@ -37,6 +39,7 @@ const fastlora::Kernels* kernels = nullptr;
 PyObject* path_cpu = nullptr;         // the module fastlora.dispatch.cpu
 PyObject* python_gradients = nullptr;  // fastlora.functional._gradients
 int64_t tiny = 0;                     // fastlora.dispatch.choice.TINY
+std::string twice;                    // fastlora.functional.TWICE
 
 bool is_bfloat16(const Tensor& t) { return t.scalar_type() == at::kBFloat16; }
 bool kernels_take(const Tensor& t) { return is_bfloat16(t) || t.scalar_type() == at::kFloat; }
@@ -194,13 +197,11 @@ variable_list backward_in_python(const Tensor& dy, const variable_list& saved, d
 
 // Gradients made under create_graph=True: they may be used, but not differentiated.
 struct Once : torch::autograd::Function<Once> {
-  static variable_list forward(torch::autograd::AutogradContext*, const Tensor&, const variable_list& gradients) {
-    variable_list same;
-    for (const Tensor& t : gradients) same.push_back(t.detach());
-    return same;
+  static Tensor forward(torch::autograd::AutogradContext*, const Tensor&, const Tensor& gradient) {
+    return gradient.detach();
   }
   static variable_list backward(torch::autograd::AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, "trying to differentiate twice a function that was marked with @once_differentiable");
+    TORCH_CHECK(false, twice);
   }
 };
 
@@ -213,35 +214,45 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["p"] = p;
     ctx->saved_data["bias"] = bias.has_value();
+    ctx->saved_data["learns"] = x.requires_grad();
     return result.y;
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& incoming) {
-    if (!at::GradMode::is_enabled()) return inputs_order(gradients(ctx, incoming[0]));
+    const Tensor& dy = incoming[0];
+    const variable_list saved = ctx->get_saved_variables();
+    if (!at::GradMode::is_enabled()) return inputs_order(gradients(ctx, dy, saved));
     variable_list found;
     {
       at::NoGradGuard no_grad;
-      found = gradients(ctx, incoming[0]);
+      found = gradients(ctx, dy, saved);
     }
-    if (!incoming[0].requires_grad()) return inputs_order(found);
-    variable_list defined;
-    for (const Tensor& t : found)
-      if (t.defined()) defined.push_back(t);
-    defined = Once::apply(incoming[0], defined);
-    std::size_t next = 0;
-    for (Tensor& t : found)
-      if (t.defined()) t = defined[next++];
+    // each depends on dy and on all that learns but itself
+    const Tensor &A = saved[2], &B = saved[3];
+    const bool of_dy = dy.requires_grad(), of_A = A.requires_grad(), of_B = B.requires_grad();
+    const bool of_x = ctx->saved_data["learns"].toBool();
+    found[0] = once(found[0], of_dy || of_A || of_B, {dy, A, B});
+    found[1] = once(found[1], of_dy || of_x || of_B, {dy, A});
+    found[2] = once(found[2], of_dy || of_x || of_A, {dy, B});
+    found[3] = once(found[3], of_dy, {dy});
     return inputs_order(found);
   }
 
  private:
+  // `gradient`, and an error for who differentiates it, where it `depends` on what learns; one of `anchors` does.
+  static Tensor once(const Tensor& gradient, bool depends, const variable_list& anchors) {
+    if (!gradient.defined() || !depends) return gradient;
+    for (const Tensor& anchor : anchors)
+      if (anchor.requires_grad()) return Once::apply(anchor, gradient);
+    return gradient;
+  }
+
   static variable_list inputs_order(const variable_list& g) {
     return {g[0], Tensor(), g[1], g[2], g[3], Tensor(), Tensor()};
   }
 
-  static variable_list gradients(torch::autograd::AutogradContext* ctx, const Tensor& dy) {
+  static variable_list gradients(torch::autograd::AutogradContext* ctx, const Tensor& dy, const variable_list& saved) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const variable_list saved = ctx->get_saved_variables();
     const double scaling = ctx->saved_data["scaling"].toDouble(), p = ctx->saved_data["p"].toDouble();
     const Needs needs{ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3),
                       ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(4)};
@@ -261,7 +272,9 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
       return false;
     if (S.scalar_type() != dtype || S.size(0) != M || S.size(1) != R || B.size(0) != N || B.size(1) != R) return false;
     if (seed.defined() && (!is_plain(seed) || seed.scalar_type() != at::kLong || seed.numel() != 1)) return false;
-    if (weight.defined() && (!is_plain(weight) || weight.scalar_type() != dtype || weight.dim() != 2)) return false;
+    if (weight.defined() && (!is_plain(weight) || weight.scalar_type() != dtype || weight.dim() != 2 ||
+                             weight.size(0) != N || weight.size(1) != K))
+      return false;
     return !x.defined() || (is_plain(x) && x.scalar_type() == dtype && x.dim() > 0 && x.size(-1) == K &&
                             (K ? x.numel() / K : M) == M);
   }
@@ -282,7 +295,7 @@ bool fits(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& 
 
 // fastlora.dispatch.choice.is_tiny, of what fits
 bool is_tiny(const Tensor& x, const Tensor& weight, const Tensor& A, double scaling, double p) {
-  return p == 0.0 && scaling != 0.0 && !x.requires_grad() && x.dim() == 2 && x.size(0) * weight.numel() <= tiny &&
+  return p == 0.0 && scaling != 0.0 && std::abs(scaling) < 1e38 && !x.requires_grad() && x.dim() == 2 && x.size(0) * weight.numel() <= tiny &&
          x.scalar_type() == A.scalar_type();
 }
 
@@ -335,17 +348,19 @@ PyObject* lora_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// prepare(kernels, path_cpu, gradients, tiny): once, before anything else
+// prepare(kernels, path_cpu, gradients, tiny, twice): once, before anything else
 PyObject* prepare(PyObject*, PyObject* arguments) {
   PyObject *capsule, *path, *gradients;
   long long most;
-  if (!PyArg_ParseTuple(arguments, "OOOL", &capsule, &path, &gradients, &most)) return nullptr;
+  const char* message;
+  if (!PyArg_ParseTuple(arguments, "OOOLs", &capsule, &path, &gradients, &most, &message)) return nullptr;
   const void* table = PyCapsule_GetPointer(capsule, fastlora::KERNELS);
   if (!table) return nullptr;
   kernels = static_cast<const fastlora::Kernels*>(table);
   path_cpu = Py_NewRef(path);
   python_gradients = Py_NewRef(gradients);
   tiny = most;
+  twice = message;
   Py_RETURN_NONE;
 }
 

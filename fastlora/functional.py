@@ -9,13 +9,13 @@ large as y is kept.
 from __future__ import annotations
 
 from functools import partial
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from fastlora import reference
@@ -25,6 +25,10 @@ from fastlora.dispatch.problem import rows
 from fastlora.errors import warn_once
 
 _PLAIN = frozenset({Tensor, Parameter})
+TWICE = (
+    "fastlora.lora_linear gives no gradient of its gradient (a double backward); "
+    "fastlora.reference.lora_linear does, at eager's cost"
+)
 
 
 def lora_linear(
@@ -65,7 +69,7 @@ def lora_linear(
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
     if isinstance(scaling, Tensor):
-        lora_B, scaling = lora_B * scaling.detach().to(lora_B.dtype), 1.0
+        lora_B, scaling = _scaled(lora_B, scaling), 1.0
     if not training:
         dropout_p = 0.0
     # A mode that sees ATen's operations (a tracer, selective checkpointing) must see ours: the registered op.
@@ -77,6 +81,8 @@ def lora_linear(
         if y is not None:
             return y
     _check(x, weight, lora_A, lora_B, bias, dropout_p)
+    if scaling.__class__ is not float and not isinstance(scaling, Real):
+        raise TypeError(f"scaling is {type(scaling).__name__}; it needs to be a number or a Tensor of one element")
     if compiling:
         seed = torch.randint(2**63 - 1, (), device=x.device) if dropout_p > 0.0 else None
         return _forward_op(x, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed, path or "")[0]
@@ -119,6 +125,14 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _scaled(lora_B: Tensor, scaling: Tensor) -> Tensor:
+    """lora_B times a tensor of one element, in float32 at least: a scaling that 16 bits do not hold is no infinity."""
+    if scaling.numel() != 1:
+        raise ValueError(f"scaling has shape {tuple(scaling.shape)}; it needs to have one element, or to be a number")
+    wide = torch.promote_types(lora_B.dtype, torch.float32)
+    return (lora_B.to(wide) * scaling.detach().reshape(()).to(wide)).to(lora_B.dtype)
 
 
 def _freeze(weight: Tensor) -> Tensor:
@@ -205,8 +219,29 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        # under create_graph=True: first-order gradients, and an error for who differentiates them
-        return _once_differentiable_backward(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward_once(ctx, dy):
+    """Under create_graph=True: the gradients, and an error for who differentiates those that depend on what learns."""
+    with torch.no_grad():
+        dx, _, dA, dB, dbias, *rest = _backward(ctx, dy)
+    need_x, _, need_A, need_B, *_ = ctx.needs_input_grad
+    of_dy = dy.requires_grad
+    return (
+        _not_again(dx, of_dy or need_A or need_B),
+        None,
+        _not_again(dA, of_dy or need_x or need_B),
+        _not_again(dB, of_dy or need_x or need_A),
+        _not_again(dbias, of_dy),
+        *rest,
+    )
+
+
+def _not_again(gradient: Tensor | None, depends: bool) -> Tensor | None:
+    if gradient is None or not depends:
+        return gradient
+    return torch._C._functions.DelayedError(TWICE.encode(), 1)(gradient.detach().requires_grad_())
 
 
 def _backward(ctx, dy):
@@ -265,14 +300,13 @@ def _backward_as_written(run, dy, x, weight, lora_A, lora_B, S, scaling, dropout
     return dx, dA, dB
 
 
-_once_differentiable_backward = once_differentiable(_backward)
 # What torch.autograd.Function.apply ends in. The rest is for function transforms, of which none is active where this is
 # called (and what they leave behind is unwrapped there); it costs 4 microseconds a call.
 _apply = super(torch.autograd.Function, _LoRALinear).apply
 # Path `cpu` as a node in C++, where it was built for this torch: it takes ordinary tensors and leaves the rest to us.
 _node = cpu.NODE
 if _node is not None:
-    _node.prepare(cpu.kernels(), cpu, _gradients, TINY)
+    _node.prepare(cpu.kernels(), cpu, _gradients, TINY, TWICE)
 
 
 # What a compiler sees. The ops choose their path when they run, so that one graph serves every M. A dispatcher call
@@ -298,7 +332,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path):
-    M = x.shape[:-1].numel()
+    M = rows(x).shape[0]  # symbolic where x's is, so that one graph serves every M
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((M, lora_A.shape[0]))
 
 

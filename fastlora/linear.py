@@ -175,18 +175,21 @@ class FusedLoRALinear(nn.Module):
         The sum is formed in float32 (float64 for a float64 layer) and rounded once. Merging twice does nothing.
 
         Raises:
-            ValueError: the sum is not finite where the base weight was; the layer is left unmerged.
+            ValueError: the sum is not finite where the base weight was, or the weight is computed from others (pruned,
+                parametrised); the layer is left unmerged.
         """
         if self._base is not None:
             return
-        base = self.weight
+        base = self._parameters.get("weight")
+        if base is None:
+            raise ValueError("weight is pruned or parametrised, so it cannot be replaced; the layer is left unmerged")
         wide = torch.promote_types(torch.float32, torch.promote_types(base.dtype, self.lora_A.dtype))
         total = torch.addmm(base.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
         merged = total.to(base.dtype)
         if not base.is_meta and bool((torch.isfinite(base) & ~torch.isfinite(merged)).any()):
             raise ValueError(f"the merged weight is not finite in {base.dtype}; the layer is left unmerged")
-        self._keep_base(base)
         self.weight = nn.Parameter(merged, requires_grad=False)
+        self._keep_base(base)
 
     def unmerge(self) -> None:
         """Put the base weight back: the same parameter, bit for bit. Does nothing when not merged."""
@@ -225,26 +228,19 @@ class FusedLoRALinear(nn.Module):
         finally:
             self._keep_base(self._parameters.pop("_base"))
 
-    @contextmanager
-    def _stored_weight(self):
-        """Inside, `weight` is what the state dict speaks of: unmerged, in the layout of the original layer."""
-        weight = self.weight
-        base = weight if self._base is None else self._base
-        stored = nn.Parameter(base.detach().t(), requires_grad=False) if self.fan_in_fan_out else base
-        self._parameters["weight"] = stored
-        try:
-            yield
-        finally:
-            if self._parameters["weight"] is not stored:  # load_state_dict(assign=True) put another one there
-                base = self._parameters["weight"]
-                base = nn.Parameter(base.detach().t(), requires_grad=False) if self.fan_in_fan_out else base
-            self._parameters["weight"] = base if self._base is None else weight
-            if self._base is not None:
-                self._keep_base(base)
+    def _as_stored(self, base: Tensor) -> Tensor:
+        """A base weight (N, K) in the layout of the original layer, which the state dict has, or one of those back."""
+        return base.t() if self.fan_in_fan_out else base
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        with self._stored_weight():
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Nothing of the layer changes meanwhile: another thread may be in forward.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        base = self._parameters.get("weight") if self._base is None else self._base
+        if base is not None and self.fan_in_fan_out:
+            stored = self._as_stored(base.detach())
+            destination[prefix + "weight"] = nn.Parameter(stored, requires_grad=False) if keep_vars else stored
+        elif self.merged:
+            destination[prefix + "weight"] = base if keep_vars else base.detach()
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         with self._stored_weight():
@@ -252,6 +248,27 @@ class FusedLoRALinear(nn.Module):
         if self.merged:
             self.unmerge()
             self.merge()
+
+    @contextmanager
+    def _stored_weight(self):
+        """Inside, `weight` is what the state dict speaks of: unmerged, in the layout of the original layer."""
+        weight = self._parameters.get("weight")
+        if weight is None:  # pruned or parametrised: what it is computed from is loaded
+            yield
+            return
+        base = weight if self._base is None else self._base
+        stored = nn.Parameter(self._as_stored(base.detach()), requires_grad=False) if self.fan_in_fan_out else base
+        self._parameters["weight"] = stored
+        try:
+            yield
+        finally:
+            if self._parameters["weight"] is not stored:  # load_state_dict(assign=True) put another one there
+                base = self._parameters["weight"]
+                if self.fan_in_fan_out:
+                    base = nn.Parameter(self._as_stored(base.detach()), requires_grad=False)
+            self._parameters["weight"] = base if self._base is None else weight
+            if self._base is not None:
+                self._keep_base(base)
 
 
 class EagerLoRALinear(FusedLoRALinear):

@@ -39,12 +39,12 @@ class TestStrangersWeights:
         (saved / WEIGHTS_NAME).unlink()
         assert WEIGHTS_NAME in refused(saved)
         (saved / WEIGHTS_NAME).mkdir()
-        assert "not a file" in refused(saved)
+        assert "not a regular file" in refused(saved)
 
     def test_a_pipe_is_not_waited_for(self, saved):
         (saved / WEIGHTS_NAME).unlink()
         os.mkfifo(saved / WEIGHTS_NAME)
-        assert "not a file" in refused(saved)
+        assert "not a regular file" in refused(saved)
 
     def test_links_are_followed(self, saved, tmp_path):
         (saved / WEIGHTS_NAME).rename(tmp_path / "blob")

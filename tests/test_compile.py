@@ -7,6 +7,7 @@ from dataclasses import replace
 import accuracy
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fastlora
 
@@ -78,3 +79,14 @@ def test_autocast_in_a_graph():
 
     graph = torch.compile(step, fullgraph=True, backend="aot_eager")(x)
     assert graph.dtype is torch.bfloat16 and torch.equal(graph, step(x))
+
+
+def test_one_graph_serves_every_number_of_rows():
+    layer, graphs = fastlora.FusedLoRALinear(14, 10, r=3), CompileCounter()
+    compiled = torch.compile(layer, backend=graphs, dynamic=True, fullgraph=True)
+    for M in range(2, 14):
+        compiled(torch.randn(M, 14))
+    assert graphs.frame_count == 1
+    exported = torch.export.export(layer, (torch.randn(5, 14),), dynamic_shapes={"x": {0: torch.export.Dim("M")}})
+    x = torch.randn(9, 14)
+    torch.testing.assert_close(exported.module()(x), layer(x))

@@ -332,6 +332,20 @@ def test_saved_tensors_may_come_back_with_other_strides_and_inputs_may_be_negati
     assert not accuracy.violations(accuracy.run(fastlora.lora_linear, negative, path="cpu"), plain)
 
 
+def test_a_weight_that_hooks_have_narrowed_is_refused(either_node):
+    """ATen's product would have the narrower shape, and the kernels add to it."""
+    inputs = accuracy.draw(40, 16, 96, 4, torch.bfloat16)
+    x = inputs.x.requires_grad_()
+
+    def narrowed(t):
+        return t[:, :1] if t.shape == inputs.weight.shape else t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, narrowed):
+        y = fastlora.lora_linear(x, inputs.weight, inputs.lora_A, inputs.lora_B, path="cpu")
+        with pytest.raises(RuntimeError, match="weight came back from saved-tensor hooks as"):
+            y.sum().backward()
+
+
 def test_a_new_verdict_is_obeyed_at_once(monkeypatch):
     layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8, requires_grad=True)
     layer(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from decimal import Decimal
 
 import accuracy
 import numpy as np
@@ -183,13 +184,28 @@ def test_output_is_no_view_and_takes_in_place_ops(shape):
     assert x.grad.shape == x.shape
 
 
-def test_double_backward_is_a_clear_error():
-    inputs = accuracy.draw(4, 5, 6, 2, torch.float32)
-    x = inputs.x.requires_grad_()
-    y = fastlora.lora_linear(x, inputs.weight, inputs.lora_A, inputs.lora_B)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        dx.sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("asks", ["xAB", "AB", "xB", "xA", "x", "A", "B"])
+@pytest.mark.parametrize("dy_asks", [False, True])
+def test_double_backward_is_a_clear_error_wherever_eager_has_a_gradient(either_node, dtype, asks, dy_asks):
+    inputs = accuracy.draw(40, 50, 60, 2, dtype)  # too large for ATen's own nodes, where it works
+
+    def gradients(function):
+        x, A, B = (
+            t.clone().requires_grad_(n in asks)
+            for n, t in zip("xAB", (inputs.x, inputs.lora_A, inputs.lora_B), strict=True)
+        )
+        y = function(x, inputs.weight, A, B, scaling=2.0, path="torch" if dtype is torch.float16 else "cpu")
+        leaves = [t for t in (x, A, B) if t.requires_grad]
+        dy = inputs.dy.clone().requires_grad_(dy_asks)
+        return torch.autograd.grad(y, leaves, dy, create_graph=True)
+
+    eager, ours = gradients(fastlora.reference.lora_linear), gradients(fastlora.lora_linear)
+    assert [g.requires_grad for g in ours] == [g.requires_grad for g in eager]
+    for g in ours:
+        if g.requires_grad:
+            with pytest.raises(RuntimeError, match="no gradient of its gradient"):
+                g.sum().backward()
 
 
 def test_gradients_accumulate_and_graphs_are_retained():
@@ -260,6 +276,13 @@ def test_dropout_at_its_ends(p):
     )
 
 
+@pytest.mark.parametrize("path", [None, "torch"])
+def test_dropout_just_below_one_drops_everything(path):
+    inputs = accuracy.draw(6, 5, 7, 2, torch.float32)
+    y = fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, dropout_p=1 - 1e-6, path=path)
+    torch.testing.assert_close(y, torch.nn.functional.linear(inputs.x, inputs.weight))
+
+
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(adapter_dtype):
     inputs = accuracy.draw(32, 24, 40, 4, torch.float32)
@@ -290,6 +313,33 @@ def test_scaling_as_a_tensor():
     for scaling in (torch.tensor(0.5), torch.tensor([0.5], dtype=torch.float64)):
         got = accuracy.run(fastlora.lora_linear, replace(inputs, scaling=scaling))
         assert not accuracy.violations(got, replace(inputs, scaling=0.5))
+
+
+def test_a_scaling_beyond_16_bits_leaves_a_zero_update_zero():
+    inputs = accuracy.draw(8, 5, 6, 2, torch.float16)
+    y = fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B * 0, scaling=torch.tensor(1e5))
+    assert torch.equal(y, torch.nn.functional.linear(inputs.x, inputs.weight))
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(2), torch.ones(0), "2", None, np.array(2.0), Decimal(2)])
+def test_a_wrong_scaling_is_named(wrong):
+    inputs = accuracy.draw(8, 2, 6, 2, torch.float32)
+    with pytest.raises((TypeError, ValueError), match=r"^scaling "):
+        fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, scaling=wrong)
+
+
+@pytest.mark.parametrize("path", [None, "torch"])
+@pytest.mark.parametrize("scaling", [1e39, -1e300, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_a_scaling_beyond_float32_is_eagers(path, scaling, dtype):
+    inputs = replace(accuracy.draw(4, 3, 5, 2, dtype), scaling=scaling)
+    ours = fastlora.lora_linear(
+        inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, scaling, path=path
+    )
+    eager = fastlora.reference.lora_linear(
+        inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, scaling
+    )
+    torch.testing.assert_close(ours, eager, equal_nan=True)
 
 
 def test_results_repeat_bit_for_bit():

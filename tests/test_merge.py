@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_linear import FLOATS, bits, conv1d, trained
 from torch import nn
+from torch.nn.utils import prune
 
 from fastlora import FusedLoRALinear
 from fastlora.linear import EagerLoRALinear
@@ -143,3 +144,21 @@ class TestMerge:
             twin.unmerge()
             assert torch.equal(bits(twin.weight), before)
         assert layer.merged
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrised"])
+def test_a_weight_that_is_computed_from_others_stays_as_it_is(how):
+    layer, x = trained(FusedLoRALinear(6, 5, r=2)), torch.randn(3, 6)
+    if how == "pruned":
+        prune.l1_unstructured(layer, "weight", 0.5)
+    else:
+        nn.utils.parametrizations.weight_norm(layer, "weight")
+    before, names = layer(x), [name for name, _ in layer.named_parameters()]
+    state = layer.state_dict()
+    assert "weight" not in state
+    assert [name for name, _ in layer.named_parameters()] == names
+    with pytest.raises(ValueError, match="weight is pruned or parametrised"):
+        layer.merge()
+    assert not layer.merged and torch.equal(layer(x), before)
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), before)

@@ -151,7 +151,7 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
 
     None for dx when weight is None, for dA when x is None, for dB unless `need_B`.
     """
-    check_saved(dy, x, S, lora_A, lora_B, seed)
+    check_saved(dy, x, weight, S, lora_A, lora_B, seed)
     dy, S, lora_A, lora_B = _dense_rows(dy), _packable(S), _packable(lora_A), _packable(lora_B)
     (M, N), (R, K) = dy.shape, lora_A.shape
     dx = dA = dB = None

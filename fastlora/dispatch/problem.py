@@ -32,7 +32,9 @@ def rows(t: Tensor) -> Tensor:
     return t if dims == 2 else t.flatten(0, -2) if dims > 2 else t.unsqueeze(0)
 
 
-def check_saved(dy: Tensor, x: Tensor | None, S: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None) -> None:
+def check_saved(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, S: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None
+) -> None:
     """Refuse what hooks of saved tensors have made of them: kernels read addresses. One expression when all is well."""
     (M, N), (R, K), dtype, adapter_dtype, device = dy.shape, lora_A.shape, dy.dtype, lora_A.dtype, dy.device
     if (
@@ -43,9 +45,11 @@ def check_saved(dy: Tensor, x: Tensor | None, S: Tensor, lora_A: Tensor, lora_B:
         and S.device == lora_A.device == lora_B.device == device
         and (seed is None or (seed.dtype is torch.int64 and seed.numel() == 1 and seed.device == device))
         and (x is None or (x.dtype is dtype and x.shape[-1] == K and x.shape[:-1].numel() == M and x.device == device))
+        and (weight is None or (weight.dtype is dtype and weight.shape == (N, K) and weight.device == device))
     ):
         return
-    expected = {"S": (S, (M, R), dtype), "x": (x, (M, K), dtype), "lora_A": (lora_A, (R, K), adapter_dtype)}
+    expected = {"S": (S, (M, R), dtype), "x": (x, (M, K), dtype), "weight": (weight, (N, K), dtype)}
+    expected |= {"lora_A": (lora_A, (R, K), adapter_dtype)}
     expected |= {"lora_B": (lora_B, (N, R), adapter_dtype), "the dropout seed": (seed, (), torch.int64)}
     for name, (t, shape, kind) in expected.items():
         if t is None:

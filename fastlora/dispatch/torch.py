@@ -104,17 +104,23 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
 
 def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """scaling * (a @ b), rounded once and without a pass of its own for the factor."""
-    if scaling == 0.0:  # BLAS would not look at a and b then, and lose their NaN
-        return torch.mm(a, b).mul_(0.0)
+    if not _rides(scaling):
+        return torch.mm(a, b).mul_(scaling)
     return torch.addmm(_nothing(a.dtype, a.device), a, b, beta=0, alpha=scaling)
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
     """y += scaling * (a @ b)."""
-    if scaling == 0.0:
-        y.add_(torch.mm(a, b).mul_(0.0))
-    else:
+    if _rides(scaling):
         y.addmm_(a, b, alpha=scaling)
+    else:
+        y.add_(torch.mm(a, b).mul_(scaling))
+
+
+def _rides(scaling: float) -> bool:
+    """Whether a GEMM takes the factor: at 0 BLAS would not look at a and b and lose their NaN, nor does it take more
+    than float32 holds."""
+    return 0.0 < abs(scaling) < 1e38
 
 
 @cache
@@ -167,8 +173,11 @@ def keep_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype) -> tup
     bits = random.view(torch.int16)  # uniform over [-32768, 32768): ATen compares no unsigned 16-bit integers
     if K % 4:
         bits = bits[: M * K].view(M, K)
+    least = round(p * 65536) - 32768
     keep = torch.empty((M, K), dtype=dtype, device=seed.device)
-    torch.ge(bits, round(p * 65536) - 32768, out=keep)
+    if least > 32767:  # p is 1 to 1/65536, and no 16 bits hold the bound
+        return keep.zero_(), scale
+    torch.ge(bits, least, out=keep)
     return keep, scale
 
 

@@ -98,7 +98,7 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
     """
     from fastlora.kernels import gemm, grads
 
-    check_saved(dy, x, S, lora_A, lora_B, seed)
+    check_saved(dy, x, weight, S, lora_A, lora_B, seed)
     dropout = dropout_of(dropout_p, seed)
     with on_device_of(dy):
         dS, dB = grads.ds_db(dy, lora_B, S, exact(scaling, dropout_p))

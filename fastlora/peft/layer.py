@@ -85,6 +85,8 @@ class _Parts:
 class FusedLinear(PeftLinear):
     """`peft.tuners.lora.Linear` with `fastlora.lora_linear` as its arithmetic. Made by `patch`, never constructed.
 
+    Its methods call each other by the class: `unpatch` in another thread may take it from under a call.
+
     x (..., K) -> (..., N) in the base layer's output dtype. Calls are counted in eager mode only: a counter inside
     compiled code would have the compiler guard on its value.
     """
@@ -93,12 +95,12 @@ class FusedLinear(PeftLinear):
         if is_compiling():
             if (reasons.of_layer(self) or reasons.of_call(self, x, args, kwargs)) is not None:
                 return PeftLinear.forward(self, x, *args, **kwargs)
-            return lora_linear(x, *self._arguments())
+            return lora_linear(x, *FusedLinear._arguments(self))
 
         record = self.__dict__.get("_fastlora")
         parts = record.parts if record is not None else None
         if parts is None or args or kwargs or not parts.hold(self):
-            return self._examine(x, args, kwargs)
+            return FusedLinear._examine(self, x, args, kwargs)
         base, adapter = parts.base._parameters, parts.down._parameters
         weight, bias, lora_A = base.get("weight"), base["bias"], adapter.get("weight")
         adapter = parts.up._parameters
@@ -121,7 +123,7 @@ class FusedLinear(PeftLinear):
             or forward_ad._current_level >= 0
             or _tracing_state() is not None
         ):
-            return self._examine(x, args, kwargs)
+            return FusedLinear._examine(self, x, args, kwargs)
         record.fused_calls += 1
         return lora_linear(
             x,
@@ -146,8 +148,8 @@ class FusedLinear(PeftLinear):
         record.last = reason
         if reason is None:
             record.fused_calls += 1
-            record.path = self.explain(x).path
-            return lora_linear(x, *self._arguments())
+            record.path = FusedLinear.explain(self, x).path
+            return lora_linear(x, *FusedLinear._arguments(self))
         record.fallback_calls += 1
         record.reasons[reason] = record.reasons.get(reason, 0) + 1
         warn_once(
@@ -162,7 +164,7 @@ class FusedLinear(PeftLinear):
         reason = reasons.of_layer(self) or reasons.of_call(self, x, (), {})
         if reason is not None:
             return Explanation("peft", reason)
-        weight, lora_A, _, _, scaling, dropout_p = self._arguments()
+        weight, lora_A, _, _, scaling, dropout_p = FusedLinear._arguments(self)
         view = SimpleNamespace(weight=weight, lora_A=lora_A, scaling=scaling, training=True, lora_dropout=dropout_p)
         return explain(view, x)
 

@@ -1,7 +1,8 @@
 """One layer called from many threads, from forked processes and by DataLoader workers: the same bits as alone.
 
-    python -m tests.campaigns.concurrency --threads 8 --calls 200 --forks 8
+    python -m tests.campaigns.concurrency --threads 8 --calls 200 --forks 8 --seconds 5
 
+Beside the callers other threads save the layer, patch and unpatch it, and change how many threads torch has.
 Two CUDA streams are in `tests/gpu/test_gpu.py`.
 """
 
@@ -13,12 +14,14 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import fastlora
+import fastlora.peft
 
 
 def layer_and_inputs(count: int, seed: int = 0) -> tuple[fastlora.FusedLoRALinear, list[Tensor]]:
@@ -62,6 +65,94 @@ def threads(number: int, calls: int) -> int:
     for worker in workers:
         worker.join()
     return len(wrong)
+
+
+def _square_conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return _trained(fastlora.FusedLoRALinear.from_linear(Conv1D(96, 96), r=16))
+
+
+def _merged() -> nn.Module:
+    layer = _trained(fastlora.FusedLoRALinear(96, 96, r=16))
+    layer.merge()
+    return layer
+
+
+def _peft() -> nn.Module:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    base = nn.Linear(96, 96).requires_grad_(False)
+    return Linear(base, "default", LoraConfig(r=16, init_lora_weights=False), r=16, lora_alpha=16)
+
+
+def _trained(layer: fastlora.FusedLoRALinear) -> fastlora.FusedLoRALinear:
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def _saved(layer: nn.Module) -> None:
+    layer.state_dict()
+
+
+def _patched(layer: nn.Module) -> None:
+    fastlora.peft.unpatch(layer)
+    fastlora.peft.patch(layer)
+
+
+def _threads_changed(layer: nn.Module) -> None:
+    torch.set_num_threads(1 if torch.get_num_threads() == 2 else 2)
+
+
+# Who else is there, and a layer that is being called meanwhile; large enough that the CPU's kernels share it out.
+NEIGHBOURS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], None]]] = {
+    "a square Conv1D is saved": (_square_conv1d, _saved),
+    "a merged layer is saved": (_merged, _saved),
+    "a PEFT layer is unpatched and patched": (_peft, _patched),
+    "torch's threads change": (_square_conv1d, _threads_changed),
+}
+
+
+def neighbours(name: str, seconds: float, callers: int = 2) -> tuple[int, int]:
+    """(calls, those that raised or gave something else than alone) while another thread does what `name` says."""
+    make, act = NEIGHBOURS[name]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(300, 96)
+    wanted = layer(x).detach()
+    end, calls, wrong = time.monotonic() + seconds, [0] * callers, []
+    interval, before = sys.getswitchinterval(), torch.get_num_threads()
+    sys.setswitchinterval(1e-5)  # so that threads take turns within calls
+
+    def call(which: int) -> None:
+        while time.monotonic() < end:
+            calls[which] += 1
+            try:
+                y = layer(x)
+                if y.requires_grad:  # a merged layer does not learn
+                    y.sum().backward()
+                if not torch.allclose(y, wanted, rtol=1e-4, atol=1e-4):
+                    wrong.append("another output")
+            except Exception as error:
+                wrong.append(repr(error))
+
+    def disturb() -> None:
+        while time.monotonic() < end:
+            act(layer)
+
+    workers = [threading.Thread(target=call, args=(i,)) for i in range(callers)]
+    workers.append(threading.Thread(target=disturb))
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+        torch.set_num_threads(before)
+    for what in sorted(set(wrong)):
+        print(f"{name}: {what}")
+    return sum(calls), len(wrong)
 
 
 def forks(number: int, seconds: float = 60.0) -> int:
@@ -126,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--forks", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each neighbour")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     wrong = {
@@ -134,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
         "2 forked DataLoader workers, 100 rows": workers(2, 100, "fork"),
         "2 spawned DataLoader workers, 20 rows": workers(2, 20, "spawn"),
     }
+    for name in NEIGHBOURS:
+        calls, number = neighbours(name, args.seconds)
+        wrong[f"{calls} calls while {name}"] = number
     for what, number in wrong.items():
         print(f"{what}: {number} wrong")
     return bool(sum(wrong.values()))

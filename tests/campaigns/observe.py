@@ -218,8 +218,27 @@ class _Modes:
         names = [name for name in face.leaves if name in case.wants]
         if not names:
             return {"Y": y.detach()}
-        found = torch.autograd.grad(y, [face.leaves[n] for n in names], inputs.dy.to(y.dtype), create_graph=True)
+        dy = inputs.dy.to(y.dtype).requires_grad_(case.seed % 2 == 0)
+        found = torch.autograd.grad(y, [face.leaves[n] for n in names], dy, create_graph=True)
+        _Modes._again(case, inputs, names, found, dy.requires_grad)
         return {"Y": y.detach(), **{GRADIENTS[n]: g.detach() for n, g in zip(names, found, strict=True)}}
+
+    @staticmethod
+    def _again(case, inputs, names, found, dy_asks):
+        """What eager's gradients depend on is not lost: differentiating ours again works or is our own error."""
+        leaves = {"X": inputs.x, "A": inputs.lora_A, "B": inputs.lora_B, "b": inputs.bias}
+        x, A, B, bias = (None if t is None else t.detach().requires_grad_(n in names) for n, t in leaves.items())
+        y = fastlora.reference.lora_linear(x, inputs.weight, A, B, bias, case.scaling)
+        of_eager = dict(zip(leaves, (x, A, B, bias), strict=True))
+        dy = inputs.dy.detach().to(y.dtype).requires_grad_(dy_asks)
+        eager = torch.autograd.grad(y, [of_eager[n] for n in names], dy, create_graph=True)
+        for name, ours, theirs in zip(names, found, eager, strict=True):
+            _require(ours.requires_grad or not theirs.requires_grad, f"{name}'s gradient has lost what it depends on")
+            if ours.requires_grad:
+                try:
+                    ours.sum().backward(retain_graph=True)
+                except RuntimeError as error:
+                    _require("no gradient of its gradient" in str(error), str(error))
 
     @staticmethod
     def shared(case, inputs, face):

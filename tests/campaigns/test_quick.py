@@ -153,6 +153,12 @@ def test_threads_forks_and_workers():
     assert concurrency.workers(2, 20, "fork") == 0
 
 
+@pytest.mark.parametrize("name", concurrency.NEIGHBOURS)
+def test_calls_beside_other_work(name):
+    calls, wrong = concurrency.neighbours(name, 1.0)
+    assert wrong == 0 and calls > 10
+
+
 def test_a_disk_that_fills_up():
     """Two runs in one folder, kills and damage are in `tests/finetune`."""
     assert runs.campaign(["full_disk"], tries=1, seed=1) == []
