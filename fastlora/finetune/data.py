@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastlora.errors import UserError
+from fastlora import env
+from fastlora.errors import UserError, WorkError, shown
 from fastlora.finetune.vocabulary import PAD, Vocabulary
+from fastlora.regular_files import open_regular
+
+# the programs hold all words in memory, some ten times the text: a table beyond either bound is no table of texts
+MAX_TEXT, MAX_ROWS = 2 << 30, 50_000_000
+ROWS_AT_ONCE = 256  # few: a dictionary makes a row cost four bytes of the file, whatever its length
 
 
 def read_texts(
@@ -27,41 +33,98 @@ def read_texts(
     Args:
         path: the file.
         classes: labels are 0 .. classes - 1.
-        limit: take the first rows only.
+        limit: take the first rows only; no more of the file is read.
         text, label: the columns' names.
 
     Raises:
-        UserError: the file is missing, damaged or empty, lacks a column, or a row has no text or an unknown label.
+        UserError: the file is missing, damaged, empty or too large, lacks a column, or a row has no text or an unknown
+            label.
+        WorkError: there is not memory enough.
     """
     import pyarrow
-    import pyarrow.parquet
 
+    texts: list[str] = []
+    labels: list[int] = []
+    size = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        missing = [name for name in (text, label) if name not in file.schema_arrow.names]
-        if missing:
-            raise UserError(f"{path}: no column {missing[0]!r}; it has {', '.join(file.schema_arrow.names) or 'none'}")
-        table = file.read(columns=[text, label])
+        for words, numbers in _pieces(path, limit, text, label):
+            for row, (said, number) in enumerate(zip(words, numbers, strict=True), len(texts)):
+                if not isinstance(said, str):
+                    raise UserError(f"{path}: row {row} has no text in column {text!r}")
+                if number is None or not 0 <= number < classes:
+                    raise UserError(f"{path}: row {row} has the unknown label {number}; known are 0 to {classes - 1}")
+                size += len(said)
+            if size > MAX_TEXT:
+                raise UserError(f"{path}: holds more text than the {MAX_TEXT} characters that are read")
+            texts += words
+            labels += numbers
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except MemoryError:
+        raise WorkError(f"{path}: there is not memory enough to read it; --train-samples takes fewer rows") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: damaged, a column's name is not UTF-8") from None
+        raise UserError(f"{path}: damaged, a text is not UTF-8{_hint(path)}") from None
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: damaged or not a parquet file ({str(error).splitlines()[0][:90]})") from None
-    table = table if limit is None else table.slice(0, limit)
-    try:
-        texts, labels = table.column(text).to_pylist(), table.column(label).to_pylist()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: damaged, a text is not UTF-8") from None
-    if not texts:
-        raise UserError(f"{path}: holds no rows")
-    known = set(range(classes))
-    for row, (words, number) in enumerate(zip(texts, labels, strict=True)):
-        if not isinstance(words, str):
-            raise UserError(f"{path}: row {row} has no text in column {text!r}")
-        if type(number) is not int or number not in known:
-            raise UserError(f"{path}: row {row} has the unknown label {number!r}; known are 0 to {classes - 1}")
+        why = shown(getattr(error, "strerror", None) or str(error)[:90])
+        raise UserError(f"{path}: damaged or not a parquet file ({why}){_hint(path)}") from None
     return texts, labels
+
+
+def _pieces(path: Path, limit: int | None, text: str, label: str) -> Iterator[tuple[list, list[int | None]]]:
+    """The columns `text` and `label` of a file, a few rows at a time."""
+    import pyarrow.parquet
+
+    with open_regular(path) as source:
+        try:
+            file = pyarrow.parquet.ParquetFile(source)
+            schema = file.schema_arrow
+            names = schema.names
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: damaged, a column's name is not UTF-8{_hint(path)}") from None
+        for name in (text, label):
+            if names.count(name) != 1:
+                has = ", ".join(shown(other) for other in names[:10]) or "none"
+                raise UserError(f"{path}: {'two columns' if name in names else 'no column'} {name!r}; it has {has}")
+        if not file.metadata.num_rows:
+            raise UserError(f"{path}: holds no rows")
+        types = pyarrow.types
+        for name, needs, kinds in ((text, "texts", (types.is_string, types.is_large_string, types.is_string_view)),
+                                   (label, "whole numbers", (types.is_integer,))):  # fmt: skip
+            kind = schema.field(name).type
+            kind = kind.value_type if types.is_dictionary(kind) else kind
+            if not any(fits(kind) for fits in kinds):
+                raise UserError(f"{path}: column {name!r} holds {shown(str(kind)[:60])}, not {needs}")
+        _check_claims(path, file.metadata, (text, label), limit, source.seek(0, 2))
+        left = file.metadata.num_rows if limit is None else limit
+        for batch in file.iter_batches(min(left, ROWS_AT_ONCE), columns=[text, label]):
+            batch = batch.slice(0, left)
+            yield batch.column(text).to_pylist(), batch.column(label).to_pylist()
+            left -= len(batch)
+            if not left:
+                break
+
+
+def _check_claims(path: Path, metadata, columns: tuple[str, str], limit: int | None, size: int) -> None:
+    """UserError when what the file says of the rows to be read is too much, or more than the file can hold."""
+    wanted = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in columns]
+    rows = packed = unpacked = 0
+    for i in range(metadata.num_row_groups):
+        if limit is not None and rows >= limit:
+            break
+        group = metadata.row_group(i)
+        rows += group.num_rows
+        packed += sum(group.column(j).total_compressed_size for j in wanted)
+        unpacked += sum(group.column(j).total_uncompressed_size for j in wanted)
+    if packed > size:
+        raise UserError(f"{path}: damaged, it says that it is larger than it is{_hint(path)}")
+    if unpacked > MAX_TEXT or min(rows, limit or rows) > MAX_ROWS:
+        raise UserError(f"{path}: says that it holds {rows} rows of together {unpacked} bytes; at most {MAX_ROWS} rows "
+                        f"of {MAX_TEXT} bytes are read")
+
+
+def _hint(path: Path) -> str:
+    """What to do about damage: files in the cache were made by this package, which makes them again."""
+    return "; delete it, and it is made again" if env.cache_dir() in Path(path).parents else ""
 
 
 class TextDataset(Dataset):

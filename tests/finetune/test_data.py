@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, WorkError
+from fastlora.finetune import data
 from fastlora.finetune.batches import Batches
 from fastlora.finetune.data import TextDataset, collate_batch, random_split, read_texts
 from fastlora.finetune.sample import make_sample
@@ -111,14 +116,14 @@ def test_read_texts_takes_the_first_rows(tmp_path):
 
 
 @pytest.mark.parametrize(("columns", "message"), [
-    ({"text": ["x"], "lable": [0]}, "no column 'label'; it has text, lable"),
+    ({"text": ["x"], "lable": [0]}, "no column 'label'; it has 'text', 'lable'"),
     ({"label": [0]}, "no column 'text'"),
     ({"text": ["x", "y"], "label": [0, 2]}, "row 1 has the unknown label 2; known are 0 to 1"),
     ({"text": ["x"], "label": [-1]}, "unknown label -1"),
-    ({"text": ["x"], "label": ["pos"]}, "unknown label 'pos'"),
-    ({"text": ["x"], "label": [0.5]}, "unknown label 0.5"),
+    ({"text": ["x"], "label": ["pos"]}, "column 'label' holds '.*string', not whole numbers"),
+    ({"text": ["x"], "label": [0.5]}, "column 'label' holds 'double', not whole numbers"),
     ({"text": ["x", None], "label": [0, 1]}, "row 1 has no text"),
-    ({"text": [7], "label": [0]}, "row 0 has no text"),
+    ({"text": [7], "label": [0]}, "column 'text' holds 'int64', not texts"),
     ({"text": [], "label": []}, "holds no rows"),
 ])
 def test_wrong_tables_are_named(tmp_path, columns, message):
@@ -157,9 +162,6 @@ def test_the_sample_is_made_once_and_always_the_same(tmp_path):
 
 
 def test_a_text_that_is_not_utf8_is_named(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     texts = pyarrow.array([b"fine", b"\x80\x81"]).cast(pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": [0, 1]}), tmp_path / "t.parquet")
     with pytest.raises(UserError, match=r"t\.parquet: damaged, a text is not UTF-8"):
@@ -171,4 +173,88 @@ def test_a_column_name_that_is_not_utf8_is_named(tmp_path):
     pd.DataFrame({"text": ["fine"], "label": [0]}).to_parquet(path)
     path.write_bytes(path.read_bytes().replace(b"label", b"\xe5abel"))
     with pytest.raises(UserError, match=r"t\.parquet: damaged, a column's name is not UTF-8"):
+        read_texts(path, 2)
+
+
+def table(path, texts, labels, names=("text", "label")):
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(texts), labels], names=names), path)
+    return path
+
+
+@pytest.mark.parametrize(("labels", "names", "message"), [
+    (pyarrow.array([2**62], pyarrow.timestamp("us")), ("text", "label"), "holds 'timestamp.*', not whole numbers"),
+    (pyarrow.array([0], pyarrow.timestamp("s", tz="No/Where")), ("text", "label"), "not whole numbers"),
+    (pyarrow.array(["x"]), ("text", "text"), "two columns 'text'"),
+    (pyarrow.array([0]), ("text", "a\n\x1b[2J" + "x" * 100_000), r"it has 'text', 'a\\n\\x1b\[2Jx+\.\.\."),
+    (pyarrow.array([None], pyarrow.int64()), ("text", "label"), "row 0 has the unknown label None"),
+])
+def test_strange_columns_are_named_in_one_short_line(tmp_path, labels, names, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_texts(table(tmp_path / "a.parquet", ["x"], labels, names), 2)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+def test_texts_and_labels_of_a_dictionary(tmp_path):
+    columns = pyarrow.array(["x", "y"]).dictionary_encode(), pyarrow.array([1, 0]).dictionary_encode()
+    assert read_texts(table(tmp_path / "a.parquet", *columns), 2) == (["x", "y"], [1, 0])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"a\.parquet: .*not a regular file"):
+        read_texts(path, 2)
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    assert read_texts(parquet(tmp_path / "a.parquet", text=["x"], label=[0]).rename(tmp_path / "\udcff"), 2)[0] == ["x"]
+
+
+def bomb(path, rows=3_000_000):
+    """Some kB that stand for `rows` texts of 1,000 letters."""
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.repeat(pyarrow.scalar(0, pyarrow.int32()), rows), ["x" * 1000])
+    schema = pyarrow.schema({"text": texts.type, "label": pyarrow.int64()})
+    labels = pyarrow.repeat(pyarrow.scalar(0, pyarrow.int64()), rows)
+    with pyarrow.parquet.ParquetWriter(path, schema, store_schema=False, compression="zstd") as file:
+        file.write_table(pyarrow.table([texts, labels], schema=schema))
+    return path
+
+
+def test_a_small_file_of_much_text_is_refused_by_name_and_read_only_as_far_as_asked(tmp_path, monkeypatch):
+    path, asked = bomb(tmp_path / "a.parquet"), []
+    assert path.stat().st_size < 1_000_000
+    pieces = data._pieces
+    monkeypatch.setattr(data, "_pieces", lambda *a: (asked.append(len(piece[0])) or piece for piece in pieces(*a)))
+    assert len(read_texts(path, 2, limit=300)[0]) == 300 == sum(asked)
+    monkeypatch.setattr(data, "MAX_TEXT", 100_000_000)
+    with pytest.raises(UserError, match=r"a\.parquet: holds more text than the 100000000 characters"):
+        read_texts(path, 2)
+    monkeypatch.setattr(data, "MAX_ROWS", 1_000_000)
+    with pytest.raises(UserError, match=r"a\.parquet: says that it holds 3000000 rows"):
+        read_texts(path, 2)
+    assert len(read_texts(path, 2, limit=1)[0]) == 1
+
+
+def test_a_claim_of_much_is_refused_before_it_is_made_room_for(tmp_path, monkeypatch):
+    path = parquet(tmp_path / "a.parquet", text=["x" * 1000] * 10, label=[0] * 10)
+    monkeypatch.setattr(data, "MAX_TEXT", 500)
+    with pytest.raises(UserError, match=r"a\.parquet: says that it holds 10 rows of together"):
+        read_texts(path, 2, limit=2)
+
+
+def test_too_little_memory_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise pyarrow.ArrowMemoryError("malloc of size 4000000000 failed")
+
+    monkeypatch.setattr(data, "_pieces", full)
+    with pytest.raises(WorkError, match=r"a\.parquet: there is not memory enough"):
+        read_texts(tmp_path / "a.parquet", 2)
+
+
+def test_what_to_do_about_a_damaged_file_of_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    path = make_sample(tmp_path / "sample-1") / "imdb" / "train.parquet"
+    os.truncate(path, 1000)
+    with pytest.raises(UserError, match="delete it, and it is made again"):
         read_texts(path, 2)
