@@ -81,4 +81,4 @@ def _write(path: Path, rows: Sequence[tuple[str, int]]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
-        pd.DataFrame(rows, columns=["text", "label"]).to_parquet(temporary, index=False)
+        temporary.write_bytes(pd.DataFrame(rows, columns=["text", "label"]).to_parquet(index=False))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fastlora import env
-from fastlora.errors import UserError
+from fastlora.errors import UserError, shown
 
 FILES = {
     "imdb": ("imdb/train.parquet", "imdb/test.parquet"),
@@ -31,9 +32,9 @@ def locate(where: str, *needed: str) -> Path:
 
         return make_sample(env.cache_dir() / f"sample-{VERSION}")
     if where != "auto":
-        folder = Path(where).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"--data {where}: no such folder")
+        folder = env.expanded(where)
+        if not (where and os.path.isdir(folder)):  # Path's own is_dir raises for a name that is too long
+            raise UserError(f"--data {shown(where)}: no such folder")
         absent = missing(folder, *needed)
         if absent:
             raise UserError(f"--data {where}: lacks {absent[0]}")
@@ -52,7 +53,7 @@ def locate(where: str, *needed: str) -> Path:
 
 def missing(folder: Path, *needed: str) -> list[str]:
     """Those files of the data sets `needed` that `folder` lacks."""
-    return [file for name in needed for file in FILES[name] if not (folder / file).is_file()]
+    return [file for name in needed for file in FILES[name] if not os.path.isfile(folder / file)]
 
 
 def found() -> dict[str, str]:

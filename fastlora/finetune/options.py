@@ -37,18 +37,25 @@ def positive(text: str) -> float:
     return value
 
 
+def folder_name(text: str) -> Path:
+    """An argparse type: a folder's name. An empty one would be the current folder, which nobody asked for."""
+    if not text:
+        raise argparse.ArgumentTypeError("a folder's name is empty")
+    return Path(text)
+
+
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """The flags of every `fastlora train` program. Those without a default leave the choice to the program (None)."""
     parser.add_argument("--data", default="auto", metavar="DIR|sample|auto",
                         help="data folder; a small made-up sample; or FASTLORA_DATA, the cache, the network (default)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--output", type=folder_name, required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--impl", choices=("fused", "eager"), default="fused", help="the LoRA layer (default fused)")
     parser.add_argument("--epochs", type=whole(1), metavar="N", help="passes over the training data")
     parser.add_argument("--rank", type=whole(1, 1024), metavar="R", help="rank of the update")
     parser.add_argument("--alpha", type=positive, metavar="X", help="lora_alpha: the update is scaled by alpha / rank")
     parser.add_argument("--batch-size", type=whole(1), metavar="N")
     parser.add_argument("--lr", type=positive, metavar="X", help="learning rate")
-    parser.add_argument("--seed", type=whole(0, 2**40), default=0, metavar="N")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N")
     parser.add_argument("--device", default="auto", metavar="cpu|cuda[:N]|auto", help="default: cuda if there")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --output, if any")
     parser.add_argument("--train-samples", type=whole(2), metavar="N", help="train on the first N rows only")

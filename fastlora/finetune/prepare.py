@@ -7,20 +7,24 @@ Raschka, "Build a Large Language Model (From Scratch)", chapter 6.
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 
-from fastlora.errors import UserError
-from fastlora.finetune.files import atomic_write
+from fastlora.errors import UserError, WorkError, shown
+from fastlora.finetune.files import FULL, atomic_write
+from fastlora.finetune.options import folder_name
+from fastlora.regular_files import read_regular
 
 HELP = "turn a raw SMSSpamCollection file into spam/{train,valid,test}.parquet"
 SEED = 123
 LABELS = ("ham", "spam")
+MAX_BYTES = 100_000_000  # two hundred times the collection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastlora prepare spam`."""
     parser.add_argument("source", type=Path, help="the raw file: one message a line, label, tab, text")
-    parser.add_argument("--output", type=Path, required=True,
+    parser.add_argument("--output", type=folder_name, required=True,
                         help="data folder; the three files go to its folder spam/ (give it to train as --data)")
 
 
@@ -44,12 +48,18 @@ def balanced_split(source: Path) -> dict:
     import pandas as pd
 
     try:
-        raw = pd.read_csv(source, sep="\t", header=None, names=["Label", "Text"], encoding="utf-8")
+        content = io.BytesIO(read_regular(source, MAX_BYTES))
+        # nothing is guessed: not a compression by the name, not an index, numbers or missing values among the texts
+        raw = pd.read_csv(content, sep="\t", header=None, names=["Label", "Text", "more"], encoding="utf-8",
+                          index_col=False, dtype=str, keep_default_na=False)  # fmt: skip
     except FileNotFoundError:
         raise UserError(f"{source}: no such file") from None
-    except (OSError, UnicodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{source}: not a tab-separated text file ({str(error).splitlines()[0]})") from None
-    strange = raw[~raw["Label"].isin(LABELS) | raw["Text"].isna()]
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror})") from None
+    except (ValueError, pd.errors.ParserError) as error:
+        raise UserError(f"{source}: not a tab-separated text file ({shown(str(error)[:150])})") from None
+    more = raw.pop("more")
+    strange = raw[~raw["Label"].isin(LABELS) | raw["Text"].isna() | (raw["Text"] == "") | ~(more.isna() | (more == ""))]
     if len(strange):
         raise UserError(f"{source}: row {strange.index[0] + 1} is not 'ham' or 'spam', a tab and a text")
     spam, ham = raw[raw["Label"] == "spam"], raw[raw["Label"] == "ham"]
@@ -69,6 +79,8 @@ def write_split(parts: dict, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in parts.items():
             with atomic_write(folder / f"{name}.parquet") as temporary:
-                part.to_parquet(temporary, index=False)
+                temporary.write_bytes(part.to_parquet(index=False))  # pandas itself takes no name that is not UTF-8
     except OSError as error:
+        if error.errno in FULL:
+            raise WorkError(f"{folder}: the disk is full") from None
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
