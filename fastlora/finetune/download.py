@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import os
 import re
+import stat
 import time
 import urllib.error
 import urllib.request
@@ -17,8 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlora.errors import WorkError
+from fastlora.errors import WorkError, shown
+from fastlora.finetune import timed
 from fastlora.finetune.files import locked, sync_folder
+from fastlora.regular_files import open_regular
 
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 5  # in a row without any progress
@@ -98,10 +102,12 @@ def download(remote: Remote, folder: Path, pause: float = PAUSE) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, part = folder / remote.name, folder / f"{remote.name}.part"
-    if path.exists():
-        if _sha256(path) == remote.sha256:
-            return path
+    if _size(path) == remote.size and _sha256(path) == remote.sha256:
+        return path
+    if os.path.lexists(path):
         path.unlink()
+    if os.path.lexists(part) and _size(part, follow=False) not in range(remote.size + 1):
+        part.unlink()  # too long, or a link, which would be written through
     for _ in range(2):
         pieces = _transfer(remote, part, pause)
         got = _sha256(part)
@@ -117,11 +123,11 @@ def download(remote: Remote, folder: Path, pause: float = PAUSE) -> Path:
 
 
 def _transfer(remote: Remote, part: Path, pause: float) -> int:
-    """Bring `part` to the remote's size; returns in how many transfers, those of earlier runs counted as one."""
+    """Bring `part` to the remote's size; returns in how many transfers. What earlier runs left counts as several."""
     from tqdm import tqdm
 
     have = part.stat().st_size if part.exists() else 0
-    pieces, failures, furthest = int(have > 0), 0, have
+    pieces, failures, furthest = 2 * (have > 0), 0, have
     with tqdm(total=remote.size, initial=have, unit="B", unit_scale=True, desc=remote.name, disable=None) as bar:
         while have < remote.size:
             why = "the connection was closed early"
@@ -133,13 +139,15 @@ def _transfer(remote: Remote, part: Path, pause: float) -> int:
                 if error.code == 416:  # what we hold is not a beginning of what is there now
                     part.unlink(missing_ok=True)
                 elif error.code < 500 and error.code not in (408, 425, 429):
-                    raise WorkError(f"{remote.url}: the server says {error.code} {error.reason}; give a folder with "
-                                    "the data by --data DIR, or try --data sample") from None
-                why = f"the server says {error.code} {error.reason}"
+                    raise WorkError(f"{remote.url}: the server says {error.code} {shown(error.reason)}; give a folder "
+                                    "with the data by --data DIR, or try --data sample") from None
+                why = f"the server says {error.code} {shown(error.reason)}"
             except urllib.error.URLError as error:
-                why = str(error.reason)
+                why = shown(str(error.reason))
             except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                why = str(error) or type(error).__name__
+                why = shown(str(error) or type(error).__name__)
+            except ValueError as error:  # a redirect to what is no address
+                why = f"it leads to no address: {shown(str(error))}"
             have = part.stat().st_size if part.exists() else 0
             bar.n = have
             pieces += have != before
@@ -158,26 +166,35 @@ def _receive(remote: Remote, part: Path, have: int, report: Callable[[int], obje
     request = urllib.request.Request(remote.url, headers={"User-Agent": "fastlora", "Accept-Encoding": "identity"})
     if have:
         request.add_header("Range", f"bytes={have}-")
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+    with timed.open_url(request, TIMEOUT) as answer:
         if have and not (answer.status == 206 and f"bytes {have}-" in answer.headers.get("Content-Range", "")):
             have = 0  # the server sends the whole file again
         with open(part, "r+b" if have else "wb") as file:
             file.seek(have)
             file.truncate()
             while have < remote.size:
-                chunk = answer.read1(min(CHUNK, remote.size - have))
+                chunk = answer.piece(min(CHUNK, remote.size - have))
                 if not chunk:
                     return
                 file.write(chunk)
                 have += len(chunk)
                 report(len(chunk))
-            if answer.read1(1):  # longer than it should be: let the checksum refuse it
+            if answer.piece(1):  # longer than it should be: let the checksum refuse it
                 file.write(b"\0")
+
+
+def _size(path: Path, follow: bool = True) -> int | None:
+    """The size of a regular file, None for anything else."""
+    try:
+        found = os.stat(path, follow_symlinks=follow)
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

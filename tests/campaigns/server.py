@@ -18,7 +18,9 @@ class Server(http.server.ThreadingHTTPServer):
     ("cut", n): close after n bytes; ("reset", n): break the connection after n bytes; ("stall", n): send n bytes and
     then nothing; an int: that status; ("flip", n): the byte n of the content inverted; "no range": ignore a Range
     header; "drip": in small pieces; ("late range", n): a range that begins n bytes too late, and says so; "portal": a
-    page in the place of the file; "noise": no HTTP at all.
+    page in the place of the file; "noise": no HTTP at all; ("redirect", url): there, with a page that has no end;
+    ("reason", text): status 500 for that reason; ("endless", line): that line over and over, after a status line
+    unless it is one itself; "endless trailer": a chunked content, and lines after it that have no end.
     """
 
     daemon_threads = True
@@ -49,6 +51,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"\0" * 200)
             self.close_connection = True
             return
+        if kind in ("redirect", "reason", "endless", "endless trailer"):
+            self._raw(kind, number)
+            self.close_connection = True
+            return
         if kind == "portal":
             content, asked, start = b"<html>Please log in</html>", None, 0
         if kind == "late range" and asked:
@@ -69,6 +75,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self._send(kind, number, body)
         self.close_connection = True
+
+    def _raw(self, kind: str, text: str | int) -> None:
+        """What no server of the library's would send."""
+        if kind == "reason":
+            self.wfile.write(f"HTTP/1.1 500 {text}\r\nContent-Length: 0\r\n\r\n".encode("latin1"))
+            return
+        head, again = {
+            "redirect": (f"HTTP/1.1 302 Found\r\nLocation: {text}\r\n\r\n", "page"),
+            "endless": ("" if str(text).startswith("HTTP") else "HTTP/1.1 200 OK\r\n", text),
+            "endless trailer": ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n", "A: b\r\n"),
+        }[kind]
+        self.wfile.write(head.encode("latin1"))
+        while not self.server.stop_stalling.wait(0.001):  # until the client leaves
+            self.wfile.write(str(again).encode("latin1") * 100)
 
     def _send(self, kind: str | None, number: int, body: bytes) -> None:
         if kind == "drip":

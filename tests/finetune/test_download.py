@@ -9,6 +9,7 @@ import concurrent.futures
 import hashlib
 import io
 import multiprocessing
+import os
 import random
 import re
 import tarfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from campaigns.downloads import LINES, REASONS, REDIRECTS
 from campaigns.server import serving
 
 from fastlora.errors import WorkError
@@ -131,6 +133,58 @@ def test_another_length_is_refused(server, tmp_path, content):
     with pytest.raises(WorkError):
         fetch(server, tmp_path)
     assert not (tmp_path / "file.bin").exists()
+
+
+@pytest.mark.parametrize("left", [bytes(len(CONTENT)), CONTENT + b"xx", CONTENT[:-1] + b"x", bytes(100)])
+def test_what_was_left_damaged_or_too_long_is_fetched_afresh(server, tmp_path, left):
+    (tmp_path / "file.bin.part").write_bytes(left)
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.ranges[-1] == 0
+
+
+@pytest.mark.parametrize("name", ["file.bin", "file.bin.part"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "link", "20 GB"])
+def test_what_is_no_file_of_ours_is_replaced_and_its_target_kept(server, tmp_path, name, kind):
+    path, mine = tmp_path / "in" / name, tmp_path / "mine.txt"
+    path.parent.mkdir()
+    mine.write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "20 GB":
+        path.touch()
+        os.truncate(path, 20 << 30)
+    else:
+        path.symlink_to(mine if kind == "link" else "/dev/zero")
+    assert fetch(server, tmp_path / "in").read_bytes() == CONTENT
+    assert mine.read_text() == "mine" and [p.name for p in path.parent.iterdir()] == ["file.bin"]
+
+
+@pytest.mark.parametrize("trouble", ["endless trailer", *(("endless", line) for line in LINES)])
+def test_a_server_that_never_ends_is_given_up(server, tmp_path, monkeypatch, trouble):
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.plan = [trouble]
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("url", REDIRECTS)
+def test_redirects_are_followed_or_said_in_one_line(server, tmp_path, monkeypatch, url):
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    server.plan = [("redirect", url)]
+    if url == "/file.bin":
+        assert fetch(server, tmp_path).read_bytes() == CONTENT
+        return
+    with pytest.raises(WorkError, match=r"127\.0\.0\.1.*file\.bin: .*--data DIR") as caught:
+        fetch(server, tmp_path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_servers_words_are_escaped_and_cut(server, tmp_path, monkeypatch, reason):
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    server.plan = [("reason", reason)]
+    with pytest.raises(WorkError, match="the server says 500") as caught:
+        fetch(server, tmp_path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
 def test_a_full_disk_ends_in_an_os_error_and_keeps_what_came(server, tmp_path, monkeypatch):
