@@ -13,21 +13,30 @@ Both of theirs keep a linear weight as (in, out), and query, key and value side 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import numpy
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, shown
 from fastlora.finetune.files import atomic_write
 from fastlora.finetune.gpt2 import GPT2
+from fastlora.regular_files import check_regular, open_regular
 
 FILES = ("model.safetensors", "model.npz")
 _HUB_NAMES = ("gpt2", "openai-community/gpt2")
 _PARTS = {"attn.c_proj": "attention.out", "mlp.c_fc": "expand", "mlp.c_proj": "contract"}
 _NORMS = {"ln_1": "norm_1", "ln_2": "norm_2"}
+_DTYPES = ("F16", "BF16", "F32", "F64", "<f2", "<f4", "<f8")  # in safetensors, and in numpy's files
 _SPLIT = ("attention.query", "attention.key", "attention.value")
 
 
@@ -54,23 +63,39 @@ def find(folder: Path | None) -> Path:
 
 
 def load(model: GPT2, path: Path) -> None:
-    """Fill every weight of `model` but its head from the file, of either naming and any float dtype.
+    """Fill every weight of `model` but its head from the file, of either naming, in float16, bfloat16, 32 or 64.
+
+    Only these weights are read, each after its shape was compared: memory is bounded by the model's.
 
     Raises UserError, and leaves the model as it was, when the file is damaged, misses a tensor, or one has another
-    shape than the model or a value that is not finite.
+    shape than the model, another dtype, or a value that is not finite in the model's.
     """
-    theirs = _read(path)
-    ours = {}
-    for name, want in model.state_dict().items():
-        if name.startswith("head."):
-            continue
-        value = _take(theirs, name, path)
-        if value.shape != want.shape:
-            raise UserError(f"{path}: {name} has shape {tuple(value.shape)}, this model's is {tuple(want.shape)}")
-        if not torch.isfinite(value).all():
-            raise UserError(f"{path}: {name} holds values that are not finite")
-        ours[name] = value.to(want.dtype)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    ours: dict[str, Tensor] = {}
+    with _opened(path) as file:
+        for name, want in state.items():
+            key, split = _their_name(name)
+            if split:  # came along with the query
+                continue
+            names = [name] if split is None else [name.replace(_SPLIT[0], part) for part in _SPLIT]
+            value = _transposed(key, _read(file, key, _their_shape(key, want, len(names)), path))
+            for name, part in zip(names, value.chunk(len(names)), strict=True):
+                ours[name] = part.to(want.dtype, copy=True)
+                if not ours[name].isfinite().all():
+                    raise UserError(f"{path}: {key} holds values that are not finite in {want.dtype}")
     model.load_state_dict(ours, strict=False)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file of weights; UserError when it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    return digest.hexdigest()
 
 
 def save(model: GPT2, folder: Path) -> None:
@@ -102,23 +127,82 @@ def save(model: GPT2, folder: Path) -> None:
         Path(temporary).write_text(json.dumps(about, indent=2) + "\n")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """All tensors of the file under Hugging Face's names without the prefix `transformer.`."""
+class _File:
+    """The tensors of a file under Hugging Face's names without the prefix `transformer.`; none read yet.
+
+    Args:
+        names: as the file has them.
+        about: (dtype, shape) of one of these, without its numbers.
+        read: one of them.
+    """
+
+    def __init__(self, names: Iterable[str], about: Callable, read: Callable):
+        self.about, self.read = about, read
+        self.names: dict[str, str] = {}
+        for name in names:
+            key = _without_openai(name).removeprefix("transformer.")
+            if key in self.names:
+                raise ValueError(f"both {shown(self.names[key])} and {shown(name)}")
+            self.names[key] = name
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_File]:
+    """The file, open; whatever its reader raises becomes a UserError that names it."""
     try:
+        check_regular(path)
         if path.suffix == ".npz":
-            import numpy
-
-            with numpy.load(path, allow_pickle=False) as archive:
-                tensors = {name: torch.from_numpy(archive[name]) for name in archive.files}
+            with zipfile.ZipFile(path) as archive:
+                members = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+                yield _File(members, partial(_npy_header, archive), partial(_npy, archive))
         else:
-            from safetensors.torch import load_file
+            with safe_open(path, framework="pt") as file:
+                def about(name: str):
+                    entry = file.get_slice(name)
+                    return entry.get_dtype(), tuple(entry.get_shape())
 
-            tensors = load_file(path)
+                yield _File(file.keys(), about, file.get_tensor)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # zipfile, numpy and safetensors each have their own
-        raise UserError(f"{path}: not a readable weights file ({str(error).splitlines()[0][:100]})") from None
-    return {_without_openai(name).removeprefix("transformer."): value for name, value in tensors.items()}
+    except Exception as error:  # zipfile, zlib, numpy and safetensors each have their own
+        raise UserError(f"{path}: not a readable weights file ({shown(str(error))})") from None
+
+
+def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[str, tuple[int, ...]]:
+    with archive.open(f"{name}.npy") as member:
+        version = numpy.lib.format.read_magic(member)
+        read = {(1, 0): numpy.lib.format.read_array_header_1_0, (2, 0): numpy.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(member)
+        return dtype.str, shape
+
+
+def _npy(archive: zipfile.ZipFile, name: str) -> Tensor:
+    with archive.open(f"{name}.npy") as member:
+        array = numpy.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):
+            raise ValueError(f"{name}.npy is longer than its header says")
+        return torch.from_numpy(array)
+
+
+def _read(file: _File, key: str, wanted: tuple[int, ...], path: Path) -> Tensor:
+    """One tensor, of the wanted shape and a dtype of `_DTYPES`."""
+    if key not in file.names:
+        raise UserError(f"{path}: holds no {key}, so it is not a GPT-2 of this size")
+    dtype, shape = file.about(file.names[key])
+    # OpenAI's linears are convolutions of width 1.
+    if shape not in ((wanted, (1, *wanted)) if _is_linear(key) else (wanted,)):
+        raise UserError(f"{path}: {key} has shape {shape}, this model's is {wanted}")
+    if dtype not in _DTYPES:
+        raise UserError(f"{path}: {key} is {dtype}; weights are float16, bfloat16, float32 or float64")
+    return file.read(file.names[key]).reshape(wanted)
+
+
+def _their_shape(key: str, ours: Tensor, parts: int) -> tuple[int, ...]:
+    """The shape in a file of a tensor that is `parts` side by side of the shape of `ours`."""
+    shape = (ours.shape[0] * parts, *ours.shape[1:])
+    return shape[::-1] if _is_linear(key) else shape
 
 
 def _without_openai(name: str) -> str:
@@ -143,24 +227,10 @@ def _their_name(name: str) -> tuple[str, int | None]:
     return {"tokens": "wte", "positions": "wpe", "norm": "ln_f", "head": "score"}[top] + f".{ending}", None
 
 
+def _is_linear(key: str) -> bool:
+    return ".c_" in key and key.endswith(".weight")
+
+
 def _transposed(key: str, value: Tensor) -> Tensor:
     """A linear weight between (out, in) and (in, out); everything else as it is."""
-    return value.mT if ".c_" in key and key.endswith(".weight") else value
-
-
-def _take(theirs: dict[str, Tensor], name: str, path: Path) -> Tensor:
-    key, split = _their_name(name)
-    if key not in theirs:
-        raise UserError(f"{path}: holds no {key}, so it is not a GPT-2 of this size")
-    value = theirs[key]
-    if ".c_" in key and key.endswith(".weight"):
-        if value.dim() == 3 and value.shape[0] == 1:  # OpenAI's linears are convolutions of width 1
-            value = value[0]
-        if value.dim() != 2:
-            raise UserError(f"{path}: {key} has shape {tuple(value.shape)}, a matrix is needed")
-    value = _transposed(key, value)
-    if split is not None:
-        if value.shape[0] % 3:
-            raise UserError(f"{path}: {key} has {value.shape[0]} outputs, which is not query, key and value")
-        value = value.chunk(3)[split]
-    return value
+    return value.mT if _is_linear(key) else value

@@ -112,13 +112,58 @@ def test_wrong_weights_leave_the_model_alone(tmp_path):
     save_file({name: value for name, value in tensors.items() if name != "h.1.mlp.c_fc.bias"}, path)
     refused(r"holds no h\.1\.mlp\.c_fc\.bias")
     save_file(tensors | {"wpe.weight": torch.zeros(8, 24)}, path)
-    refused(r"positions\.weight has shape \(8, 24\)")
+    refused(r"wpe\.weight has shape \(8, 24\)")
     save_file(tensors | {"h.0.attn.c_attn.weight": torch.zeros(24, 71)}, path)
-    refused("71 outputs")
+    refused(r"c_attn\.weight has shape \(24, 71\), this model's is \(24, 72\)")
     save_file(tensors | {"h.0.ln_1.bias": torch.full((24,), torch.nan)}, path)
     refused("not finite")
     with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         gpt2_weights.find(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("value", [
+    torch.ones(24, 96, dtype=torch.int64), torch.ones(24, 96, dtype=torch.bool), torch.ones(24, 96).to(torch.complex64),
+    torch.ones(24, 96).to(torch.float8_e5m2), torch.full((24, 96), 1e300, dtype=torch.float64), torch.tensor(1.0),
+], ids=str)
+@pytest.mark.parametrize("key", ["h.0.mlp.c_fc.weight", "h.0.attn.c_attn.bias"])
+def test_weights_that_are_not_floats_of_this_shape_are_refused(tmp_path, key, value):
+    from safetensors.torch import load_file, save_file
+
+    gpt2_weights.save(random_model(), tmp_path)
+    tensors = {name: value.clone() for name, value in load_file(tmp_path / "model.safetensors").items()}
+    if value.dim():
+        value = value[:, :1].expand(*tensors[key].shape).contiguous() if tensors[key].dim() == 2 else (
+            value.flatten()[: tensors[key].numel()].clone())
+    save_file(tensors | {key: value}, tmp_path / "model.safetensors")
+    model = random_model(seed=5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        gpt2_weights.load(model, tmp_path / "model.safetensors")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_of_an_npz_only_the_weights_are_read_and_never_a_pickle(tmp_path):
+    import numpy
+    from safetensors.torch import load_file
+
+    gpt2_weights.save(random_model(), tmp_path)
+    arrays = {name: value.numpy() for name, value in load_file(tmp_path / "model.safetensors").items()}
+    path, model = tmp_path / "model.npz", random_model(seed=5)
+    numpy.savez_compressed(path, **arrays, other=numpy.zeros(10**7), pickled=numpy.array([{}], dtype=object))
+    gpt2_weights.load(model, path)
+    assert_same_body(model, random_model())
+    for key, value, said in (
+        ("wpe.weight", numpy.array([{}], dtype=object), "shape"),
+        ("wpe.weight", numpy.full((16, 24), None, dtype=object), r"is \|O"),
+        ("wpe.weight", numpy.zeros((16, 24), dtype=">f4"), "is >f4"),
+        ("wpe.weight", numpy.zeros((10**4, 24)), "shape"),
+        ("transformer.wpe.weight", arrays["wpe.weight"], "both"),
+    ):
+        numpy.savez_compressed(path, **(arrays | {key: value}))
+        with pytest.raises(UserError, match=said) as told:
+            gpt2_weights.load(model, path)
+        assert str(path) in str(told.value)
+    assert_same_body(model, random_model())
 
 
 def test_hub_cache(tmp_path, monkeypatch):
