@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastlora.errors import UserError, WorkError, shown
+from fastlora.regular_files import open_regular
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,12 +39,10 @@ class AdapterError(UserError, ValueError):
     """An adapter's files are missing, damaged or unsupported, or do not fit the model. One line."""
 
 
-def open_regular(path: Path) -> tuple[BinaryIO, int]:
+def opened(path: Path) -> tuple[BinaryIO, int]:
     """The file, open for reading, and its size in bytes; AdapterError unless it is a regular file that can be read."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise AdapterError(f"{path} is not a file")
-        file = open(path, "rb")  # noqa: SIM115 - handed to the caller
+        file = open_regular(path)
         return file, os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing: not an adapter, or one whose saving was interrupted") from None
@@ -65,7 +63,7 @@ def read_config(directory: str | os.PathLike) -> dict:
     def refuse(constant):
         raise ValueError(f"{constant} is not a number of JSON")
 
-    file, size = open_regular(path)
+    file, size = opened(path)
     with file:
         if size > MAX_CONFIG_BYTES:
             raise AdapterError(f"{path} has {size} bytes; a configuration has at most {MAX_CONFIG_BYTES}")
@@ -87,7 +85,7 @@ class TensorFile:
 
     def __init__(self, directory: str | os.PathLike) -> None:
         self.path = Path(directory) / WEIGHTS_NAME
-        file, size = open_regular(self.path)
+        file, size = opened(self.path)
         with file:
             length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
@@ -152,8 +150,8 @@ def write_adapter(directory: str | os.PathLike, config: Mapping, tensors: Mappin
     summed = _sha256(tensors[name] for name in sorted(tensors))
     weights = _in_order(save(tensors, {"format": "pt", "sha256": summed}))
     settings = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
-    suffix = f".{os.getpid()}.{os.urandom(4).hex()}.tmp"
-    new_config, new_weights = directory / (CONFIG_NAME + suffix), directory / (WEIGHTS_NAME + suffix)
+    suffix = f".{os.getpid()}.{os.urandom(4).hex()}.part"  # with the prefix, what a run's folder is cleared of
+    new_config, new_weights = (directory / f".fastlora-{name}{suffix}" for name in (CONFIG_NAME, WEIGHTS_NAME))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:

@@ -46,6 +46,17 @@ class TestStrangersWeights:
         os.mkfifo(saved / WEIGHTS_NAME)
         assert "not a regular file" in refused(saved)
 
+    def test_what_a_killed_write_leaves_bears_our_name(self, saved, monkeypatch):
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+        monkeypatch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_adapter(trained(), saved)
+        left = {path.name for path in saved.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME}
+        assert len(left) == 2 and all(name.startswith(".fastlora-") and name.endswith(".part") for name in left)
+
     def test_links_are_followed(self, saved, tmp_path):
         (saved / WEIGHTS_NAME).rename(tmp_path / "blob")
         (saved / WEIGHTS_NAME).symlink_to(tmp_path / "blob")
