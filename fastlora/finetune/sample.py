@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 from fastlora.finetune.files import LOCK, atomic_write, locked
+from fastlora.regular_files import check_regular
 
 VERSION = "1"  # changes when the texts do
 _WORDS = {
@@ -45,19 +46,33 @@ _SMS = {
 
 
 def make_sample(folder: Path) -> Path:
-    """Write imdb, ag_news and spam in the layout of `--data DIR` below `folder`, unless they are there; return it."""
+    """Write imdb, ag_news and spam in the layout of `--data DIR` below `folder`, unless they are there; return it.
+
+    What is there and is not the sample, a damaged file, say, is made anew.
+    """
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, wait=True, busy=""):
         for name, rows in _tables().items():
             path = folder / f"{name}.parquet"
-            if not path.exists():
+            columns = ("Text", "Label") if name.startswith("spam") else ("text", "label")
+            if not _holds(path, columns, rows):
                 path.parent.mkdir(exist_ok=True)
-                columns = ("Text", "Label") if name.startswith("spam") else ("text", "label")
                 with atomic_write(path) as temporary:
                     pd.DataFrame(rows, columns=columns).to_parquet(temporary, index=False)
     return folder
+
+
+def _holds(path: Path, columns: tuple[str, str], rows: list[tuple[str, int]]) -> bool:
+    import pandas as pd
+
+    try:
+        check_regular(path)
+        table = pd.read_parquet(path)
+        return list(zip(*(table[column].tolist() for column in columns), strict=True)) == rows
+    except Exception:  # absent or damaged in any way: it is only a cache
+        return False
 
 
 def _tables() -> dict[str, list[tuple[str, int]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from torch.utils.data import Dataset
 
 from fastlora.errors import UserError
 from fastlora.finetune.data import read_texts
-from fastlora.finetune.files import write_bytes
+from fastlora.finetune.files import clear_leftovers, write_bytes
+from fastlora.regular_files import read_regular
 
 PAD = 50256  # GPT-2 has no padding token; <|endoftext|> stands in
 LABELS = ("ham", "spam")
 LONGEST = 1024  # tokens; as many as GPT-2 has positions
+MOST = 4 << 20  # bytes of a file of the vocabulary
 # The files of OpenAI's release; tiktoken pins the same two sums.
 CHECKSUMS = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -38,7 +41,7 @@ def gpt2_encoding(data: Path | None):
     import tiktoken
 
     folder = None if data is None else data / "gpt2"
-    if folder is None or not any((folder / name).exists() for name in CHECKSUMS):
+    if folder is None or not any(os.path.lexists(folder / name) for name in CHECKSUMS):
         return _tiktoken_own(tiktoken, folder)
     contents = {name: _checked(folder / name, want) for name, want in CHECKSUMS.items()}
     ranks = _ranks(json.loads(contents["encoder.json"]))
@@ -56,10 +59,11 @@ def byte_encoding():
 
 def keep_vocabulary(data: Path, run: Path) -> None:
     """Copy the vocabulary's files from `data` to `run`, so that `gpt2_encoding(run)` finds them; none, none copied."""
-    for name in CHECKSUMS:
-        if (data / "gpt2" / name).exists():
+    clear_leftovers(run / "gpt2")
+    for name, want in CHECKSUMS.items():
+        if os.path.lexists(data / "gpt2" / name):
             (run / "gpt2").mkdir(exist_ok=True)
-            write_bytes(run / "gpt2" / name, (data / "gpt2" / name).read_bytes())
+            write_bytes(run / "gpt2" / name, _checked(data / "gpt2" / name, want))
 
 
 def _tiktoken_own(tiktoken, folder: Path | None):
@@ -72,7 +76,7 @@ def _tiktoken_own(tiktoken, folder: Path | None):
 
 def _checked(path: Path, want: str) -> bytes:
     try:
-        content = path.read_bytes()
+        content = read_regular(path, MOST)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; encoder.json and vocab.bpe are needed together") from None
     got = hashlib.sha256(content).hexdigest()

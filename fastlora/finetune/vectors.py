@@ -8,6 +8,7 @@ label and no test text is looked at.
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastlora import env
 from fastlora.errors import UserError
 from fastlora.finetune.files import write_bytes
 from fastlora.finetune.vocabulary import SPECIAL, Vocabulary
+from fastlora.regular_files import open_regular, read_regular
 
 DIM = 100
 WINDOW = 5  # words on either side
@@ -38,10 +40,11 @@ def learned(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
     digest.update(offsets.numpy())
     path = env.cache_dir() / "vectors" / f"{digest.hexdigest()[:32]}.safetensors"
     try:
-        content = path.read_bytes()
-        vectors = load(content[32:])["vectors"]
-        if content[:32] == hashlib.sha256(content[32:]).digest() and vectors.shape == (words, DIM):
-            return vectors
+        content = read_regular(path, 4 * words * DIM + 4096)
+        if content[:32] == hashlib.sha256(content[32:]).digest():
+            vectors = load(content[32:])["vectors"]
+            if vectors.shape == (words, DIM) and vectors.dtype == torch.float32:
+                return vectors
     except Exception:  # absent or damaged in any way: it is only a cache
         pass
     vectors = learn(ids, offsets, words)
@@ -103,7 +106,7 @@ def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[Tensor, int]:
     vectors = np.zeros((len(vocabulary), DIM), dtype=np.float32)
     found = set()
     try:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(iter(lambda: file.readline(1 << 16), ""), 1):
                 # From the right: some of GloVe's words hold a space.
                 word, *values = line.rstrip("\n").rsplit(" ", DIM)

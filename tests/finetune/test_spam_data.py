@@ -1,5 +1,7 @@
 """The encoding, the data set and its hostile inputs."""
 
+import os
+
 import pandas as pd
 import pytest
 import torch
@@ -61,6 +63,22 @@ def test_vocabulary_of_another_checksum(data_dir, tmp_path):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "sparse"])
+@pytest.mark.parametrize("name", spam_data.CHECKSUMS)
+def test_what_is_no_vocabulary_file_is_refused_at_once(tmp_path, name, kind):
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    for other in spam_data.CHECKSUMS:
+        (folder / other).touch()
+    if kind == "sparse":
+        os.truncate(folder / name, 20 << 30)
+    else:
+        (folder / name).unlink()
+        {"pipe": os.mkfifo, "folder": os.mkdir}[kind](folder / name)
+    with pytest.raises(UserError, match="gpt2"):
+        spam_data.gpt2_encoding(tmp_path)
+
+
 def test_no_vocabulary_and_no_network(tmp_path, monkeypatch):
     def refuse(name):
         raise ConnectionError("no route")
@@ -87,7 +105,7 @@ def test_limit_takes_the_first_rows(bytes_encoding, tmp_path):
 
 @pytest.mark.parametrize(
     ("labels", "texts", "said"),
-    [([], [], "holds no rows"), ([2], ["x"], "row 0"), ([0], [None], "row 0"), (["spam"], ["x"], "row 0")],
+    [([], [], "holds no rows"), ([2], ["x"], "row 0"), ([0], [None], "Text"), (["spam"], ["x"], "Label")],
 )
 def test_wrong_rows(tmp_path, bytes_encoding, labels, texts, said):
     with pytest.raises(UserError, match=said):

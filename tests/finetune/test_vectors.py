@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -72,7 +74,7 @@ def test_learned_vectors_are_cached_by_content(monkeypatch, tmp_path):
     assert len(list((env.cache_dir() / "vectors").iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "pipe", "sparse"])
 def test_a_damaged_cache_is_made_anew(monkeypatch, tmp_path, damage):
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
     ids, offsets = corpus()
@@ -80,7 +82,13 @@ def test_a_damaged_cache_is_made_anew(monkeypatch, tmp_path, damage):
     (file,) = (env.cache_dir() / "vectors").iterdir()
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
-    file.write_bytes({"cut": bytes(content[:-50]), "flipped": bytes(content), "empty": b""}[damage])
+    if damage == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif damage == "sparse":
+        os.truncate(file, 20 << 30)
+    else:
+        file.write_bytes({"cut": bytes(content[:-50]), "flipped": bytes(content), "empty": b""}[damage])
     assert torch.equal(vectors.learned(ids, offsets, 22), first)
 
 
@@ -128,6 +136,9 @@ def test_a_vector_file_that_is_missing_or_no_text(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00" * 100)
     with pytest.raises(UserError, match="UTF-8"):
         vectors.read_glove(tmp_path / "binary", Vocabulary(["film"]))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="cannot be read"):
+        vectors.read_glove(tmp_path / "pipe", Vocabulary(["film"]))
     (tmp_path / "endless").write_bytes(b"a" * (1 << 20))
     with pytest.raises(UserError, match="line 1 is not"):
         vectors.read_glove(tmp_path / "endless", Vocabulary(["film"]))
