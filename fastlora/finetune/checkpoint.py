@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, shown
 from fastlora.finetune.files import write_bytes
+from fastlora.regular_files import check_regular
 
 FORMAT = "fastlora-checkpoint-1"
+_KEPT = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}  # per parameter
 
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -35,13 +39,16 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import safe_open
 
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # safetensors' own error class, OSError, ValueError on a hostile header
-        raise UserError(f"{path}: damaged, not a safetensors file ({str(error).splitlines()[0][:80]})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # safetensors' own error class, ValueError on a hostile header
+        raise UserError(f"{path}: damaged, not a safetensors file ({shown(str(error))})") from None
     if FORMAT not in metadata:
         raise UserError(f"{path}: not a checkpoint of this version of fastlora ({FORMAT})")
     try:
@@ -62,6 +69,25 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def fill(model: nn.Module, path: Path, tensors: dict[str, Tensor], names: Iterable[str] | None = None) -> None:
+    """Load `tensors` of the file `path` into `model`: exactly those of its state, or of the `names` out of it.
+
+    Raises UserError, and leaves the model as it was, when one is missing, has no place there, is of another shape or
+    dtype, or holds a number that is not finite.
+    """
+    state = model.state_dict()
+    names = state.keys() if names is None else set(names)
+    for name in sorted(names ^ tensors.keys()):
+        raise UserError(f"{path}: {shown(name)} {'is missing' if name in names else 'has no place in this model'}")
+    for name, tensor in tensors.items():
+        for got, want in ((tuple(tensor.shape), tuple(state[name].shape)), (tensor.dtype, state[name].dtype)):
+            if got != want:
+                raise UserError(f"{path}: {name} is {got}, this model needs {want}")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
+    model.load_state_dict(state | tensors)
 
 
 def pack(model: nn.Module, optimiser, scheduler, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -87,24 +113,20 @@ def pack(model: nn.Module, optimiser, scheduler, device: torch.device) -> tuple[
 def unpack(path: Path, model: nn.Module, optimiser, scheduler, device: torch.device, tensors, state) -> None:
     """Put what `pack` took back in its place. Everything is checked before anything is changed.
 
-    Raises UserError when the checkpoint at `path` is of another model or optimiser.
+    Raises UserError when the checkpoint at `path` is of another model or optimiser, or not what `pack` takes.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    shapes = {name: tuple(p.shape) for name, p in trained.items()}
-    if {name: tuple(t.shape) for name, t in saved.items()} != shapes:
-        raise UserError(f"{path}: a checkpoint of another model (its trained parameters differ)")
-    current = optimiser.state_dict()["param_groups"]
-    if [g["params"] for g in state["groups"]] != [g["params"] for g in current]:
-        raise UserError(f"{path}: a checkpoint of another optimiser")
-    entries: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in state["optimiser"].items()}
-    for name, tensor in tensors.items():
-        if name.startswith("optimiser."):
-            _, index, key = name.split(".", 2)
-            entries[int(index)][key] = tensor
+    entries = _check(path, model, optimiser, scheduler, device, tensors, state)
+    try:
+        torch.set_rng_state(tensors["generator.cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["generator.cuda"], device)
+    except RuntimeError:
+        raise UserError(f"{path}: damaged, its generator is in no state that there is") from None
     # What the file cannot hold (a tensor learning rate) stays as the optimiser was built.
     groups = [now | {k: v for k, v in then.items() if not isinstance(now.get(k), Tensor)}
-              for now, then in zip(current, state["groups"], strict=True)]
+              for now, then in zip(optimiser.state_dict()["param_groups"], state["groups"], strict=True)]
     optimiser.load_state_dict({"state": entries, "param_groups": groups})
     for group, then in zip(optimiser.param_groups, state["groups"], strict=True):
         if isinstance(group["lr"], Tensor):
@@ -114,9 +136,68 @@ def unpack(path: Path, model: nn.Module, optimiser, scheduler, device: torch.dev
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
-    torch.set_rng_state(tensors["generator.cpu"])
-    if device.type == "cuda" and "generator.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["generator.cuda"], device)
+
+
+def _check(path: Path, model: nn.Module, optimiser, scheduler, device, tensors, state) -> dict[int, dict[str, Any]]:
+    """The optimiser's state per parameter, out of a checkpoint that is like one which `pack` would make now."""
+    expected, now = pack(model, optimiser, scheduler, device)
+    groups = state.get("groups")
+    for kind, what in (("model.", "model (its trained parameters differ)"), ("generator.", "device")):
+        wanted, found = ({name: (tuple(t.shape), t.dtype) for name, t in some.items() if name.startswith(kind)}
+                         for some in (expected, tensors))
+        if found != wanted:
+            raise UserError(f"{path}: a checkpoint of another {what}")
+    for name, tensor in tensors.items():
+        if name.startswith("model.") and not tensor.isfinite().all():
+            raise UserError(f"{path}: {shown(name)} is not finite: the training diverged; delete it to start again")
+    if not alike(now["groups"], groups) or [g["params"] for g in now["groups"]] != [g["params"] for g in groups]:
+        raise UserError(f"{path}: a checkpoint of another optimiser")
+    if not alike(now["scheduler"], state.get("scheduler")):
+        raise UserError(f"{path}: a checkpoint of another schedule of the learning rate")
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
+    entries = _entries(tensors, state.get("optimiser"))
+    kept = _KEPT.get(type(optimiser))
+    if entries is None or not all(
+        index < len(trained) and kept in (None, values.keys()) and all(
+            _fits(value, trained[index]) for value in values.values())
+        for index, values in entries.items()
+    ):  # fmt: skip
+        raise UserError(f"{path}: damaged, the optimiser's state in it is not one of these parameters")
+    return entries
+
+
+def _entries(tensors: dict[str, Tensor], numbers: object) -> dict[int, dict[str, Any]] | None:
+    """The optimiser's state by the parameters' numbers; None when it is nothing of the kind."""
+    found: dict[int, dict[str, Any]] = {}
+    for index, values in numbers.items() if isinstance(numbers, dict) else ():
+        if not (index.isascii() and index.isdigit() and len(index) < 10 and isinstance(values, dict)):
+            return None
+        found[int(index)] = dict(values)
+    for name, tensor in tensors.items():
+        if name.startswith("optimiser."):
+            _, index, key = [*name.split(".", 2), ""][:3]
+            if index not in map(str, found):
+                return None
+            found[int(index)][key] = tensor
+    return found if isinstance(numbers, dict) else None
+
+
+def _fits(value: object, parameter: Tensor) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.shape in ((), parameter.shape)
+    return value is None or alike(0, value)
+
+
+def alike(one: object, other: object) -> bool:
+    """Whether two JSON values are of one form: the same keys and lengths, numbers (finite) where there are numbers."""
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(alike(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return (isinstance(other, list | tuple) and len(one) == len(other)
+                and all(alike(a, b) for a, b in zip(one, other, strict=True)))
+    if type(one) in (int, float):
+        return type(other) in (int, float) and abs(other) < 2**63 and math.isfinite(other)
+    return type(one) is type(other)
 
 
 def _plain(value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -11,8 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fastlora.adapter_files import shown
-from fastlora.errors import UserError, WorkError
+from fastlora.errors import UserError, WorkError, shown
 from fastlora.regular_files import read_regular
 
 try:
@@ -96,6 +96,11 @@ def read_json(path: Path):
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path}: damaged, not JSON") from None
+
+
+def fingerprint(settings: Mapping) -> str:
+    """A digest of a run's settings (JSON values): what they decided is told by it from what others did."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

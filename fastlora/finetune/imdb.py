@@ -10,18 +10,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastlora
 from fastlora.errors import UserError
 from fastlora.finetune import report as reports
 from fastlora.finetune.batches import Batches
-from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
+from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import TextDataset, collate_batch, random_split, read_texts
-from fastlora.finetune.files import CHECKPOINT, REPORT, run_folder
+from fastlora.finetune.files import CHECKPOINT, REPORT, fingerprint, run_folder
 from fastlora.finetune.locate import locate
 from fastlora.finetune.options import add_steps, pick_device, step_choices
 from fastlora.finetune.plots import plot_history
+from fastlora.finetune.recipe import MOST_RANK, chosen
 from fastlora.finetune.text_classifier import TextClassifier
 from fastlora.finetune.trainer import Plan, Trainer
 from fastlora.finetune.vectors import learned, read_glove, weighted
@@ -77,7 +78,7 @@ def train(args: argparse.Namespace) -> None:
     """Pre-train, fine-tune, test, and leave everything in `args.output`; `args` as the flags."""
     began = time.perf_counter()
     device = pick_device(args.device)
-    recipe, how = _recipe(args), step_choices(args)
+    recipe, how = chosen(RECIPES[args.recipe], args), step_choices(args)
     settings = {"task": "imdb", "data": args.data, "impl": args.impl, "recipe": args.recipe, **asdict(recipe), **how,
                 "seed": args.seed, "device": device.type, "vectors": args.vectors and str(args.vectors),
                 "train_samples": args.train_samples, "test_samples": args.test_samples}
@@ -86,14 +87,15 @@ def train(args: argparse.Namespace) -> None:
             print(f"{args.output}: the run is finished already")
             return
         data = _load(locate(args.data, "imdb", "ag_news"), args, recipe, device)
-        model, pretrained = _base(args, recipe, data, device, begun)
+        run = fingerprint(settings)
+        model, pretrained = _base(args, recipe, data, device, begun, run)
         torch.manual_seed(args.seed + 1)
         model.new_head(len(LABELS))
         fastlora.inject(model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["fc1"],
                         layer_class=reports.LAYERS[args.impl])
         model.fc2.requires_grad_(True)
         trainer = _trainer(model, data.train, data.valid, recipe, device,
-                           Plan(recipe.epochs, clip=recipe.clip, checkpoint=args.output / CHECKPOINT, **how))
+                           Plan(recipe.epochs, clip=recipe.clip, checkpoint=args.output / CHECKPOINT, run=run, **how))
         if begun and trainer.resume():
             print(f"resumed after epoch {trainer.epoch}")
         if device.type == "cuda":
@@ -169,7 +171,7 @@ def _load(folder: Path, args: argparse.Namespace, recipe: Recipe, device: torch.
     )
 
 
-def _base(args, recipe: Recipe, data: _Data, device, begun: bool) -> tuple[TextClassifier, dict]:
+def _base(args, recipe: Recipe, data: _Data, device, begun: bool, run: str) -> tuple[TextClassifier, dict]:
     """The classifier pre-trained on news, and what there is to report of it; read back when a run is resumed."""
     path = args.output / MODEL
     torch.manual_seed(args.seed)
@@ -178,7 +180,10 @@ def _base(args, recipe: Recipe, data: _Data, device, begun: bool) -> tuple[TextC
         tensors, state = read_checkpoint(path)
         if state.get("data") != data.digest:
             raise UserError(f"{args.output}: the data is not what the run was started with")
-        _fill(model, path, {name: tensor for name, tensor in tensors.items() if not name.startswith("fc2.")})
+        if state.get("run") != run or not isinstance(state.get("pretrained"), dict):
+            raise UserError(f"{path}: not of this run, or of another version of fastlora")
+        fill(model, path, _without_head(tensors), _without_head(model.state_dict()))
+        data.vocabulary.save(args.output / VOCABULARY)  # should it have gone or changed since
         return model, state["pretrained"]
     pretrain = replace(recipe, lr=1.0, decay=0.5)
     trainer = _trainer(model, data.news, None, pretrain, device, Plan(recipe.pretrain_epochs, clip=recipe.clip))
@@ -187,9 +192,13 @@ def _base(args, recipe: Recipe, data: _Data, device, begun: bool) -> tuple[TextC
     print(f"pre-trained on news: {accuracy:.2%} of the test news right, {trainer.seconds:.1f} s", flush=True)
     pretrained = {"epochs": recipe.pretrain_epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3)}
     data.vocabulary.save(args.output / VOCABULARY)
-    base = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("fc2.")}
-    write_checkpoint(path, base, {"data": data.digest, "pretrained": pretrained})
+    write_checkpoint(path, _without_head(model.state_dict()),
+                     {"data": data.digest, "run": run, "pretrained": pretrained})
     return model, pretrained
+
+
+def _without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("fc2.")}
 
 
 def _trainer(model, train: Batches, valid: Batches | None, recipe: Recipe, device, plan: Plan) -> Trainer:
@@ -206,7 +215,8 @@ def _leave(args, recipe: Recipe, data: _Data, model: TextClassifier, trainer: Tr
     counts = reports.parameters(model)
     fastlora.save_adapter(model, folder, modules_to_save=[])  # fc2 is kept in MODEL: the adapter holds A and B alone
     kept = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
-    write_checkpoint(folder / MODEL, kept, {"data": data.digest, "pretrained": results["pretrained"]})
+    write_checkpoint(folder / MODEL, kept,
+                     {"data": data.digest, "run": trainer.plan.run, "pretrained": results["pretrained"]})
     reports.write_history(folder, trainer.history)
     which = "made-up sample" if args.data == "sample" else "IMDb"
     title = f"{which}, {args.impl}: {results['test_accuracy']:.1%} on test"
@@ -238,15 +248,13 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     vocabulary = Vocabulary.load(run / VOCABULARY)
     tensors, _ = read_checkpoint(run / MODEL)
     vectors, head = tensors.get("embedding.weight"), tensors.get("fc2.weight")
-    if vectors is None or head is None or vectors.ndim != 2 or head.ndim != 2:
+    if any(t is None or t.ndim != 2 or t.dtype != torch.float32 or not t.numel() for t in (vectors, head)):
         raise UserError(f"{run / MODEL}: not the model of a finished IMDb run")
     if len(vectors) != len(vocabulary):
         raise UserError(f"{run}: {MODEL} has {len(vectors)} words and {VOCABULARY} {len(vocabulary)}")
     model = TextClassifier(vectors, len(LABELS), hidden=head.shape[1])
-    _fill(model, run / MODEL, tensors)
-    rank = report.get("rank")
-    if type(rank) is not int or not 1 <= rank <= 1024:
-        raise UserError(f"{run / REPORT}: damaged, its rank is {rank!r}")
+    fill(model, run / MODEL, tensors)
+    rank = reports.count_in(run, report, "rank", MOST_RANK)
     fastlora.inject(model, r=rank, target_modules=["fc1"])
     fastlora.load_adapter(model, run)
     model.eval()
@@ -258,19 +266,6 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
         return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
     return predict
-
-
-def _fill(model: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
-    state = model.state_dict()
-    for name, tensor in tensors.items():
-        if name not in state or state[name].shape != tensor.shape or not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} does not fit this model")
-    model.load_state_dict(state | tensors)
-
-
-def _recipe(args: argparse.Namespace) -> Recipe:
-    given = {name: getattr(args, name) for name in ("epochs", "lr", "rank", "alpha", "batch_size")}
-    return replace(RECIPES[args.recipe], **{name: value for name, value in given.items() if value is not None})
 
 
 def _say(row: dict) -> None:

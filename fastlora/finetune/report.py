@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import platform
 import resource
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastlora.errors import UserError
+from fastlora.errors import UserError, shown
 from fastlora.finetune.files import REPORT, read_json, write_bytes, write_json
 from fastlora.linear import EagerLoRALinear, FusedLoRALinear
 
@@ -81,12 +82,20 @@ def write_report(folder: Path, report: Mapping) -> None:
 
 def read_report(folder: Path) -> dict:
     """The report of a finished run; UserError when `folder` holds none or a damaged one."""
-    if not (folder / REPORT).exists():
+    if not os.path.lexists(folder / REPORT):
         raise UserError(f"{folder}: holds no finished run (no {REPORT})")
     report = read_json(folder / REPORT)
     if not isinstance(report, dict) or not isinstance(report.get("task"), str):
         raise UserError(f"{folder / REPORT}: damaged, it names no task")
     return report
+
+
+def count_in(folder: Path, report: Mapping, name: str, most: int) -> int:
+    """The whole number `name`, from 1 to `most`, of the report in `folder`; UserError when it is none."""
+    value = report.get(name)
+    if type(value) is not int or not 1 <= value <= most:
+        raise UserError(f"{folder / REPORT}: damaged, its {name} is {shown(value)}, not a number from 1 to {most}")
+    return value
 
 
 def write_history(folder: Path, history: Sequence[Mapping]) -> None:

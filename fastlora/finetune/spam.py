@@ -10,29 +10,36 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import fastlora
-from fastlora.errors import UserError
+from fastlora.errors import UserError, shown
 from fastlora.finetune import gpt2_weights, parallel
 from fastlora.finetune import report as reports
 from fastlora.finetune.batches import Batches
-from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
-from fastlora.finetune.files import CHECKPOINT, REPORT, run_folder
+from fastlora.finetune.files import CHECKPOINT, REPORT, fingerprint, run_folder
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
 from fastlora.finetune.locate import locate
 from fastlora.finetune.options import add_steps, pick_device, step_choices
 from fastlora.finetune.plots import plot_history
-from fastlora.finetune.spam_data import LABELS, SpamDataset, byte_encoding, encode, gpt2_encoding, keep_vocabulary
+from fastlora.finetune.recipe import MOST_RANK, chosen
+from fastlora.finetune.spam_base import BASE, RANDOM, keep_base, kept_base, make_base, named_weights, weights_of
+from fastlora.finetune.spam_data import (
+    LABELS,
+    LONGEST,
+    SpamDataset,
+    byte_encoding,
+    encode,
+    gpt2_encoding,
+    keep_vocabulary,
+)
 from fastlora.finetune.trainer import Plan, Trainer
 from fastlora.linear import FusedLoRALinear
 
 HELP = "SMS spam: GPT-2 and the logits of its last token, every linear layer adapted"
-BASE = "model.safetensors"  # those frozen weights that came from no file
-RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -74,15 +81,15 @@ def train(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, world: parallel.World, device: torch.device) -> None:
     began = time.perf_counter()
-    given = {name: getattr(args, name) for name in ("epochs", "lr", "rank", "alpha", "batch_size")}
-    recipe = replace(Recipe(), **{name: value for name, value in given.items() if value is not None})
+    recipe = chosen(Recipe(), args)
     size = args.model or ("nano" if args.data == "sample" else "gpt2")
-    weights = _weights(args.weights, size)
+    weights = named_weights(args.weights, size)
+    digest = weights and gpt2_weights.sha256(weights)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     how = step_choices(args, "bf16" if bf16 else "fp32")
     settings = {"task": "spam", "data": args.data, "impl": args.impl, "model": size, "weights": str(weights or RANDOM),
-                **asdict(recipe), **how, "grad_checkpointing": args.grad_checkpointing, "seed": args.seed,
-                "device": device.type, "processes": world.size, "train_samples": args.train_samples,
+                "weights_sha256": digest, **asdict(recipe), **how, "grad_checkpointing": args.grad_checkpointing,
+                "seed": args.seed, "device": device.type, "processes": world.size, "train_samples": args.train_samples,
                 "test_samples": args.test_samples}
     del settings["graph"]  # the same arithmetic
     with run_folder(args.output, settings, args.resume) if world.first else nullcontext(False) as begun:
@@ -92,7 +99,13 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
                 print(f"{args.output}: the run is finished already")
             return
         data = _load(args, recipe, world, device)
-        model = _base(args, size, weights, data.digest, begun, world).to(device)
+        origin = {"data": data.digest, "run": fingerprint(settings)}
+        model = make_base(size, weights, args.seed)
+        if begun and (args.output / BASE).exists():
+            kept_base(model, weights, args.output, origin)
+        elif world.first:
+            keep_base(model, weights, args.output, origin)
+        model.to(device)
         model.grad_checkpointing = args.grad_checkpointing
         torch.manual_seed(args.seed + 1)
         _adapt(model, recipe.rank, recipe.alpha, args.impl)
@@ -102,7 +115,7 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr,
                                       weight_decay=recipe.weight_decay, fused=True)
         plan = Plan(recipe.epochs, eval_every=recipe.eval_every, checkpoint=args.output / CHECKPOINT,
-                    checkpoint_every=recipe.eval_every, **how)
+                    checkpoint_every=recipe.eval_every, run=origin["run"], **how)
         trainer = Trainer(model, optimiser, data.train, data.valid, plan, device, world=world)
         if begun and trainer.resume() and world.first:
             print(f"resumed after step {trainer.steps}")
@@ -115,7 +128,7 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         keep_vocabulary(data.folder, args.output)
         _leave(args, recipe, data, model, trainer, {
             "base": f"random weights of seed {args.seed}, frozen" if weights is None else str(weights),
-            "model": size, "weights": str(weights or RANDOM), "length": data.length,
+            "model": size, "weights": str(weights or RANDOM), "weights_sha256": digest, "length": data.length,
             "plain_steps_because": trainer.step.plain, "train_accuracy": accuracy["train"],
             "valid_accuracy": history[-1]["valid_accuracy"], "test_accuracy": accuracy["test"],
             "total_seconds": round(time.perf_counter() - began, 2)})
@@ -159,40 +172,6 @@ def _load(args: argparse.Namespace, recipe: Recipe, world: parallel.World, devic
 def _encoding(data: str, folder: Path):
     """GPT-2's encoding; its single bytes for the sample, which has to do without files and network."""
     return byte_encoding() if data == "sample" else gpt2_encoding(folder)
-
-
-def _weights(named: str | None, size: str) -> Path | None:
-    """The file of the base weights, or None for random ones."""
-    if named == RANDOM or (named is None and size == "nano"):
-        return None
-    return gpt2_weights.find(None if named is None else Path(named).expanduser()).resolve()
-
-
-def _base(args, size: str, weights: Path | None, digest: str, begun: bool, world: parallel.World) -> GPT2:
-    """The model with its frozen weights; what came from no file is kept in the run's folder, for predict and resume."""
-    torch.manual_seed(args.seed)
-    model = GPT2(CONFIGS[size])
-    if weights is not None:
-        gpt2_weights.load(model, weights)
-    path = args.output / BASE
-    if begun and path.exists():
-        tensors, state = read_checkpoint(path)
-        if state.get("data") != digest:
-            raise UserError(f"{args.output}: the data is not what the run was started with")
-        _fill(model, path, tensors)
-    elif world.first:
-        state = model.state_dict()
-        made = {name: value for name, value in state.items() if weights is None or name.startswith("head.")}
-        write_checkpoint(path, made, {"data": digest})
-    return model
-
-
-def _fill(model: GPT2, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    state = model.state_dict()
-    for name, tensor in tensors.items():
-        if name not in state or state[name].shape != tensor.shape or not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} does not fit this model")
-    model.load_state_dict(state | tensors)
 
 
 def _adapt(model: GPT2, rank: int, alpha: float, impl: str) -> None:
@@ -243,15 +222,16 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     Raises UserError when a file is missing or damaged, or the base weights are no longer where they were.
     """
     report = reports.read_report(run)
-    size, weights, length, rank = (report.get(name) for name in ("model", "weights", "length", "rank"))
-    if size not in CONFIGS or not isinstance(weights, str) or type(length) is not int or type(rank) is not int:
-        raise UserError(f"{run / REPORT}: damaged, its model, weights, length or rank is missing")
+    length, rank = reports.count_in(run, report, "length", LONGEST), reports.count_in(run, report, "rank", MOST_RANK)
+    size = report.get("model")
+    if not isinstance(size, str) or size not in CONFIGS:
+        raise UserError(f"{run / REPORT}: damaged, its model is {shown(size)}, not one of {', '.join(CONFIGS)}")
+    weights = weights_of(run, report)
     encoding = _encoding(report.get("dataset"), run)
     model = GPT2(CONFIGS[size])
-    if weights != RANDOM:
-        gpt2_weights.load(model, Path(weights))
-    tensors, _ = read_checkpoint(run / BASE)
-    _fill(model, run / BASE, tensors)
+    if weights is not None:
+        gpt2_weights.load(model, weights)
+    kept_base(model, weights, run)
     _adapt(model, rank, 1.0, "fused")
     fastlora.load_adapter(model, run)
     model.eval()

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.errors import UserError, WorkError
+from fastlora.errors import UserError, WorkError, shown
 from fastlora.finetune import parallel
 from fastlora.finetune.batches import Batches
-from fastlora.finetune.checkpoint import pack, read_checkpoint, unpack, write_checkpoint
+from fastlora.finetune.checkpoint import alike, pack, read_checkpoint, unpack, write_checkpoint
 from fastlora.finetune.step import PRECISIONS, Step, StepSettings, autocast, tally
 
 __all__ = ["PRECISIONS", "Clock", "Plan", "Trainer"]
@@ -36,6 +36,7 @@ class Plan:
         compile: pass the model through torch.compile.
         checkpoint: the checkpoint's path; None keeps none.
         checkpoint_every: write it every so many optimiser steps, besides each epoch's end.
+        run: a digest of all that decides the result; a checkpoint with another is refused.
         progress: show a progress bar.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     compile: bool = False
     checkpoint: Path | None = None
     checkpoint_every: int | None = None
+    run: str = ""
     progress: bool = True
 
 
@@ -71,6 +73,7 @@ class Trainer:
     """
 
     _COUNTS = ("epoch", "position", "steps", "seconds", "rows", "history")
+    _ROW = ("epoch", "step", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "learning_rate", "seconds")
 
     def __init__(
         self,
@@ -130,7 +133,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batches: Batches) -> tuple[float, float]:
-        """(mean cross-entropy, accuracy between 0 and 1) over `batches`, the model in evaluation mode."""
+        """(mean cross-entropy, accuracy between 0 and 1) over `batches`, the model in evaluation mode.
+
+        Raises WorkError when the cross-entropy is not finite.
+        """
         training = self.model.training
         self.model.eval()
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
@@ -140,12 +146,12 @@ class Trainer:
             sums += tally(F.cross_entropy(logits.float(), labels), logits, labels)
         self.model.train(training)
         loss, correct = parallel.add(sums, self.world).tolist()
+        self._check(loss)
         return loss / batches.size, correct / batches.size
 
     def _record(self, epoch: float, bar, on_row) -> None:
         (loss, correct), rows = self.sums.tolist(), self.rows
-        if not math.isfinite(loss):
-            raise WorkError(f"training diverged in epoch {self.epoch + 1}: the loss is {loss}; a smaller --lr may help")
+        self._check(loss)
         self.sums.zero_()
         self.rows = 0
         rate = float(f"{self.optimiser.param_groups[0]['lr']:.12g}")  # 0.01, say, and not 0.010000000000000002
@@ -160,15 +166,25 @@ class Trainer:
         if on_row is not None:
             on_row(row)
 
+    def _check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            epoch = min(self.epoch + 1, self.plan.epochs)
+            raise WorkError(f"training diverged in epoch {epoch}: the loss is {loss}; a smaller --lr may help")
+
     def save(self) -> None:
-        """Write the checkpoint, if the plan keeps one: all processes call, the first one writes."""
+        """Write the checkpoint, if the plan keeps one: all processes call, the first one writes.
+
+        Raises WorkError when a trained parameter is not finite, which the loss need not show.
+        """
+        if not all(p.isfinite().all() for p in self.step.trained):
+            self._check(math.nan)
         if self.plan.checkpoint is None:
             return
         tensors, state = pack(self.model, self.optimiser, self.scheduler, self.device)
         for name in _generators(tensors):
             tensors[name] = parallel.gather(tensors[name], self.world, self.device)
         state |= {key: getattr(self, key) for key in self._COUNTS}
-        state |= {"scaler": self.step.scaler.state_dict()}
+        state |= {"scaler": self.step.scaler.state_dict(), "run": self.plan.run}
         if self.world.first:
             write_checkpoint(self.plan.checkpoint, tensors | {"sums": self.sums}, state)
 
@@ -178,10 +194,15 @@ class Trainer:
         if path is None or not path.exists():
             return False
         tensors, state = read_checkpoint(path)
+        if state.get("run") != self.plan.run:
+            raise UserError(f"{path}: a checkpoint of a run with other settings; delete it to start again")
         for name in _generators(tensors):
-            if len(tensors[name]) != self.world.size:
-                raise UserError(f"{path}: a checkpoint of {len(tensors[name])} processes, these are {self.world.size}")
+            count = len(tensors[name]) if tensors[name].dim() else 0
+            if count != self.world.size:
+                raise UserError(f"{path}: a checkpoint of {count} processes, these are {self.world.size}")
             tensors[name] = tensors[name][self.world.rank]
+        if (wrong := self._wrong(tensors, state)) is not None:
+            raise UserError(f"{path}: damaged, its {wrong} is {shown(state.get(wrong))}; delete it to start again")
         unpack(path, self.model, self.optimiser, self.scheduler, self.device, tensors, state)
         for key in self._COUNTS:
             setattr(self, key, state[key])
@@ -189,6 +210,35 @@ class Trainer:
         if state["scaler"]:
             self.step.scaler.load_state_dict(state["scaler"])
         return True
+
+    def _wrong(self, tensors: dict[str, Tensor], state: dict) -> str | None:
+        """The entry of a checkpoint that no training by this plan comes to, or None."""
+        epoch, position, steps, seconds, rows, history = (state.get(key) for key in self._COUNTS)
+        batches = len(self.train)
+
+        def up_to(most: int, value: object) -> bool:
+            return type(value) is int and 0 <= value <= most
+
+        def is_row(row: object) -> bool:
+            return (isinstance(row, dict) and row.keys() == {*self._ROW}
+                    and all(value is None or alike(0, value) for value in row.values()))
+
+        if not up_to(self.plan.epochs, epoch):
+            return "epoch"
+        if not up_to(batches - 1 if epoch < self.plan.epochs else 0, position):
+            return "position"
+        if steps != epoch * -(-batches // self.plan.accumulate) + -(-position // self.plan.accumulate):
+            return "steps"
+        if not alike(0, seconds) or seconds < 0:
+            return "seconds"
+        if not up_to(self.train.size, rows):
+            return "rows"
+        if not isinstance(history, list) or len(history) < epoch or not all(map(is_row, history)):
+            return "history"
+        if not alike(self.step.scaler.state_dict(), state.get("scaler")):
+            return "scaler"
+        sums = tensors.get("sums")
+        return None if sums is not None and sums.dtype == self.sums.dtype and sums.shape == self.sums.shape else "sums"
 
     def _bar(self):
         from tqdm import tqdm

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import fastlora
 from fastlora.cli import main
 from fastlora.finetune import imdb, report
+from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 from fastlora.finetune.files import RUN_FILES
 from fastlora.finetune.trainer import Trainer
 
@@ -230,7 +231,7 @@ def test_predict_refuses_an_adapter_that_is_not_finite(run, tmp_path, capsys):
     (lambda f: (f / "imdb" / "test.parquet").unlink(), "lacks imdb/test.parquet"),
     (lambda f: (f / "ag_news" / "train.parquet").write_bytes(b"PAR1 no"), "ag_news/train.parquet: damaged"),
     (lambda f: pd.DataFrame({"review": ["x"], "label": [0]}).to_parquet(f / "imdb" / "train.parquet"),
-     "no column 'text'; it has review, label"),
+     "no column 'text'; it has 'review', 'label'"),
     (lambda f: pd.DataFrame({"text": ["x", "y"], "label": [0, 3]}).to_parquet(f / "imdb" / "train.parquet"),
      "unknown label 3"),
     (lambda f: pd.DataFrame({"text": ["x"], "label": [0]}).to_parquet(f / "imdb" / "train.parquet"),
@@ -247,6 +248,68 @@ def test_wrong_data_is_one_line_and_costs_no_output_folder(tmp_path, capsys, cha
     assert message in error and error.count("\n") == 1
     make_sample(tmp_path / "whole")
     assert main([*command[:3], str(tmp_path / "whole"), *command[4:], "--train-samples", "100"]) == 0
+
+
+@pytest.mark.parametrize(("flags", "status", "message"), [
+    (["--alpha", "1e300"], 2, "--alpha / --rank, is 5e+299"),
+    (["--lr", "1e300"], 2, "--lr is 1e+300"),
+    (["--lr", "1e38", "--epochs", "1", "--train-samples", "60"], 1, "diverged"),
+])
+def test_numbers_too_large_are_one_line_and_no_finished_run(tmp_path, capsys, flags, status, message):
+    assert train(tmp_path / "run", *flags) == status
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastlora:")]
+    assert len(error) == 1 and message in error[0]
+    assert not (tmp_path / "run" / "report.json").exists()
+
+
+def edited(folder, name, change):
+    tensors, state = read_checkpoint(folder / name)
+    change(tensors, state)
+    write_checkpoint(folder / name, tensors, state)
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t.pop("fc1.weight"),
+    lambda t: t.update({"more": torch.zeros(1)}),
+    lambda t: t.update({"a\n\x1b[2Jb": torch.zeros(1)}),
+    lambda t: t.update({"fc2.bias": torch.zeros(2, dtype=torch.int64)}),
+    lambda t: t.update({"fc2.bias": torch.zeros(2, dtype=torch.complex64)}),
+    lambda t: t.update({"fc2.bias": torch.zeros(2).to(torch.float8_e4m3fn)}),
+    lambda t: t.update({"fc2.bias": torch.full((2,), torch.nan)}),
+    lambda t: t.update({"fc2.weight": torch.zeros(2, 0)}),
+    lambda t: t.update({"embedding.weight": t["embedding.weight"].half()}),
+    lambda t: t.update({"embedding.weight": t["embedding.weight"].long()}),
+    lambda t: t.update({"embedding.weight": t["embedding.weight"][:, :0].clone()}),
+])
+def test_predict_demands_the_tensors_of_the_model_and_no_others(run, tmp_path, capsys, change):
+    folder = shutil.copytree(run, tmp_path / "run")
+    edited(folder, "model.safetensors", lambda tensors, state: change(tensors))
+    assert main(["predict", str(folder), GOOD]) == 2
+    error = capsys.readouterr().err
+    assert "model.safetensors" in error and error.count("\n") == 1 and error[:-1].isprintable()
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("model.safetensors", lambda tensors, state: tensors.pop("fc1.weight")),
+    ("model.safetensors", lambda tensors, state: state.pop("pretrained")),
+    ("model.safetensors", lambda tensors, state: state.update(run="another")),
+    ("checkpoint.safetensors", lambda tensors, state: state.update(run="another")),
+])
+def test_resuming_with_files_of_another_run_is_refused(run, tmp_path, capsys, name, change):
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "report.json").unlink()
+    edited(folder, name, change)
+    assert train(folder, "--resume") == 2
+    error = capsys.readouterr().err
+    assert name in error and error.count("\n") == 1
+
+
+def test_a_vocabulary_that_has_gone_is_written_again(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "report.json").unlink()
+    (folder / "vocabulary.json").write_text('["a", "b"]')
+    assert train(folder, "--resume") == 0
+    assert (folder / "vocabulary.json").read_bytes() == (run / "vocabulary.json").read_bytes()
 
 
 @pytest.mark.slow

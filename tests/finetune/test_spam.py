@@ -11,6 +11,7 @@ import torch
 from fastlora import env
 from fastlora.cli import main
 from fastlora.finetune import gpt2, gpt2_weights, report, spam
+from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 
 NANO = gpt2.CONFIGS["nano"]
 RUN = ["train", "spam", "--data", "sample", "--model", "nano", "--epochs", "1", "--train-samples", "64"]
@@ -96,6 +97,51 @@ def test_weights_from_a_folder(tmp_path, capsys):
     assert main(["predict", str(tmp_path / "run"), "hello"]) == 0
     shutil.rmtree(tmp_path / "weights")
     refused(capsys, 2, str(tmp_path / "weights"), "predict", tmp_path / "run", "hello")
+
+
+def test_base_weights_that_were_replaced_are_refused(tmp_path, capsys):
+    run, weights = tmp_path / "run", tmp_path / "weights"
+    gpt2_weights.save(gpt2.GPT2(gpt2.CONFIGS["nano"]), weights)
+    trained(run, "--weights", str(weights))
+    gpt2_weights.save(gpt2.GPT2(gpt2.CONFIGS["nano"]), weights)
+    refused(capsys, 2, "not the base weights", "predict", run, "hello")
+    (run / "report.json").unlink()
+    refused(capsys, 2, "started with weights_sha256", *RUN, "--weights", weights, "--output", run, "--resume")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gpt2.CONFIGS, "nano", gpt2.GPT2Config(width=16, heads=2, layers=1, token_std=1.0))
+        patch.setenv("FASTLORA_CACHE", str(folder.parent / "cache"))
+        trained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("change", [
+    {"model": ["nano"]}, {"model": {}}, {"model": None}, {"length": 0}, {"length": -1}, {"length": 1025},
+    {"length": 10**12}, {"length": True}, {"rank": 0}, {"rank": -1}, {"rank": 10**9}, {"rank": [2]}, {"weights": ""},
+    {"weights": "a\0b"}, {"weights": "\ud800"}, {"weights": "a\nb\x1b[2J"}, {"weights": 7}, {"weights": "/dev/zero"},
+    {"weights": "/etc/passwd"},
+], ids=str)
+def test_predict_refuses_a_strange_report(finished, tmp_path, capsys, change):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    report_file = folder / "report.json"
+    report_file.write_text(json.dumps(json.loads(report_file.read_text()) | change))
+    refused(capsys, 2, next(iter(change)) if "/" not in str(change) else "/", "predict", folder, "hello")
+
+
+def test_predict_demands_the_whole_base(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    tensors, state = read_checkpoint(folder / "model.safetensors")
+    write_checkpoint(folder / "model.safetensors", {n: t for n, t in tensors.items() if "query" not in n}, state)
+    refused(capsys, 2, "query.bias' is missing", "predict", folder, "hello")
+
+
+@pytest.mark.parametrize("flags", [["--alpha", "1e300"], ["--lr", "1e300"]])
+def test_numbers_too_large_are_refused(tmp_path, capsys, flags):
+    refused(capsys, 2, flags[0], *RUN, *flags, "--output", tmp_path / "run")
 
 
 def test_the_real_batches(data_dir, tmp_path, capsys):

@@ -139,6 +139,67 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
         trainer(tmp_path / "c", hidden=17).resume()
 
 
+def test_a_checkpoint_of_other_settings_is_named(tmp_path):
+    trainer(tmp_path / "c", epochs=1, run="these").fit()
+    with pytest.raises(UserError, match="other settings"):
+        trainer(tmp_path / "c", run="those").resume()
+
+
+def put(where, key, value):
+    def change(tensors, state):
+        {"tensors": tensors, "state": state}[where][key] = value
+
+    return change
+
+
+def lack(where, key):
+    return lambda tensors, state: {"tensors": tensors, "state": state}[where].pop(key)
+
+
+STRANGE = {
+    **{f"no {key}": lack("state", key) for key in ("epoch", "position", "steps", "seconds", "rows", "history", "groups",
+                                                   "optimiser", "scheduler", "scaler", "run")},
+    **{f"no {key}": lack("tensors", key) for key in ("sums", "generator.cpu", "model.0.weight", "optimiser.0.exp_avg")},
+    **{f"{key} {value}": put("state", key, value) for key, value in (
+        ("epoch", 99), ("epoch", -1), ("epoch", "a"), ("epoch", True), ("position", 10), ("position", -1),
+        ("steps", None), ("steps", 11), ("seconds", "x"), ("rows", -5), ("history", 7), ("history", []),
+        ("history", [{}]), ("groups", 7), ("groups", []), ("groups", [{"params": [0]}]), ("optimiser", []),
+        ("optimiser", {"x": {}}), ("optimiser", {"9": {"step": 1}}), ("scheduler", None),
+        ("scheduler", {"last_epoch": "z"}), ("scaler", 7))},
+    "generator short": put("tensors", "generator.cpu", torch.zeros(1, 5, dtype=torch.uint8)),
+    "generator of floats": put("tensors", "generator.cpu", torch.zeros(1, 5056)),
+    "generator of zeros": put("tensors", "generator.cpu", torch.zeros(1, 5056, dtype=torch.uint8)),
+    "generator 0-d": put("tensors", "generator.cpu", torch.tensor(1)),
+    "sums long": put("tensors", "sums", torch.zeros(5)),
+    "optimiser.x": put("tensors", "optimiser.x", torch.zeros(5)),
+    "optimiser.x.y": put("tensors", "optimiser.x.y", torch.zeros(5)),
+    "exp_avg long": put("tensors", "optimiser.0.exp_avg", torch.zeros(5)),
+    "model of nan": put("tensors", "model.0.weight", torch.full((16, 8), torch.nan)),
+    "model of ints": put("tensors", "model.0.weight", torch.zeros(16, 8, dtype=torch.int64)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "c"
+    trainer(path, epochs=1).fit()
+    return path
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_a_strange_checkpoint_with_its_right_checksum_is_named_and_nothing_changes(checkpoint, tmp_path, strange):
+    tensors, state = read_checkpoint(checkpoint)
+    STRANGE[strange](tensors, state)
+    write_checkpoint(tmp_path / "c", tensors, state)
+    fresh = trainer(tmp_path / "c")
+    before = [p.clone() for p in fresh.model.parameters()]
+    with pytest.raises(UserError) as told:
+        fresh.resume()
+    assert str(told.value).startswith(f"{tmp_path / 'c'}: ") and str(told.value).isprintable()
+    assert all(torch.equal(a, b) for a, b in zip(before, fresh.model.parameters(), strict=True))
+    assert (fresh.epoch, fresh.steps, fresh.optimiser.state_dict()["state"]) == (0, 0, {})
+
+
 def test_a_strangers_safetensors_is_no_checkpoint(tmp_path):
     from safetensors.torch import save_file
 
@@ -163,3 +224,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line():
     with pytest.raises(WorkError, match=r"diverged in epoch 1: the loss is nan"):
         run.fit()
     assert run.history == []
+
+
+def test_a_loss_in_validation_that_is_not_finite_ends_the_run(tmp_path):
+    run = trainer(tmp_path / "c", epochs=1)
+    run.valid = Batches(40, lambda rows: (X[rows] * torch.inf, Y[rows]), 16)
+    with pytest.raises(WorkError, match="diverged in epoch 1: the loss is nan"):
+        run.fit()
+    assert run.history == [] and not (tmp_path / "c").exists()
+
+
+def test_numbers_that_are_not_finite_are_never_kept(tmp_path):
+    run = trainer(tmp_path / "c")
+    with torch.no_grad():
+        run.model[3].bias[0] = -torch.inf
+    with pytest.raises(WorkError, match="diverged"):
+        run.save()
+    assert not (tmp_path / "c").exists()
