@@ -8,14 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 
 import fastlora
 from fastlora.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from fastlora.finetune import files, gpt2, gpt2_weights, imdb
 from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 from fastlora.finetune.data import read_texts
 from fastlora.finetune.report import read_report
+from fastlora.finetune.text_classifier import TextClassifier
 from fastlora.finetune.vectors import read_glove
 from fastlora.finetune.vocabulary import Vocabulary
 
@@ -51,21 +55,24 @@ def _adapter(name: str) -> Callable[[Path], Path]:
     return make
 
 
-def _load_adapter(folder: Path) -> object:
-    """The loaded model's numbers; a refused adapter must have left every bit of the model as it was."""
-    model = _model()
+def _loaded(model: nn.Module, load: Callable[[nn.Module], object]) -> object:
+    """The loaded model's numbers; a refused file must have left every bit of the model as it was."""
     before = {name: (t, t.detach().clone()) for name, t in model.state_dict(keep_vars=True).items()}
     try:
-        fastlora.load_adapter(model, folder)
+        load(model)
     except Exception:
         now = model.state_dict(keep_vars=True)
         if now.keys() != before.keys() or any(now[n] is not t or not torch.equal(t, c) for n, (t, c) in before.items()):
-            raise AssertionError("the adapter was refused, and the model was changed") from None
+            raise AssertionError("the file was refused, and the model was changed") from None
         raise
     state = model.state_dict()
     if not all(t.isfinite().all() for t in state.values()):
         raise AssertionError("numbers that are not finite were loaded")
     return {name: t.tolist() for name, t in state.items()}
+
+
+def _load_adapter(folder: Path) -> object:
+    return _loaded(_model(), lambda model: fastlora.load_adapter(model, folder))
 
 
 def _bears_checksum(content: bytes) -> bool:
@@ -109,6 +116,51 @@ def _load_glove(folder: Path) -> object:
     return found
 
 
+def _gpt2() -> gpt2.GPT2:
+    torch.manual_seed(0)
+    return gpt2.GPT2(gpt2.GPT2Config(vocabulary=7, context=4, width=4, heads=2, layers=1))
+
+
+def _make_gpt2(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        gpt2_weights.save(_gpt2(), folder)
+        if name.endswith(".npz"):
+            numpy.savez(folder / name, **load_file(folder / "model.safetensors"))
+        return folder / name
+
+    return make
+
+
+def _make_run(folder: Path) -> Path:
+    """What `train imdb` leaves, as far as `predict` reads it, of a tiny model."""
+    torch.manual_seed(0)
+    model = TextClassifier(torch.randn(5, 4), len(imdb.LABELS), hidden=3)
+    write_checkpoint(folder / imdb.MODEL, model.state_dict(), {"data": "", "run": "", "pretrained": {}})
+    fastlora.save_adapter(fastlora.inject(model, r=2, target_modules=["fc1"]), folder, modules_to_save=[])
+    Vocabulary(["film", "good", "bad"]).save(folder / imdb.VOCABULARY)
+    (folder / files.REPORT).write_text(json.dumps({"task": "imdb", "rank": 2}))
+    return folder / imdb.MODEL
+
+
+_SETTINGS = {"task": "imdb", "data": "sample", "lr": 0.5, "seed": 0, "vectors": None}
+
+
+def _make_settings(folder: Path) -> Path:
+    with files.run_folder(folder, _SETTINGS, resume=False):
+        return folder / files.SETTINGS
+
+
+def _load_settings(folder: Path) -> object:
+    """Whether the run would go on; neither that nor a refusal may add a file or remove one."""
+    before = sorted(folder.iterdir())
+    try:
+        with files.run_folder(folder, _SETTINGS, resume=True) as begun:
+            return begun
+    finally:
+        if sorted(folder.iterdir()) != before:
+            raise AssertionError("the run's folder was changed")
+
+
 _GLOVE = "".join(f"{word} {' '.join(['0.25'] * 100)}\n" for word in ("film", "the", "bad"))
 LOADERS = {
     "adapter": Loader(_adapter(WEIGHTS_NAME), _load_adapter, _bears_checksum),
@@ -118,6 +170,12 @@ LOADERS = {
     "vocabulary": Loader(_write("w.json", json.dumps(["film", "good", "bad"])),
                          lambda folder: Vocabulary.load(folder / "w.json").words),
     "vectors": Loader(_write("v.txt", _GLOVE), _load_glove),
+    "gpt2": Loader(_make_gpt2("model.safetensors"), lambda folder: _loaded(
+        _gpt2(), lambda model: gpt2_weights.load(model, folder / "model.safetensors"))),
+    "gpt2-npz": Loader(_make_gpt2("model.npz"), lambda folder: _loaded(
+        _gpt2(), lambda model: gpt2_weights.load(model, folder / "model.npz"))),
+    "run": Loader(_make_run, lambda folder: imdb.load_predictor(folder)(["a good film"]), lambda content: True),
+    "settings": Loader(_make_settings, _load_settings),
     "report": Loader(_write("report.json", json.dumps({"task": "imdb", "rank": 2})), read_report),
 }  # fmt: skip
 
