@@ -11,8 +11,10 @@ from torch import Tensor
 from fastlora.accuracy import Inputs
 from fastlora.dispatch import cpu
 
+from .guarded import guarded
+
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-LAYOUTS = ("plain", "transposed", "reversed", "expanded", "broadcast", "sliced", "stepped", "rows")
+LAYOUTS = ("plain", "transposed", "reversed", "expanded", "broadcast", "sliced", "stepped", "rows", "guarded")
 LAID = ("x", "weight", "lora_A", "lora_B", "dy")  # in one of the LAYOUTS
 TENSORS = (*LAID, "bias")
 SPECIALS = ("nan", "inf", "-inf")
@@ -37,6 +39,7 @@ class Case:
     instructions: str | None = None  # the set that path `cpu` computes with; None is the processor's best
     threads: int = 1
     mode: str = "plain"
+    scaling_is: str = "float"  # or tensor
     lead: tuple[int, ...] = ()
     N: int = 1
     K: int = 1
@@ -94,19 +97,20 @@ def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), fa
     mixed = half and adapter != "f16" and (adapter or mode == "autocast")  # the range of float16 where eager has more
     factors = (1e-2, 1e2) if half or dtype == "bf16" else (1e-6, 1e-2, 1e2, 1e6)
     names = [name for name in TENSORS if bias or name != "bias"]
-    # one alone, and not in a layout that repeats it: of two infinities that meet, the signs and so NaN may hang on sums
-    # that cancel
+    # one alone, and where nothing is repeated: of two infinities that meet, or one that meets a zero, the signs and so
+    # NaN may hang on sums that cancel
     name = rng.choice(names)
-    special = () if layouts.get(name) in ("expanded", "broadcast") else ((name, rng.choice(SPECIALS)),)
+    special = () if {"expanded", "broadcast"} & set(layouts.values()) else ((name, rng.choice(SPECIALS)),)
     scalings = (1.0, 2.0, 2.0, 0.5, 16.0, 1 / 3, -2.5, 0.0, *(() if mixed else (100.0,) if half else (1e4, 1e30)))
-    dropout = 0.0 if mode in TRANSFORMS else rng.choice((0.0, 0.0, 0.1, 0.5, 0.9))
+    last = 0.9 if half or kernels else 1 - 1e-6  # its factor leaves float16's range
+    dropout = 0.0 if mode in TRANSFORMS else rng.choice((0.0, 0.0, 0.0, 0.1, 0.1, 0.5, 0.5, 0.9, 1e-9, last))
     if kernels and dropout:
         special = ()  # where they drop an element the kernels put zero, and eager 0 * x: NaN for what is not finite
     if kernels and half:
         scalings = scalings[:8]  # the kernels' S holds the scaling, and overflows where eager's S does not
     scaling = rng.choice(scalings)
     # float16 has no room for both; and what is rounded to bfloat16 on its way there may pass its end
-    roomy = not mixed and not (half and scaling == 100.0) and not (dtype == "bf16" and adapter == "f16")
+    roomy = not mixed and not (half and (scaling == 100.0 or dropout == 0.9)) and not (dtype == "bf16" and adapter == "f16")
     if scaling == 1e30:
         factors = factors[:-1]  # nor has float32 for both: which sum passes its end is a matter of their order
     sized = rng.random() < 0.15 and roomy
@@ -117,7 +121,7 @@ def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), fa
         size=(rng.choice(names), rng.choice(factors)) if sized else None,
         special=special if mode not in TRANSFORMS and rng.random() < 0.12 else (),
         wants="XABb" if rng.random() < 0.6 else "".join(c for c in "XABb" if rng.random() < 0.5),
-        node=rng.random() < 0.6, threads=threads,
+        node=rng.random() < 0.6, threads=threads, scaling_is=rng.choice(("float", "float", "float", "tensor")),
         instructions=rng.choice((None, None, *INSTRUCTIONS)),
     )  # fmt: skip
 
@@ -154,6 +158,8 @@ def lay(t: Tensor, layout: str) -> Tensor:
     if layout == "reversed" and t.dim() >= 2:
         order = tuple(range(t.dim()))[::-1]
         return t.permute(order).contiguous().permute(order)
+    if layout == "guarded":
+        return guarded(t)
     if layout == "expanded" and t.dim() >= 2 and t.shape[0]:
         return t[:1].expand(t.shape)
     if layout == "broadcast" and t.shape[-1]:

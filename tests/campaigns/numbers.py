@@ -13,9 +13,12 @@ import argparse
 import os
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -25,9 +28,12 @@ from .observe import faults, near
 
 def campaign(
     count: int, seconds: float, seed: int, paths: tuple[str | None, ...] = (None, "torch"), say: Callable = print,
-    most: int = 20,
+    most: int = 20, current: TextIO | None = None,
 ) -> tuple[int, list[Case], Counter]:  # fmt: skip
-    """Run random cases until `count` or `seconds` are spent: (cases run, the shrunk failures, cases per mode)."""
+    """Run random cases until `count` or `seconds` are spent: (cases run, the shrunk failures, cases per mode).
+
+    `current` holds the case that runs.
+    """
     rng = random.Random(seed)
     ran, failed, modes = 0, [], Counter()
     end = time.monotonic() + seconds
@@ -37,6 +43,11 @@ def campaign(
         if ran % 5000 == 0:
             print(f"{ran} calls", file=sys.stderr, flush=True)
         modes[f"{case.face} {case.mode}"] += 1
+        if current is not None:
+            current.seek(0)
+            current.truncate()
+            current.write(str(case))
+            current.flush()
         if faults(case):
             small = shrink(case)
             failed.append(small)
@@ -78,14 +89,26 @@ def main(argv: list[str] | None = None) -> int:
         found = faults(eval(args.case, {"Case": Case}))
         print("\n".join(found) or "right")
         return bool(found)
+    with tempfile.NamedTemporaryFile("w") as current:
+        child = os.fork()  # so that a crash, at the end of guarded memory say, is told with its case
+        if child == 0:
+            os._exit(_random_calls(args, current))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status < 0:
+            case = Path(current.name).read_text()
+            print(f'seed {args.seed}: died by signal {-status}\n    python -m tests.campaigns.numbers --case "{case}"')
+        return int(status != 0)
+
+
+def _random_calls(args: argparse.Namespace, current: TextIO) -> int:
     began = time.monotonic()
     paths = ("split", "onepass") if args.interpreter else (None, "torch")
     near.clear()
-    ran, failed, modes = campaign(args.count, args.seconds, args.seed, paths, most=args.most)
+    ran, failed, modes = campaign(args.count, args.seconds, args.seed, paths, most=args.most, current=current)
     kinds = ", ".join(f"{name} {number}" for name, number in sorted(modes.items()))
     seconds = time.monotonic() - began
     counts = f"{ran} calls, {len(failed)} wrong, {len(near)} in the last place"
-    print(f"seed {args.seed}: {counts}, {seconds:.0f} s ({kinds})")
+    print(f"seed {args.seed}: {counts}, {seconds:.0f} s ({kinds})", flush=True)
     return bool(failed)
 
 

@@ -115,6 +115,7 @@ class Face:
         if shared is not None:
             self.leaves = shared.leaves
         self.inputs = inputs
+        self.scaling = torch.tensor(case.scaling, dtype=torch.float64) if case.scaling_is == "tensor" else case.scaling
         if case.face != "function":
             self.module = getattr(self, case.face)()
 
@@ -128,7 +129,7 @@ class Face:
     def function(self, x, lora_A, lora_B, bias) -> Tensor:
         inputs = self.inputs
         return fastlora.lora_linear(
-            x, inputs.weight, lora_A, lora_B, bias, inputs.scaling, inputs.dropout_p, path=self.case.path
+            x, inputs.weight, lora_A, lora_B, bias, self.scaling, inputs.dropout_p, path=self.case.path
         )
 
     def _base(self, module: nn.Module, weight: Tensor) -> nn.Module:
@@ -158,7 +159,7 @@ class Face:
         conv = {"is_target_conv_1d_layer": True, "fan_in_fan_out": True} if base is not None else {}
         config.fan_in_fan_out = base is not None
         layer = Linear(base or self._linear(), "default", config, r=case.R, lora_alpha=1, **conv)
-        layer.scaling["default"] = case.scaling
+        layer.scaling["default"] = self.scaling
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = self.leaves["A"], self.leaves["B"]
         if "b" in self.leaves:
             layer.base_layer.bias.requires_grad_("b" in case.wants)
@@ -276,6 +277,8 @@ class _Modes:
         """What backward needs is changed before it runs: autograd's error, never the gradients of another call."""
         y = face(face.leaves["X"])
         needed = [name for name, who in {"X": "A", "A": "X", "B": "AX"}.items() if set(who) & set(case.wants)]
+        if case.scaling_is == "tensor":  # what is kept is lora_B times the scaling, and stays right
+            needed = [name for name in needed if name != "B"]
         needed = [name for name in needed if face.leaves[name].is_contiguous()]  # the expanded cannot be changed
         if not needed:
             return {"Y": y.detach()}
