@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import pickle
 import random
 import sys
 import tempfile
@@ -80,6 +81,39 @@ def saves_and_loads(base, model, x) -> bool:
     )  # fmt: skip
 
 
+def reading_changes_nothing(base, model, x) -> bool:
+    """Saving, copying, printing and merging for a while leave the parameters, their names and the output as they were."""
+    trained(model)
+    model.eval()
+
+    def seen():
+        return [(name, id(p)) for name, p in model.named_parameters()], list(model.state_dict()), model(x)
+
+    names, keys, y = seen()
+    for act in random.Random(len(keys) + x.numel()).choices(READINGS, k=5):
+        act(model)
+        now_names, now_keys, now_y = seen()
+        if now_names != names or now_keys != keys or not torch.equal(now_y.nan_to_num(), y.nan_to_num()):
+            return False
+    return True
+
+
+def _merged_for_a_while(model: nn.Module) -> None:
+    layers = [m for m in model.modules() if isinstance(m, fastlora.FusedLoRALinear)]
+    for layer in layers:
+        layer.merge()
+    model.state_dict()
+    copy.deepcopy(model)
+    for layer in layers:
+        layer.unmerge()
+
+
+READINGS = (
+    nn.Module.state_dict, lambda model: model.state_dict(keep_vars=True), copy.deepcopy, repr, pickle.dumps,
+    _merged_for_a_while, lambda model: model.load_state_dict(model.state_dict()), lambda model: model.train().eval(),
+)  # fmt: skip
+
+
 def trained(model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -93,7 +127,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     )
 
 
-PROPERTIES = (starts_at_the_base, merges_and_back, saves_and_loads)
+PROPERTIES = (starts_at_the_base, merges_and_back, saves_and_loads, reading_changes_nothing)
 
 
 def campaign(count: int, seed: int) -> list[str]:
