@@ -82,7 +82,7 @@ def saves_and_loads(base, model, x) -> bool:
 
 
 def reading_changes_nothing(base, model, x) -> bool:
-    """Saving, copying, printing and merging for a while leave the parameters, their names and the output as they were."""
+    """Saving, copying, printing and merging for a while leave parameters, names and output as they were."""
     trained(model)
     model.eval()
 
