@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-from fastlora import reference
+from fastlora import _interrupt, reference
 from fastlora._version import __version__
 from fastlora.adapters import load_adapter, save_adapter
 from fastlora.dispatch import explain, paths, selfcheck
@@ -28,6 +28,8 @@ __all__ = [
     "save_adapter",
     "selfcheck",
 ]
+
+_interrupt.over()
 
 
 def __getattr__(name: str):

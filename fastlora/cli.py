@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import importlib
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +15,7 @@ from typing import NoReturn
 
 from fastlora import env
 from fastlora._version import __version__
-from fastlora.errors import UserError, WorkError
+from fastlora.errors import UserError, WorkError, shown
 
 PROGRAMS = {
     "imdb": ("fastlora.finetune.imdb", "sentiment of film reviews, on mean word vectors"),
@@ -22,6 +26,9 @@ PREPARE = ("fastlora.finetune.prepare", "a raw SMSSpamCollection file to the bal
 EXTRAS = {"pandas": "train", "pyarrow": "train", "tiktoken": "train", "tqdm": "train", "matplotlib": "train",
           "peft": "peft", "transformers": "peft", "accelerate": "peft"}
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+MAX_LINE, MAX_INPUT = 500, 100_000_000  # characters of a message, and of standard input
+# what would steer a terminal, or turn its text around
+_CONTROL, _SURROGATE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"), re.compile("[\ud800-\udfff]")
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,11 +41,17 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's); returns the exit status."""
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        if hasattr(sys.stdout, "reconfigure"):  # no text of a user's is lost for a terminal that cannot show it
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         return _say("interrupted; what was written whole is kept", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left
-        sys.stderr.close()
+        _abandon_output()
         return FAILED
     except UserError as error:
         return _say(error, MISTAKE)
@@ -50,16 +63,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _say(f'{package} is not installed: pip install "fastlora-kernels[{EXTRAS[package]}]"', MISTAKE)
     except OSError as error:
-        from fastlora.finetune.files import explain_os_error
-
-        return _say(explain_os_error(error), FAILED)
+        return _explain(error)
     except MemoryError:
         return _say("out of memory", FAILED)
 
 
+def _explain(error: OSError) -> int:
+    from fastlora.finetune.files import explain_os_error
+
+    try:
+        if error.filename is None:  # a write's: was it standard output's?
+            print(flush=True)
+    except OSError as unwritten:
+        _abandon_output()
+        return _say(f"standard output cannot be written to ({unwritten.strerror})", FAILED)
+    named_wrongly = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # only users choose such names
+    return _say(explain_os_error(error), MISTAKE if named_wrongly else FAILED)
+
+
+def _abandon_output() -> None:
+    """Let what still waits for standard output go nowhere: Python would try, and complain, once more at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def _say(message: object, status: int) -> int:
-    print("fastlora:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+    text = _plain(str(message))
+    if len(text) > MAX_LINE:  # it begins with a name and ends with what to do
+        text = f"{text[: MAX_LINE - 180]} ... {text[-175:]}"
+    print("fastlora:", text, file=sys.stderr, flush=True)
     return status
+
+
+def _plain(text: str) -> str:
+    """`text` on one line, control characters escaped."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), " ".join(text.split()))
 
 
 def _run(argv: list[str]) -> int:
@@ -67,7 +107,7 @@ def _run(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|predict|prepare|info")
     _train_parsers(commands.add_parser("train", help="fine-tune a model"), argv)
     predict = commands.add_parser("predict", help="label texts with a finished run")
-    predict.add_argument("run", type=Path, help="the run's folder")
+    predict.add_argument("run", help="the run's folder")
     predict.add_argument("text", nargs="+", help="texts to label; - reads one a line from standard input")
     prepare = commands.add_parser("prepare", help="turn raw data into the files that train reads")
     spam = prepare.add_subparsers(dest="what", required=True, metavar="spam").add_parser("spam", help=PREPARE[1])
@@ -120,21 +160,36 @@ def _train_parsers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
             importlib.import_module(module).add_arguments(program)
 
 
-def _predict(run: Path, texts: list[str]) -> None:
+def _predict(folder: str, texts: list[str]) -> None:
     from fastlora.finetune.report import read_report
 
+    if not folder:
+        raise UserError("the name of the run's folder is empty")
+    run = Path(folder)
     task = read_report(run)["task"]
     if task not in PROGRAMS:
-        raise UserError(f"{run}: a run of the unknown task {task!r}")
+        raise UserError(f"{run}: a run of the unknown task {shown(task)}")
     if "-" in texts:
         if len(texts) > 1:
             raise UserError("predict takes texts or -, not both")
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-        texts = [line for line in sys.stdin.read().splitlines() if line.strip()]
-        if not texts:
-            raise UserError("standard input holds no text")
+        texts = _standard_input()
+    # bytes of an argument that are no UTF-8 came as lone surrogates, which no tokenizer takes
+    texts = [_SURROGATE.sub("\ufffd", text) for text in texts]
     predict = importlib.import_module(PROGRAMS[task][0]).load_predictor(run)
     for start in range(0, len(texts), 64):
         part = texts[start : start + 64]
         for text, (label, probability) in zip(part, predict(part), strict=True):
-            print(f"{label}\t{probability:.4f}\t{' '.join(text.split())[:100]}")
+            print(f"{label}\t{probability:.4f}\t{_plain(text)[:100]}")
+
+
+def _standard_input() -> list[str]:
+    if sys.stdin is None:
+        raise UserError("standard input is closed")
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    content = sys.stdin.read(MAX_INPUT + 1)
+    if len(content) > MAX_INPUT:
+        raise UserError(f"standard input holds more than {MAX_INPUT} characters; give them in parts")
+    texts = [line for line in content.splitlines() if line.strip()]
+    if not texts:
+        raise UserError("standard input holds no text")
+    return texts

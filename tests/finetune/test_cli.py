@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import builtins
 import errno
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fastlora import cli
 from fastlora.cli import main
+from fastlora.errors import UserError, WorkError
+
+# the command as pip installs it
+SCRIPT = "import sys; sys.argv[0] = '/usr/bin/fastlora'; from fastlora.cli import main; sys.exit(main())"
 
 
 def line(capsys):
@@ -35,6 +42,12 @@ def line(capsys):
     (["train", "imdb", "--output", "x", "--lr", "fast"], "'fast' is not a number"),
     (["train", "imdb", "--output", "x", "--batch-size", "0"], "--batch-size: 0"),
     (["train", "imdb", "--output", "x", "--seed", "-3"], "--seed: -3"),
+    (["train", "imdb", "--output", "x", "--seed", "4294967296"], "--seed: 4294967296 is not between 0 and 4294967295"),
+    (["train", "imdb", "--output", ""], "--output: a folder's name is empty"),
+    (["prepare", "spam", "x", "--output", ""], "--output: a folder's name is empty"),
+    (["predict", "", "text"], "the name of the run's folder is empty"),
+    (["predict", "a" * 5000, "text"], "File name too long"),
+    (["train", "\x1b[2J\x9b\u202e"], "'\\x1b[2J\\x9b\\u202e'"),
     (["train", "imdb", "--output", "x", "--train-samples", "1"], "--train-samples: 1"),
     (["train", "imdb", "--output", "x", "--test-samples", "0"], "--test-samples: 0"),
     (["train", "imdb", "--output", "x", "--impl", "magic"], "invalid choice: 'magic'"),
@@ -52,10 +65,83 @@ def test_a_mistake_is_one_line_and_status_2(command, message, capsys, tmp_path, 
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("error", [UserError, WorkError])
+def test_a_message_is_one_line_of_bounded_length_without_control_characters(monkeypatch, capsys, error):
+    def fail(argv):
+        raise error("/some/file: \x1b[2J\x1b]0;title\x07\n" + "x" * 10_000_000 + " and what to do")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    assert main([]) == (2 if error is UserError else 1)
+    said = line(capsys)
+    assert said.startswith("fastlora: /some/file: \\x1b[2J\\x1b]0;title\\x07 xxx") and said.endswith("and what to do\n")
+    assert said[:-1].isprintable() and len(said) < 520
+
+
+def stand_in(monkeypatch, tmp_path):
+    """A run of a program that finds "yes" in every text, and tells which texts it was given."""
+    given = []
+    (tmp_path / "report.json").write_text(json.dumps({"task": "imdb"}))
+    monkeypatch.setattr("fastlora.finetune.imdb.load_predictor",
+                        lambda run: lambda texts: given.extend(texts) or [("yes", 1.0)] * len(texts))
+    return given
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "é \ufffd \\x1b[2J"), ("ascii", "\\xe9 \\ufffd \\x1b[2J")])
+def test_predict_takes_and_shows_any_text(monkeypatch, tmp_path, encoding, shown):
+    given = stand_in(monkeypatch, tmp_path)
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", out)
+    assert main(["predict", str(tmp_path), "é \udcff \x1b[2J"]) == 0
+    assert given == ["é \ufffd \x1b[2J"]
+    assert out.buffer.getvalue().decode(encoding) == f"yes\t1.0000\t{shown}\n"
+
+
+def test_standard_input_that_is_closed_or_too_long(monkeypatch, tmp_path, capsys):
+    stand_in(monkeypatch, tmp_path)
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["predict", str(tmp_path), "-"]) == 2
+    assert "standard input is closed" in line(capsys)
+    monkeypatch.setattr(cli, "MAX_INPUT", 10)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"x" * 11)))
+    assert main(["predict", str(tmp_path), "-"]) == 2
+    assert "holds more than 10 characters" in line(capsys)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
+@pytest.mark.parametrize("unbuffered", [True, False])
+def test_standard_output_on_a_full_disk(monkeypatch, tmp_path, capsys, unbuffered):
+    stand_in(monkeypatch, tmp_path)
+    with open("/dev/full", "wb", buffering=0) as full:
+        raw = full if unbuffered else io.BufferedWriter(full)
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, write_through=unbuffered))
+        assert main(["predict", str(tmp_path), "text"]) == 1
+    assert line(capsys) == "fastlora: standard output cannot be written to (No space left on device)\n"
+
+
+@pytest.mark.parametrize("command", [["-m", "fastlora", "info"], ["-c", SCRIPT]])
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, command):
+    (tmp_path / "torch").mkdir()  # an import of torch that takes its time
+    (tmp_path / "torch" / "__init__.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(30)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])}
+    program = subprocess.Popen([sys.executable, *command], env=environment, stdout=-1, stderr=-1, text=True)
+    assert program.stdout.readline() == "begun\n"
+    program.send_signal(signal.SIGINT)
+    assert program.communicate(timeout=20)[1] == "fastlora: interrupted; nothing was begun\n"
+    assert program.returncode == 130
+
+
+def test_ctrl_c_is_pythons_own_again_once_torch_is_there():
+    code = ("import signal, sys; sys.argv[0] = 'fastlora'; import fastlora\n"
+            "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b"True\n"
+
+
 def test_data_that_is_not_there(tmp_path, capsys):
     train = ["train", "imdb", "--output", str(tmp_path / "run"), "--data"]
-    assert main([*train, str(tmp_path / "none")]) == 2
-    assert "no such folder" in line(capsys)
+    for name, message in ((str(tmp_path / "none"), "no such folder"), ("", "--data '': no such folder"),
+                          ("a" * 5000, "no such folder"), ("~nobody-here/x", "'~nobody-here/x': the home folder")):
+        assert main([*train, name]) == 2
+        assert message in line(capsys)
     (tmp_path / "empty").mkdir()
     assert main([*train, str(tmp_path / "empty")]) == 2
     assert "lacks imdb/train.parquet" in line(capsys)
@@ -79,8 +165,6 @@ def test_predict_refuses_a_strange_report(tmp_path, capsys, content, message):
 
 
 def test_predict_wants_texts_or_standard_input(tmp_path, capsys, monkeypatch):
-    import io
-
     (tmp_path / "report.json").write_text(json.dumps({"task": "imdb"}))
     assert main(["predict", str(tmp_path), "-", "more"]) == 2
     assert "not both" in line(capsys)
