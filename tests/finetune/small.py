@@ -5,7 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-TIMES = ("train_seconds", "total_seconds", "tokens_per_second", "peak_memory_bytes", "dataset", "device", "pretrained")
+TIMES = ("train_seconds", "total_seconds", "tokens_per_second", "peak_memory_bytes", "dataset", "device", "pretrained",
+         "fused_calls")  # the last: of one process
 
 
 def shrink():
@@ -16,6 +17,28 @@ def shrink():
 
     torch.set_num_threads(1)
     gpt2.CONFIGS["nano"] = gpt2.GPT2Config(width=16, heads=2, layers=1, token_std=1.0)
+
+
+def hub_model(folder: Path, kind: str = "distilbert") -> Path:
+    """`folder` with a tiny classifier of transformers and a tokenizer that knows the sample's words."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, BertConfig, BertTokenizerFast, DistilBertConfig
+
+    from fastlora.finetune import sample
+
+    words = sorted({word for words in sample._WORDS.values() for word in words} | {"the", "was", "and", "i", "of", "a"})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    shared = {"vocab_size": len(tokenizer), "max_position_embeddings": 64, "initializer_range": 0.1}
+    if kind == "bert":
+        config = BertConfig(num_hidden_layers=1, num_attention_heads=2, hidden_size=64, intermediate_size=64, **shared)
+    else:
+        config = DistilBertConfig(n_layers=1, n_heads=2, dim=32, hidden_dim=64, **shared)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def left(folder: Path) -> dict:
