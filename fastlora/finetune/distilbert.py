@@ -22,16 +22,15 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEF
 from torch import nn
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_utils import get_last_checkpoint
 
 import fastlora.peft
-from fastlora.errors import UserError
-from fastlora.finetune import parallel
+from fastlora.errors import UserError, shown
+from fastlora.finetune import hub_model, parallel
 from fastlora.finetune import report as reports
 from fastlora.finetune.data import random_split, read_texts
 from fastlora.finetune.files import REPORT, run_folder
-from fastlora.finetune.hub_model import LABELS, load_adapter, load_config, load_model, quietly, shortened
-from fastlora.finetune.hub_trainer import CHECKPOINTS, TokenDataset, make_trainer
+from fastlora.finetune.hub_model import LABELS, quietly, readable, shortened
+from fastlora.finetune.hub_trainer import TokenDataset, make_trainer, texts_digest
 from fastlora.finetune.locate import locate
 from fastlora.finetune.options import pick_device, positive, whole
 from fastlora.finetune.plots import plot_history
@@ -75,20 +74,23 @@ def train(args: argparse.Namespace) -> None:
         torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
     recipe = _recipe(args)
     settings = {"task": "distilbert", "data": args.data, "impl": args.impl, **vars(recipe), "seed": args.seed,
-                "device": device.type, "train_samples": args.train_samples, "test_samples": args.test_samples}
+                "device": device.type, "train_samples": args.train_samples, "test_samples": args.test_samples,
+                "processes": int(os.environ.get("WORLD_SIZE", "1"))}
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that train together, one writes
     held = run_folder(args.output, settings, args.resume) if first else contextlib.nullcontext()
-    with held, _together():
+    with held as begun, _together():
         if args.resume and (args.output / REPORT).exists():
             print(f"{args.output}: the run is finished already")
             return
-        _train(args, recipe, device, first)
+        _train(args, recipe, device, first, bool(begun))
 
 
-def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, first: bool) -> None:
+def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, first: bool, begun: bool) -> None:
     texts = _texts(locate(args.data, "imdb"), args)
     set_seed(args.seed)
-    tokenizer, model = load_model(recipe.model, f"--model {args.model}")
+    what = f"--model {args.model}"
+    tokenizer, model = hub_model.load_model(recipe.model, what)
+    run = {"data": texts_digest(texts), "base model": hub_model.digest(recipe.model, tokenizer, what)}
     _check_targets(model, recipe.target_modules)
     if args.show_tokens and first:
         _show(tokenizer, texts["train"][0][0], recipe.max_length)
@@ -102,8 +104,9 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, first
     counts = parameters(model)
     if first:
         print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
-    trainer = make_trainer(model, tokenizer, data, args, recipe, device)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(args) if args.resume else None)
+    trainer = make_trainer(model, tokenizer, data, args, recipe, device, run)
+    world = parallel.World(trainer.args.process_index, trainer.args.world_size)
+    trainer.fit(resume=parallel.told(begun, world, trainer.args.device))  # the first process alone knows the folder
     test = trainer.predict(data["test"], metric_key_prefix="test").metrics
     if first:
         _leave(args, recipe, data, model, trainer, counts, test["test_accuracy"])
@@ -136,19 +139,26 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     Raises UserError when the run is not finished or damaged, or the model that it adapts is not to be had.
     """
     report = reports.read_report(run)
-    try:
-        name, max_length, impl = str(report["model"]), int(report["max_length"]), report["impl"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{run / REPORT}: damaged, it names no model or max_length") from None
+    name, max_length, impl, base = (report.get(key) for key in ("model", "max_length", "impl", "base_sha256"))
+    if not (isinstance(name, str) and type(max_length) is int and impl in ("fused", "eager") and isinstance(base, str)):
+        raise UserError(f"{run / REPORT}: damaged, it names no model, its sha256, max_length or impl")
+    what = f"{run}: its base model {shown(name)}"
     with quietly():
-        tokenizer, model = load_model(name, f"{run}: its base model {name}")
-        model = load_adapter(model, run)
+        name = hub_model.located(name, what)
+        most = hub_model.longest(hub_model.load_config(name, what))
+        if not 1 <= max_length <= most:
+            raise UserError(f"{run / REPORT}: damaged, its max_length is {max_length}, and the model has {most}")
+        tokenizer, model = hub_model.load_model(name, what)
+        if hub_model.digest(name, tokenizer, what) != base:
+            raise UserError(f"{what} is not the one that the run adapted: its weights, words or settings were changed")
+        model = hub_model.load_adapter(model, run)
     if impl == "fused":
         fastlora.peft.patch(model)
     model.eval()
 
     @torch.inference_mode()
     def predict(texts: list[str]) -> list[tuple[str, float]]:
+        texts = [readable(text, max_length) for text in texts]
         batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         chances, classes = model(**batch).logits.float().softmax(-1).max(-1)
         return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
@@ -168,16 +178,15 @@ def parameters(model) -> dict[str, int]:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    folder = Path(args.model).expanduser()
-    name = str(folder.resolve()) if folder.is_dir() else args.model
-    config = load_config(name, f"--model {args.model}")
+    what = f"--model {args.model}"
+    name = hub_model.located(args.model, what)
+    config = hub_model.load_config(name, what)
     targets = args.target_modules or TARGETS.get(config.model_type) or PEFT_TARGETS.get(config.model_type)
     if not targets:
-        raise UserError(f"--model {args.model}: no default target modules for a {config.model_type!r}; "
+        raise UserError(f"{what}: no default target modules for a {config.model_type!r}; "
                         "name them by --target-modules")
-    longest = getattr(config, "max_position_embeddings", None) or args.max_length
     given = {key: getattr(args, key) if getattr(args, key) is not None else value for key, value in DEFAULTS.items()}
-    return Recipe(name, tuple(targets), min(args.max_length, longest), args.dropout, **given)
+    return Recipe(name, tuple(targets), min(args.max_length, hub_model.longest(config)), args.dropout, **given)
 
 
 def _lora_config(recipe: Recipe) -> LoraConfig:
@@ -211,15 +220,10 @@ def _show(tokenizer, text: str, max_length: int) -> None:
         print(f"{name}: {values}")
 
 
-def _last_checkpoint(args: argparse.Namespace) -> str | None:
-    folder = args.output / CHECKPOINTS
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
-
-
 def _leave(args, recipe: Recipe, data, model, trainer, counts, accuracy: float) -> None:
     """Write everything that the finished run leaves; the report last, since it says that the run is finished."""
     folder, history = args.output, trainer.history()
-    model.save_pretrained(folder)
+    hub_model.save_adapter(model, folder)
     reports.write_history(folder, history)
     plot_history(folder / "curves.png", history, f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test")
     layers = fastlora.peft.report(model)
@@ -230,6 +234,7 @@ def _leave(args, recipe: Recipe, data, model, trainer, counts, accuracy: float) 
     reports.write_report(folder, {
         "task": "distilbert", "impl": args.impl, "path": ", ".join(how) if args.impl == "fused" else "eager",
         "device": reports.device_name(trainer.args.device), "dataset": args.data, **vars(recipe),
+        "base_sha256": trainer.run["base model"],
         "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
         "adapter_bytes": size, "train_seconds": round(trainer.seconds, 3),
         "tokens_per_second": round(data["train"].tokens * recipe.epochs / max(trainer.seconds, 1e-9)),

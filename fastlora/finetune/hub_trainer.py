@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import time
 from dataclasses import fields
@@ -9,9 +11,12 @@ from dataclasses import fields
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, TrainingArguments
 
-CHECKPOINTS = "checkpoints"
+from fastlora.errors import WorkError
+from fastlora.finetune.files import CHECKPOINT
+from fastlora.finetune.hub_checkpoint import COLUMNS, CheckpointedTrainer
+from fastlora.finetune.hub_model import readable
 
 
 class TokenDataset(Dataset):
@@ -22,6 +27,7 @@ class TokenDataset(Dataset):
     """
 
     def __init__(self, tokenizer, texts: list[str], labels: list[int], max_length: int):
+        texts = [readable(text, max_length) for text in texts]
         encoded = tokenizer(texts, truncation=True, max_length=max_length, return_token_type_ids=False)
         rows = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
         self.rows = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]
@@ -35,23 +41,31 @@ class TokenDataset(Dataset):
         return self.rows[index]
 
 
-class HubTrainer(Trainer):
+def texts_digest(texts: dict[str, tuple[list[str], list[int]]]) -> str:
+    """The sha256 of all texts and labels, by the names of the sets."""
+    summed = hashlib.sha256()
+    for name, (lines, labels) in texts.items():
+        summed.update(f"{name} {len(lines)} {labels}".encode())
+        for line in lines:
+            content = line.encode("utf-8", "surrogatepass")
+            summed.update(len(content).to_bytes(8, "little") + content)
+    return summed.hexdigest()
+
+
+class HubTrainer(CheckpointedTrainer):
     """The Trainer, with the accuracy of the training batches and a row of history at each evaluation.
 
-    Attributes:
-        seconds: of training so far, evaluation left out.
+    Its `seconds` leave evaluation out.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._tally = torch.zeros(3, dtype=torch.float64)  # loss, correct rows, rows since the last evaluation
-        self._began, self.seconds = None, 0.0
+        self._began = None
 
     def training_step(self, *args, **kwargs):
         if self._began is None:
             self._began = time.perf_counter()
-            rows = self.history()  # of the run that this one goes on with
-            self.seconds = rows[-1]["seconds"] if rows else 0.0
         return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -67,37 +81,45 @@ class HubTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs):
-        """The Trainer's, and a row of history that is kept in its state, so that checkpoints hold it."""
+        """The Trainer's, and a row of history that is kept in its state, so that checkpoints hold it.
+
+        Raises WorkError when training has diverged: nothing of such a run is kept.
+        """
         now = time.perf_counter()
         self.seconds += now - (self._began or now)
         loss, correct, rows = self.accelerator.reduce(self._tally.to(self.args.device), "sum").tolist()
         metrics = super().evaluate(*args, **kwargs)
         if rows:
-            self.state.log_history[-1]["row"] = {
-                "epoch": round(self.state.epoch, 6), "step": self.state.global_step,
-                "train_loss": loss / rows, "train_accuracy": correct / rows,
-                "valid_loss": float(metrics["eval_loss"]), "valid_accuracy": float(metrics["eval_accuracy"]),
-                "learning_rate": float(self._get_learning_rate()), "seconds": round(self.seconds, 4)}
+            numbers = (round(self.state.epoch, 6), self.state.global_step, loss / rows, correct / rows,
+                       float(metrics["eval_loss"]), float(metrics["eval_accuracy"]), float(self._get_learning_rate()),
+                       round(self.seconds, 4))
+            row = dict(zip(COLUMNS, numbers, strict=True))
+            whole = all(bool(p.isfinite().all()) for p in self.trained().values())
+            if not (whole and all(map(math.isfinite, numbers))):
+                raise WorkError(f"training diverged in epoch {row['epoch']:g}: the loss or the adapter is not finite; "
+                                "a smaller --lr may help")
+            if row["valid_accuracy"] > max((before["valid_accuracy"] for before in self.history()), default=-1.0):
+                self.keep_best()
+            self.state.log_history[-1]["row"] = row
         self._tally.zero_()
         self._began = time.perf_counter()
         return metrics
-
-    def history(self) -> list[dict]:
-        """A row per evaluation, with the columns of every program's `history.csv`."""
-        return [entry["row"] for entry in self.state.log_history if "row" in entry]
 
     def best(self) -> float:
         """The validation accuracy of the weights that training ended with: the best epoch's."""
         return max(row["valid_accuracy"] for row in self.history())
 
 
-def make_trainer(model, tokenizer, data: dict[str, TokenDataset], args, recipe, device: torch.device) -> HubTrainer:
+def make_trainer(
+    model, tokenizer, data: dict[str, TokenDataset], args, recipe, device: torch.device, run: dict[str, str]
+) -> HubTrainer:
     """The trainer of one run: batches of similar length, evaluation and a checkpoint at each epoch's end, best kept.
 
     Args:
         data: "train", "valid" and "test".
         args: the program's flags (output, seed).
         recipe: epochs, batch_size and lr.
+        run: digests of what must be the same in a run that goes on.
     """
     if "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}:  # transformers 5
         grouped = {"train_sampling_strategy": "group_by_length"}
@@ -105,7 +127,7 @@ def make_trainer(model, tokenizer, data: dict[str, TokenDataset], args, recipe, 
         grouped = {"group_by_length": True}
     together = "RANK" in os.environ
     settings = TrainingArguments(
-        output_dir=str(args.output / CHECKPOINTS),
+        output_dir=str(args.output),
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
@@ -113,9 +135,6 @@ def make_trainer(model, tokenizer, data: dict[str, TokenDataset], args, recipe, 
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="accuracy",
         seed=args.seed,
         data_seed=args.seed,
         use_cpu=device.type == "cpu",
@@ -134,6 +153,8 @@ def make_trainer(model, tokenizer, data: dict[str, TokenDataset], args, recipe, 
         eval_dataset=data["valid"],
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=_accuracy,
+        checkpoint=args.output / CHECKPOINT,
+        run=run,
     )
 
 
