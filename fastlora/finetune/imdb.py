@@ -153,6 +153,7 @@ def _load(folder: Path, args: argparse.Namespace, recipe: Recipe, device: torch.
     else:
         vectors, count = read_glove(args.vectors, vocabulary)
         source = f"{args.vectors.name}, {count:,} of {len(vocabulary):,} words"
+        digest.update(vectors.numpy())
     if recipe.scale is not None:
         vectors = weighted(vectors, ids, recipe.scale)
     print(f"word vectors: {source}: {time.perf_counter() - began:.1f} s", flush=True)

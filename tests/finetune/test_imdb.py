@@ -304,6 +304,16 @@ def test_resuming_with_files_of_another_run_is_refused(run, tmp_path, capsys, na
     assert name in error and error.count("\n") == 1
 
 
+def test_vectors_that_changed_since_are_refused(tmp_path, capsys):
+    path, folder = tmp_path / "glove.txt", tmp_path / "run"
+    for value, status in ((0.5, 0), (0.25, 2)):
+        path.write_text("film" + f" {value}" * 100 + "\n")
+        flags = ["--vectors", str(path), "--epochs", "1", "--train-samples", "60", "--resume"]
+        assert train(folder, *flags) == status
+        (folder / "report.json").unlink(missing_ok=True)
+    assert "the data is not what the run was started with" in capsys.readouterr().err
+
+
 def test_a_vocabulary_that_has_gone_is_written_again(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     (folder / "report.json").unlink()
