@@ -98,6 +98,8 @@ class TensorFile:
             self._file = safe_open(self.path, framework="pt")
             self._metadata = self._file.metadata() or {}
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 - not a mapping
+        except MemoryError:
+            raise AdapterError(f"{self.path} has {size} bytes, more than there is memory for") from None
         except (SafetensorError, OSError) as error:
             raise self._damaged(error) from None
         self.entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}

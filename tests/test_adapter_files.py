@@ -17,7 +17,7 @@ from small_adapter import IDS, A, configure, refused, rewrite, same_values, smal
 from torch import nn
 
 import fastlora
-from fastlora import inject, load_adapter, save_adapter
+from fastlora import adapter_files, inject, load_adapter, save_adapter
 from fastlora.adapter_config import PLAIN_KEY, alphas_of, from_json
 from fastlora.adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterError
 
@@ -45,6 +45,13 @@ class TestStrangersWeights:
         (saved / WEIGHTS_NAME).unlink()
         os.mkfifo(saved / WEIGHTS_NAME)
         assert "not a regular file" in refused(saved)
+
+    def test_a_file_that_memory_has_no_room_for_is_named(self, saved, monkeypatch):
+        def full(*_, **__):
+            raise MemoryError
+
+        monkeypatch.setattr(adapter_files, "safe_open", full)
+        assert "more than there is memory for" in refused(saved)
 
     def test_what_a_killed_write_leaves_bears_our_name(self, saved, monkeypatch):
         def killed(*_):
