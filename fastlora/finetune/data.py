@@ -21,7 +21,7 @@ from fastlora.finetune.vocabulary import PAD, Vocabulary
 from fastlora.regular_files import open_regular
 
 # the programs hold all words in memory, some ten times the text: a table beyond either bound is no table of texts
-MAX_TEXT, MAX_ROWS = 2 << 30, 50_000_000
+MAX_TEXT, MAX_ROWS = 1 << 30, 50_000_000
 ROWS_AT_ONCE = 256  # few: a dictionary makes a row cost four bytes of the file, whatever its length
 
 
