@@ -157,6 +157,10 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
         WorkError: the disk is full.
     """
     try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # safetensors could write there and not read
+        raise UserError(f"{path}: cannot be used as output folder (its name is not UTF-8)") from None
+    try:
         path.mkdir(parents=True, exist_ok=True)
         held = contextlib.ExitStack()
         held.enter_context(locked(path / LOCK, wait=False, busy=f"{path}: another run is writing to this folder"))

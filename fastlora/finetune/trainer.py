@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -17,9 +16,10 @@ from fastlora.errors import UserError, WorkError, shown
 from fastlora.finetune import parallel
 from fastlora.finetune.batches import Batches
 from fastlora.finetune.checkpoint import alike, pack, read_checkpoint, unpack, write_checkpoint
+from fastlora.finetune.clock import Clock
 from fastlora.finetune.step import PRECISIONS, Step, StepSettings, autocast, tally
 
-__all__ = ["PRECISIONS", "Clock", "Plan", "Trainer"]
+__all__ = ["PRECISIONS", "Plan", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ class Trainer:
         if self.valid is not None:
             row["valid_loss"], row["valid_accuracy"] = self.evaluate(self.valid)
         self.history.append(row)
-        shown = {"loss": row["train_loss"], "accuracy": row["valid_accuracy"] or row["train_accuracy"]}
-        bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()})
+        values = {"loss": row["train_loss"], "accuracy": row["valid_accuracy"] or row["train_accuracy"]}
+        bar.set_postfix({key: f"{value:.4f}" for key, value in values.items()})
         if on_row is not None:
             on_row(row)
 
@@ -245,22 +245,6 @@ class Trainer:
 
         return tqdm(total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{self.plan.epochs}",
                     unit="batch", disable=None if self.plan.progress and self.world.first else True, mininterval=0.2)
-
-
-class Clock:
-    """Seconds from one lap to the next, with the device's queued work waited for."""
-
-    def __init__(self, device: torch.device):
-        self.device, self._then = device, 0.0
-        self.lap()
-
-    def lap(self) -> float:
-        """Seconds since the clock was made or this was last called."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        passed, self._then = now - self._then, now
-        return passed
 
 
 def _generators(tensors: dict[str, Tensor]) -> list[str]:

@@ -181,6 +181,13 @@ def test_an_output_that_is_a_file(tmp_path):
         pass
 
 
+def test_an_output_whose_name_is_not_utf8_is_refused_before_the_work(tmp_path):
+    folder = tmp_path / os.fsdecode(b"o_\xff")
+    with pytest.raises(UserError, match="not UTF-8"), files.run_folder(folder, {}, False):
+        pass
+    assert not folder.exists()
+
+
 def test_a_full_disk_is_failed_work():
     error = files.explain_os_error(OSError(errno.ENOSPC, "No space left on device", "/x/y"))
     assert isinstance(error, WorkError)
