@@ -82,8 +82,12 @@ def write_report(folder: Path, report: Mapping) -> None:
 
 def read_report(folder: Path) -> dict:
     """The report of a finished run; UserError when `folder` holds none or a damaged one."""
-    if not os.path.lexists(folder / REPORT):
-        raise UserError(f"{folder}: holds no finished run (no {REPORT})")
+    try:
+        os.lstat(folder / REPORT)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: holds no finished run (no {REPORT})") from None
+    except OSError:  # a name too long, say: what reads it tells
+        pass
     report = read_json(folder / REPORT)
     if not isinstance(report, dict) or not isinstance(report.get("task"), str):
         raise UserError(f"{folder / REPORT}: damaged, it names no task")
