@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from fastlora.errors import UserError
 from fastlora.finetune.files import LOCK, atomic_write, locked
 from fastlora.regular_files import check_regular
 
@@ -58,6 +59,8 @@ def make_sample(folder: Path) -> Path:
             path = folder / f"{name}.parquet"
             columns = ("Text", "Label") if name.startswith("spam") else ("text", "label")
             if not _holds(path, columns, rows):
+                if path.is_dir():
+                    raise UserError(f"{path}: a folder in the place of a file of the sample; delete it")
                 path.parent.mkdir(exist_ok=True)
                 with atomic_write(path) as temporary:
                     pd.DataFrame(rows, columns=columns).to_parquet(temporary, index=False)

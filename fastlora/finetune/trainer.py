@@ -176,7 +176,7 @@ class Trainer:
 
         Raises WorkError when a trained parameter is not finite, which the loss need not show.
         """
-        if not all(p.isfinite().all() for p in self.step.trained):
+        if not torch.stack([p.isfinite().all() for p in self.step.trained]).all():
             self._check(math.nan)
         if self.plan.checkpoint is None:
             return

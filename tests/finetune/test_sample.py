@@ -7,6 +7,7 @@ import os
 import pandas as pd
 import pytest
 
+from fastlora.errors import UserError
 from fastlora.finetune.sample import make_sample
 
 
@@ -24,3 +25,9 @@ def test_a_damaged_file_is_made_anew(tmp_path, kind):
     make_sample(tmp_path)
     assert path.read_bytes() == good
     assert (tmp_path / "imdb" / "test.parquet").stat().st_mtime_ns == untouched
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "spam" / "test.parquet").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"test\.parquet: a folder .* delete it"):
+        make_sample(tmp_path)
