@@ -130,6 +130,16 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, command):
     assert program.returncode == 130
 
 
+def test_ctrl_c_inside_an_exec_ends_with_our_status_too(tmp_path):
+    (tmp_path / "late.py").write_text(
+        "import os, sys\nfrom fastlora import cli\n"
+        "cli._run = lambda argv: exec('os.kill(os.getpid(), 2)\\nfor i in range(100): pass', globals())\n"
+        "sys.exit(cli.main())\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])}
+    done = subprocess.run([sys.executable, "-m", "late"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "fastlora: interrupted; what was written whole is kept\n")
+
+
 def test_ctrl_c_is_pythons_own_again_once_torch_is_there():
     code = ("import signal, sys; sys.argv[0] = 'fastlora'; import fastlora\n"
             "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)")
