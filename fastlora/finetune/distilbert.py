@@ -159,7 +159,8 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     @torch.inference_mode()
     def predict(texts: list[str]) -> list[tuple[str, float]]:
         texts = [readable(text, max_length) for text in texts]
-        batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_token_type_ids=False,
+                          return_tensors="pt")
         chances, classes = model(**batch).logits.float().softmax(-1).max(-1)
         return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 

@@ -51,6 +51,8 @@ def load_config(name: str, what: str):
         if Path(name).is_dir():
             _check_folder(Path(name), what)
         _check_settings(json.loads(read_regular(cached_file(name, "config.json"), MAX_CONFIG)), what)
+        if _file(name, CONFIG_NAME):  # transformers would turn to the model that it names
+            raise UserError(f"{what}: holds an adapter ({CONFIG_NAME}); a whole model is needed")
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
@@ -104,10 +106,9 @@ def digest(name: str, tokenizer, what: str) -> str:
 
 def weight_files(name: str, what: str) -> list[str]:
     """The paths of a model's safetensors files; UserError where there is none, or one in another folder."""
-    there = {"_raise_exceptions_for_missing_entries": False}
-    whole, index = (cached_file(name, file, **there) for file in (WEIGHTS, INDEX))
-    if whole:
+    if whole := _file(name, WEIGHTS):
         return [whole]
+    index = _file(name, INDEX)
     if index is None:
         raise UserError(f"{what}: holds no {WEIGHTS}; weights in other formats, pickles, are not loaded")
     parts = sorted(set(json.loads(read_regular(index, MAX_TEXT))["weight_map"].values()))
@@ -183,15 +184,19 @@ def shortened(error: Exception) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def _file(name: str, file: str) -> str | None:
+    """The path of a model's file, fetched if need be; None where there is none, or none that can be reached."""
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+
+
 def _check_folder(folder: Path, what: str) -> None:
-    """UserError where transformers would wait for a pipe, read without end, or turn to another model."""
+    """UserError where transformers would wait for a pipe or read without end."""
     for path in folder.iterdir():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise UserError(f"{what}: {shown(path.name)} is not a regular file")
         if path.suffix in (".json", ".txt", ".model") and path.is_file() and path.stat().st_size > MAX_TEXT:
             raise UserError(f"{what}: {shown(path.name)} has {path.stat().st_size} bytes, more than {MAX_TEXT}")
-    if (folder / CONFIG_NAME).exists():
-        raise UserError(f"{what}: holds an adapter ({CONFIG_NAME}); a whole model is needed")
 
 
 def _check_settings(settings, what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def _weights(edit):
         (_weights(lambda held: held.pop(Q_LIN)), f"its weights lack '{Q_LIN}'"),
         (_weights(lambda held: held[Q_LIN].fill_(float("nan"))), f"'{Q_LIN}' holds numbers that are not finite"),
         (_weights(lambda held: held.update({Q_LIN: held[Q_LIN].double() + 1e300})), "not finite"),
-        (_weights(lambda held: held.update({Q_LIN: held[Q_LIN].long()})), "is I64, not a float"),
+        (_weights(lambda held: held.update({Q_LIN: held[Q_LIN].long()})), "float"),
         (_config(n_layers=3), "its weights lack"),
         (_config(n_layers=10**6), "1000000 layers"),
         (_config(n_heads=0), "cannot be loaded"),
@@ -133,6 +134,22 @@ def test_a_strangers_model_is_refused(stranger, tmp_path, monkeypatch, capsys, s
     error = refused(capsys, arguments(stranger, tmp_path / "run"))
     assert f"--model {stranger}" in error and said in error and "\x1b" not in error
     assert not (stranger / "ran").exists() and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_model_of_the_cache_without_a_head_trains(model, tmp_path):
+    """Offline; and the head alone may be missing, since it is trained and kept."""
+    cache = tmp_path / "hub" / "models--some--body"
+    shutil.copytree(model, cache / "snapshots" / "0123")
+    weights(cache / "snapshots" / "0123", lambda held: [held.pop(name) for name in list(held) if "classifier" in name])
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123")
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlora", *arguments("some/body", tmp_path / "run")], capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+             "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "loaded and predicted" in done.stdout
 
 
 def test_an_unknown_home_is_named(tmp_path, capsys):
