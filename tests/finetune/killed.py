@@ -68,8 +68,9 @@ def campaign(kills: int, seed: int, argv: list[str], folder: Path) -> str:
             time.sleep(draw.uniform(0, life))
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
-            done += os.WIFSIGNALED(status)
-            with_checkpoint += (output / "checkpoint.safetensors").exists()
+            killed = os.WIFSIGNALED(status)  # else it had ended before
+            done += killed
+            with_checkpoint += killed and (output / "checkpoint.safetensors").exists()
         wait(start(command, said), said)
         again = small.left(output)
         other = [part for part in whole if again[part] != whole[part]]
