@@ -110,7 +110,7 @@ def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), fa
         scalings = scalings[:8]  # the kernels' S holds the scaling, and overflows where eager's S does not
     scaling = rng.choice(scalings)
     # float16 has no room for both; and what is rounded to bfloat16 on its way there may pass its end
-    full = half and (scaling == 100.0 or dropout == 0.9)
+    full = (half and (scaling == 100.0 or dropout == 0.9)) or (scaling == 1e30 and dropout > 0.9)
     roomy = not mixed and not full and not (dtype == "bf16" and adapter == "f16")
     if scaling == 1e30:
         factors = factors[:-1]  # nor has float32 for both: which sum passes its end is a matter of their order
