@@ -87,6 +87,47 @@ def steps(count: int, kind: str, warm: int = 500) -> tuple[int, int]:
     return after[0] - before[0], after[1] - before[1]
 
 
+class _Refused(Exception):
+    """What the hooks of `broken_steps` raise."""
+
+
+def broken_steps(count: int, seed: int) -> int:
+    """Tensors more after `count` steps that end in an error: a wrong shape, or a hook that raises on the way."""
+    rng = random.Random(seed)
+    case = Case(lead=(64, 4), N=256, K=192, R=8, bias=True, dropout=0.1)
+    face = Face(case, replace(tensors(case), dropout_p=case.dropout))
+
+    def refuse(_):
+        raise _Refused
+
+    def step() -> None:
+        x = torch.randn(rng.randrange(1, 300), 192, requires_grad=True)
+        kind = rng.choice(("shape", "forward", "backward", "gradient"))
+        try:
+            if kind == "shape":
+                face(x[:, 1:])
+            elif kind == "forward":
+                with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+                    face(x)
+            elif kind == "backward":
+                with torch.autograd.graph.saved_tensors_hooks(lambda t: t, refuse):
+                    face(x).sum().backward()
+            else:
+                y = face(x)
+                y.register_hook(refuse)
+                y.sum().backward()
+        except (_Refused, ValueError):
+            return
+        raise AssertionError(f"a step with a broken {kind} ended well")
+
+    for _ in range(20):
+        step()
+    before = live()
+    for _ in range(count):
+        step()
+    return live() - before
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
@@ -106,6 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         more, tensors_more = steps(args.steps, kind)
         print(f"{kind}: {args.steps} steps, {more / 2**20:+.2f} MiB resident, {tensors_more:+d} tensors")
         wrong += more > 2 * 2**20 or tensors_more > 0
+    left = broken_steps(args.steps, args.seed)
+    print(f"{args.steps} steps that end in an error: {left:+d} tensors")
+    wrong += left > 0
     print(f"{time.monotonic() - began:.0f} s")
     return bool(wrong)
 

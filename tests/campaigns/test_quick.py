@@ -78,6 +78,10 @@ def test_steps_leave_nothing_behind(kind):
     assert more < 4 << 20
 
 
+def test_broken_steps_leave_nothing_behind():
+    assert memory.broken_steps(100, seed=1) <= 0
+
+
 @pytest.mark.parametrize("name", waits.PATHS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_no_step_waits_for_a_gpu(name, dropout_p):
