@@ -7,6 +7,7 @@
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -24,6 +25,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <type_traits>
+#include <utility>
 
 #include "call.h"
 
@@ -31,6 +34,8 @@ namespace {
 
 using at::Tensor;
 using std::int64_t;
+using torch::autograd::Edge;
+using torch::autograd::edge_list;
 using torch::autograd::variable_list;
 typedef std::optional<Tensor> Optional;
 
@@ -195,15 +200,14 @@ variable_list backward_in_python(const Tensor& dy, const variable_list& saved, d
   return gradients;
 }
 
-// Gradients made under create_graph=True: they may be used, but not differentiated.
-struct Once : torch::autograd::Function<Once> {
-  static Tensor forward(torch::autograd::AutogradContext*, const Tensor&, const Tensor& gradient) {
-    return gradient.detach();
-  }
-  static variable_list backward(torch::autograd::AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false, twice);
-  }
-};
+// A node that raises `message`. Nodes are held by std::shared_ptr up to some version of torch, by intrusive_ptr after.
+template <typename Pointer, typename Message>
+Pointer error_node(const Message& message, edge_list&& next) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
+    return std::make_shared<torch::autograd::Error>(message, std::move(next));
+  else
+    return c10::make_intrusive<torch::autograd::Error>(message, std::move(next));
+}
 
 struct LoRALinear : torch::autograd::Function<LoRALinear> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight,
@@ -214,7 +218,6 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["p"] = p;
     ctx->saved_data["bias"] = bias.has_value();
-    ctx->saved_data["learns"] = x.requires_grad();
     return result.y;
   }
 
@@ -228,23 +231,26 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
       found = gradients(ctx, dy, saved);
     }
     // each depends on dy and on all that learns but itself
-    const Tensor &A = saved[2], &B = saved[3];
-    const bool of_dy = dy.requires_grad(), of_A = A.requires_grad(), of_B = B.requires_grad();
-    const bool of_x = ctx->saved_data["learns"].toBool();
-    found[0] = once(found[0], of_dy || of_A || of_B, {dy, A, B});
-    found[1] = once(found[1], of_dy || of_x || of_B, {dy, A});
-    found[2] = once(found[2], of_dy || of_x || of_A, {dy, B});
-    found[3] = once(found[3], of_dy, {dy});
-    return inputs_order(found);
+    const Edge of_dy = torch::autograd::impl::gradient_edge(dy);
+    const auto& inputs = torch::autograd::get_current_node()->next_edges();
+    const Edge &of_x = inputs[0], &of_A = inputs[2], &of_B = inputs[3];
+    return inputs_order({once(found[0], {of_dy, of_A, of_B}), once(found[1], {of_dy, of_x, of_B}),
+                         once(found[2], {of_dy, of_x, of_A}), once(found[3], {of_dy})});
   }
 
  private:
-  // `gradient`, and an error for who differentiates it, where it `depends` on what learns; one of `anchors` does.
-  static Tensor once(const Tensor& gradient, bool depends, const variable_list& anchors) {
-    if (!gradient.defined() || !depends) return gradient;
-    for (const Tensor& anchor : anchors)
-      if (anchor.requires_grad()) return Once::apply(anchor, gradient);
-    return gradient;
+  // A gradient made under create_graph=True: it may be used, but not differentiated by what it depends on.
+  static Tensor once(const Tensor& gradient, const edge_list& dependences) {
+    edge_list learning;
+    for (const Edge& edge : dependences)
+      if (edge.is_valid()) learning.push_back(edge);
+    if (!gradient.defined() || learning.empty()) return gradient;
+    // of a batch of gradients (is_grads_batched) the history would be lost in silence
+    TORCH_CHECK(!gradient.key_set().has(c10::DispatchKey::Batched), twice);
+    Tensor same = gradient.detach();
+    const auto error = error_node<decltype(Edge::function)>(twice, std::move(learning));
+    torch::autograd::impl::set_gradient_edge(same, Edge(error, error->add_input_metadata(same)));
+    return same;
   }
 
   static variable_list inputs_order(const variable_list& g) {
@@ -295,7 +301,8 @@ bool fits(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& 
 
 // fastlora.dispatch.choice.is_tiny, of what fits
 bool is_tiny(const Tensor& x, const Tensor& weight, const Tensor& A, double scaling, double p) {
-  return p == 0.0 && scaling != 0.0 && std::abs(scaling) < 1e38 && !x.requires_grad() && x.dim() == 2 && x.size(0) * weight.numel() <= tiny &&
+  const bool rides_on_gemm = std::abs(scaling) > 1e-37 && std::abs(scaling) < 1e37;
+  return p == 0.0 && rides_on_gemm && !x.requires_grad() && x.dim() == 2 && x.size(0) * weight.numel() <= tiny &&
          x.scalar_type() == A.scalar_type();
 }
 

@@ -60,7 +60,7 @@ def lora_linear(
 
     Returns:
         (..., N) in x's dtype; a fresh tensor, never a view. A gradient of its gradient is an error, but where a small
-        layer on a CPU runs in ATen's own autograd nodes.
+        layer on a CPU runs in ATen's own autograd nodes; so is a batch of gradients made under create_graph=True.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype or shape; the message names it.
@@ -81,11 +81,13 @@ def lora_linear(
         if y is not None:
             return y
     _check(x, weight, lora_A, lora_B, bias, dropout_p)
-    if scaling.__class__ is not float and not isinstance(scaling, Real):
-        raise TypeError(f"scaling is {type(scaling).__name__}; it needs to be a number or a Tensor of one element")
+    if scaling.__class__ is not float:
+        if not isinstance(scaling, Real):
+            raise TypeError(f"scaling is {type(scaling).__name__}; it needs to be a number or a Tensor of one element")
+        scaling = float(scaling)
     if compiling:
         seed = torch.randint(2**63 - 1, (), device=x.device) if dropout_p > 0.0 else None
-        return _forward_op(x, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed, path or "")[0]
+        return _forward_op(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path or "")[0]
     if (
         type(x) not in _PLAIN
         or type(weight) not in _PLAIN
@@ -219,37 +221,49 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+        scaling, dropout_p, run = ctx.call
+        need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        needs, saved = (need_x, need_A, need_B, need_bias), ctx.saved_tensors
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                found = _gradients(dy, *saved, scaling, dropout_p, run, needs)
+            found = _once(dy, *saved[:4], found)
+        else:
+            found = _gradients(dy, *saved, scaling, dropout_p, run, needs)
+        dx, dA, dB, dbias = found
+        return dx, None, dA, dB, dbias, None, None, None
 
 
-def _backward_once(ctx, dy):
-    """Under create_graph=True: the gradients, and an error for who differentiates those that depend on what learns."""
-    with torch.no_grad():
-        dx, _, dA, dB, dbias, *rest = _backward(ctx, dy)
-    need_x, _, need_A, need_B, *_ = ctx.needs_input_grad
-    of_dy = dy.requires_grad
+def _once(dy, x, weight, lora_A, lora_B, found):
+    """Gradients under create_graph=True: with an error for who differentiates them by what they depend on."""
+    dx, dA, dB, dbias = found
     return (
-        _not_again(dx, of_dy or need_A or need_B),
-        None,
-        _not_again(dA, of_dy or need_x or need_B),
-        _not_again(dB, of_dy or need_x or need_A),
-        _not_again(dbias, of_dy),
-        *rest,
+        _Once.of(dx, dy, lora_A, lora_B),
+        _Once.of(dA, dy, x, lora_B),
+        _Once.of(dB, dy, x, lora_A, None if x is not None or weight is None else lora_B),  # for an x that is not kept
+        _Once.of(dbias, dy),
     )
 
 
-def _not_again(gradient: Tensor | None, depends: bool) -> Tensor | None:
-    if gradient is None or not depends:
-        return gradient
-    return torch._C._functions.DelayedError(TWICE.encode(), 1)(gradient.detach().requires_grad_())
+class _Once(torch.autograd.Function):
+    """A gradient that may be used, but not differentiated by the tensors named beside it."""
 
+    @staticmethod
+    def of(gradient: Tensor | None, *dependences: Tensor | None) -> Tensor | None:
+        learning = [t for t in dependences if t is not None and t.requires_grad]
+        if gradient is None or not learning:
+            return gradient
+        if torch._C._functorch.is_legacy_batchedtensor(gradient):  # whose history would be lost in silence
+            raise RuntimeError(TWICE)
+        return _Once.apply(gradient, *learning)
 
-def _backward(ctx, dy):
-    scaling, dropout_p, run = ctx.call
-    need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-    needs = (need_x, need_A, need_B, need_bias)
-    dx, dA, dB, dbias = _gradients(dy, *ctx.saved_tensors, scaling, dropout_p, run, needs)
-    return dx, None, dA, dB, dbias, None, None, None
+    @staticmethod
+    def forward(ctx, gradient, *learning):
+        return gradient.detach()
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(TWICE)
 
 
 def _gradients(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, run, needs):

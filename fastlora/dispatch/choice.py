@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora import env
 from fastlora.dispatch import check, registry, table
-from fastlora.dispatch.problem import Problem
+from fastlora.dispatch.problem import Problem, rides_on_gemm
 from fastlora.errors import warn_once
 
 
@@ -64,11 +64,11 @@ def is_tiny(x: Tensor, weight: Tensor, lora_A: Tensor, scaling: float, dropout_p
 
     So it is for a small layer on a CPU that drops nothing and whose x asks for no gradient (the first layer of a small
     model). They keep what the paths keep: x and S. So it is without gradients too, for the same bits in both. Not for a
-    scaling of 0, at which BLAS would look at no operand and lose its NaN, or beyond float32, which it refuses.
+    scaling that no GEMM takes.
     """
     return (
         dropout_p == 0.0
-        and 0.0 < abs(scaling) < 1e38
+        and rides_on_gemm(scaling)
         and not x.requires_grad
         and x.is_cpu
         and x.dim() == 2

@@ -32,6 +32,12 @@ def rows(t: Tensor) -> Tensor:
     return t if dims == 2 else t.flatten(0, -2) if dims > 2 else t.unsqueeze(0)
 
 
+def rides_on_gemm(scaling: float) -> bool:
+    """Whether BLAS takes the factor as its alpha: at one that float32 holds as 0 it would look at no operand and lose
+    its NaN, and one beyond float32 it refuses."""
+    return 1e-37 < abs(scaling) < 1e37
+
+
 def check_saved(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, S: Tensor, lora_A: Tensor, lora_B: Tensor, seed: Tensor | None
 ) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.dispatch.problem import Problem, rows
+from fastlora.dispatch.problem import Problem, rides_on_gemm, rows
 
 NAME = "torch"
 
@@ -104,23 +104,17 @@ def backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, need_B)
 
 def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """scaling * (a @ b), rounded once and without a pass of its own for the factor."""
-    if not _rides(scaling):
+    if not rides_on_gemm(scaling):
         return torch.mm(a, b).mul_(scaling)
     return torch.addmm(_nothing(a.dtype, a.device), a, b, beta=0, alpha=scaling)
 
 
 def _add_product(y: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
     """y += scaling * (a @ b)."""
-    if _rides(scaling):
+    if rides_on_gemm(scaling):
         y.addmm_(a, b, alpha=scaling)
     else:
         y.add_(torch.mm(a, b).mul_(scaling))
-
-
-def _rides(scaling: float) -> bool:
-    """Whether a GEMM takes the factor: at 0 BLAS would not look at a and b and lose their NaN, nor does it take more
-    than float32 holds."""
-    return 0.0 < abs(scaling) < 1e38
 
 
 @cache

@@ -81,7 +81,7 @@ def draw(rng: random.Random, paths: tuple[str | None, ...] = (None, "torch"), fa
     if not kernels and rng.random() < 0.04:
         M, N, K = rng.choices(LARGE[:2] if dtype == "f16" else LARGE, k=3)  # ATen's float16 takes seconds
         lead, R, threads = (M,), rng.choice((5, 16, 32, 64, 128)), rng.choice((1, 2, 3))
-        if rng.random() < 0.1:
+        if rng.random() < 0.1 and dtype != "f16":  # whose range such sums leave
             N, K = rng.choice(((9, 9001), (9001, 9)))  # rows too long for a whole block
     if rng.random() < 0.06:
         at = rng.randrange(len(lead) + 2)

@@ -55,15 +55,16 @@ def campaign(
     return ran, failed, modes
 
 
-def shrink(case: Case, fails: Callable[[Case], object] = faults, tries: int = 400) -> Case:
-    """A simplest case near `case` that still fails."""
+def shrink(case: Case, fails: Callable[[Case], object] = faults, tries: int = 400, seconds: float = 30.0) -> Case:
+    """A simplest case near `case` that still fails, as far as it is found in time."""
+    end = time.monotonic() + seconds
     while tries > 0:
         for candidate in simpler(case):
             tries -= 1
             if fails(candidate):
                 case = candidate
                 break
-            if tries <= 0:
+            if tries <= 0 or time.monotonic() > end:
                 return case
         else:
             return case
