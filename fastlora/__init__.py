@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import importlib
 
-from fastlora import _interrupt, reference
-from fastlora._version import __version__
-from fastlora.adapters import load_adapter, save_adapter
-from fastlora.dispatch import explain, paths, selfcheck
-from fastlora.functional import lora_linear
-from fastlora.inject import inject
-from fastlora.linear import FusedLoRALinear
+from fastlora import _interrupt
+
+try:
+    from fastlora import reference
+    from fastlora._version import __version__
+    from fastlora.adapters import load_adapter, save_adapter
+    from fastlora.dispatch import explain, paths, selfcheck
+    from fastlora.functional import lora_linear
+    from fastlora.inject import inject
+    from fastlora.linear import FusedLoRALinear
+finally:  # whoever catches that torch is missing has Ctrl-C as it was
+    _interrupt.over()
 
 __all__ = [
     "FusedLoRALinear",
@@ -28,8 +33,6 @@ __all__ = [
     "save_adapter",
     "selfcheck",
 ]
-
-_interrupt.over()
 
 
 def __getattr__(name: str):

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastlora.errors import UserError, WorkError, shown
-from fastlora.regular_files import open_regular
+from fastlora.regular_files import OURS, TEMPORARY, open_regular
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -152,8 +152,8 @@ def write_adapter(directory: str | os.PathLike, config: Mapping, tensors: Mappin
     summed = _sha256(tensors[name] for name in sorted(tensors))
     weights = _in_order(save(tensors, {"format": "pt", "sha256": summed}))
     settings = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
-    suffix = f".{os.getpid()}.{os.urandom(4).hex()}.part"  # with the prefix, what a run's folder is cleared of
-    new_config, new_weights = (directory / f".fastlora-{name}{suffix}" for name in (CONFIG_NAME, WEIGHTS_NAME))
+    suffix = f".{os.getpid()}.{os.urandom(4).hex()}{TEMPORARY}"
+    new_config, new_weights = (directory / f"{OURS}{name}{suffix}" for name in (CONFIG_NAME, WEIGHTS_NAME))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:

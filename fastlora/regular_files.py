@@ -1,4 +1,4 @@
-"""Reading what strangers may have put in a file's place: regular files only, and never more than a bound.
+"""Reading what strangers may have put in a file's place: regular files only, into memory never more than a bound.
 
 What is wrong is an `OSError` whose `strerror` says it, as for a file that cannot be opened at all.
 """
@@ -6,9 +6,12 @@ What is wrong is an `OSError` whose `strerror` says it, as for a file that canno
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from typing import BinaryIO
+
+OURS, TEMPORARY = ".fastlora-", ".part"  # how temporary files begin and end; the user's own are never touched
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
@@ -31,6 +34,15 @@ def read_regular(path: str | os.PathLike, most: int) -> bytes:
     if max(size, len(content)) > most:
         raise OSError(errno.EINVAL, f"{size} bytes are more than the {most} that such a file has at most", str(path))
     return content
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The digest of a regular file of any size; OSError for any other."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_regular(path: str | os.PathLike) -> None:

@@ -118,12 +118,14 @@ def unpack(path: Path, model: nn.Module, optimiser, scheduler, device: torch.dev
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     entries = _check(path, model, optimiser, scheduler, device, tensors, state)
-    try:
-        torch.set_rng_state(tensors["generator.cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["generator.cuda"], device)
+    try:  # with generators of no consequence: only taking a state tells whether it is one
+        for where in {"cpu", device.type}:
+            torch.Generator(device if where == "cuda" else where).set_state(tensors[f"generator.{where}"])
     except RuntimeError:
         raise UserError(f"{path}: damaged, its generator is in no state that there is") from None
+    torch.set_rng_state(tensors["generator.cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["generator.cuda"], device)
     # What the file cannot hold (a tensor learning rate) stays as the optimiser was built.
     groups = [now | {k: v for k, v in then.items() if not isinstance(now.get(k), Tensor)}
               for now, then in zip(optimiser.state_dict()["param_groups"], state["groups"], strict=True)]

@@ -76,7 +76,8 @@ def _pieces(path: Path, limit: int | None, text: str, label: str) -> Iterator[tu
 
     with open_regular(path) as source:
         try:
-            file = pyarrow.parquet.ParquetFile(source)
+            # nothing is read ahead: where we stop early, threads would wait in `source` while Python ends, and abort it
+            file = pyarrow.parquet.ParquetFile(source, pre_buffer=False)
             schema = file.schema_arrow
             names = schema.names
         except UnicodeDecodeError:

@@ -7,7 +7,6 @@ archive and of its member are stated by several independent users of UCI's copy;
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from fastlora.errors import WorkError, shown
 from fastlora.finetune import timed
 from fastlora.finetune.files import locked, sync_folder
-from fastlora.regular_files import open_regular
+from fastlora.regular_files import sha256
 
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 5  # in a row without any progress
@@ -102,7 +101,7 @@ def download(remote: Remote, folder: Path, pause: float = PAUSE) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, part = folder / remote.name, folder / f"{remote.name}.part"
-    if _size(path) == remote.size and _sha256(path) == remote.sha256:
+    if _size(path) == remote.size and sha256(path) == remote.sha256:
         return path
     if os.path.lexists(path):
         path.unlink()
@@ -110,7 +109,7 @@ def download(remote: Remote, folder: Path, pause: float = PAUSE) -> Path:
         part.unlink()  # too long, or a link, which would be written through
     for _ in range(2):
         pieces = _transfer(remote, part, pause)
-        got = _sha256(part)
+        got = sha256(part)
         if got == remote.sha256:
             part.replace(path)
             sync_folder(folder)
@@ -190,11 +189,3 @@ def _size(path: Path, follow: bool = True) -> int | None:
     except OSError:
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fastlora.errors import UserError, WorkError, shown
-from fastlora.regular_files import read_regular
+from fastlora.regular_files import OURS, TEMPORARY, read_regular
 
 try:
     import fcntl
@@ -24,12 +24,11 @@ SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
 CHECKPOINT = "checkpoint.safetensors"
 RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "history.csv", "curves.png", "adapter_config.json",
-             "adapter_model.safetensors", "model.safetensors", "vocabulary.json", "checkpoints", "gpt2", "README.md")
+             "adapter_model.safetensors", "model.safetensors", "vocabulary.json", "gpt2")
 LOCK = ".fastlora.lock"
 MAX_JSON_BYTES = 16 << 20  # the largest, a vocabulary, has half a MiB
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SAFELY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_OURS, _TEMPORARY = ".fastlora-", ".part"  # how temporary files begin and end; the user's own are never touched
 
 
 @contextlib.contextmanager
@@ -39,7 +38,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     The content reaches the disk before the name does, so that a crash leaves the old file or the new one.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f"{_OURS}{path.name}.", suffix=_TEMPORARY, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f"{OURS}{path.name}.", suffix=TEMPORARY, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -69,7 +68,7 @@ def sync_folder(folder: Path) -> None:
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what `atomic_write` left in `folder` when it was killed."""
-    for left in folder.glob(f"{_OURS}*{_TEMPORARY}"):
+    for left in folder.glob(f"{OURS}*{TEMPORARY}"):
         if not left.is_dir():
             left.unlink()
 

@@ -13,7 +13,6 @@ Both of theirs keep a linear weight as (in, out), and query, key and value side 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import zipfile
@@ -27,10 +26,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fastlora import regular_files
 from fastlora.errors import UserError, shown
 from fastlora.finetune.files import atomic_write
 from fastlora.finetune.gpt2 import GPT2
-from fastlora.regular_files import check_regular, open_regular
+from fastlora.regular_files import check_regular
 
 FILES = ("model.safetensors", "model.npz")
 _HUB_NAMES = ("gpt2", "openai-community/gpt2")
@@ -89,13 +89,9 @@ def load(model: GPT2, path: Path) -> None:
 def sha256(path: Path) -> str:
     """The digest of a file of weights; UserError when it cannot be read."""
     try:
-        with open_regular(path) as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return regular_files.sha256(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
-    return digest.hexdigest()
 
 
 def save(model: GPT2, folder: Path) -> None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from fastlora import env
-from fastlora.errors import UserError, shown
+from fastlora.errors import UserError
 
 FILES = {
     "imdb": ("imdb/train.parquet", "imdb/test.parquet"),
@@ -34,10 +34,10 @@ def locate(where: str, *needed: str) -> Path:
     if where != "auto":
         folder = env.expanded(where)
         if not (where and os.path.isdir(folder)):  # Path's own is_dir raises for a name that is too long
-            raise UserError(f"--data {shown(where)}: no such folder")
+            raise UserError(f"--data {where!r}: no such folder")
         absent = missing(folder, *needed)
         if absent:
-            raise UserError(f"--data {where}: lacks {absent[0]}")
+            raise UserError(f"--data {where!r}: lacks {absent[0]}")
         return folder
     named = env.data_dir()
     if named is not None and not missing(named, *needed):

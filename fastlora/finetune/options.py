@@ -55,7 +55,8 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=positive, metavar="X", help="lora_alpha: the update is scaled by alpha / rank")
     parser.add_argument("--batch-size", type=whole(1), metavar="N")
     parser.add_argument("--lr", type=positive, metavar="X", help="learning rate")
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N")
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N",
+                        help="0 (default) to 2^32 - 1, the seeds that all programs take")
     parser.add_argument("--device", default="auto", metavar="cpu|cuda[:N]|auto", help="default: cuda if there")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --output, if any")
     parser.add_argument("--train-samples", type=whole(2), metavar="N", help="train on the first N rows only")

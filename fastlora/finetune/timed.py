@@ -62,7 +62,10 @@ class _Timed(io.RawIOBase):
         if left <= 0:
             raise TimeoutError("timed out")
         self._sock.settimeout(left)
-        return self._raw.readinto(buffer)
+        try:
+            return self._raw.readinto(buffer)
+        finally:  # a proxy's socket goes on to TLS when its answer has been read
+            self._sock.settimeout(self._timeout)
 
     def close(self) -> None:
         self._raw.close()

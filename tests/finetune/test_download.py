@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import re
+import socket
 import tarfile
 import zipfile
 from pathlib import Path
@@ -22,7 +23,7 @@ from campaigns.downloads import LINES, REASONS, REDIRECTS
 from campaigns.server import serving
 
 from fastlora.errors import WorkError
-from fastlora.finetune import convert, download, locate
+from fastlora.finetune import convert, download, locate, timed
 
 CONTENT = random.Random(0).randbytes(300_000)
 SUM = hashlib.sha256(CONTENT).hexdigest()
@@ -78,6 +79,16 @@ def test_a_stalled_transfer_times_out_and_goes_on(server, tmp_path, monkeypatch)
     server.plan = [("stall", 50_000)]
     assert fetch(server, tmp_path).read_bytes() == CONTENT
     assert server.ranges == [0, 50_000]
+
+
+def test_after_an_answer_a_connection_has_its_whole_timeout_again():
+    """A proxy's goes on to TLS."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(5)
+        theirs.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        timed.Answer(ours, method="CONNECT").begin()
+        assert ours.gettimeout() == 5
 
 
 def test_a_busy_server_is_asked_again(server, tmp_path):

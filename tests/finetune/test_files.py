@@ -82,10 +82,13 @@ def test_a_folder_with_a_run_is_refused(tmp_path, name):
 
 
 def test_other_files_may_be_there(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with files.run_folder(tmp_path, {}, resume=False) as begun:
-        assert not begun
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "checkpoints").mkdir()  # of an older version's run, too: never gone on from
+    for resume in (False, True):
+        with files.run_folder(tmp_path, {}, resume) as begun:
+            assert not begun
+        (tmp_path / files.SETTINGS).unlink()
+    assert (tmp_path / "README.md").read_text() == "mine" and os.listdir(tmp_path / "checkpoints") == []
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
@@ -154,7 +157,7 @@ def test_a_dangling_link_is_not_replaced(tmp_path):
 def test_a_run_that_fails_late_is_not_taken_for_the_next(tmp_path):
     """Checkpoints belong to run.json: it stays with them, so that other settings do not go on from them."""
     with pytest.raises(OSError, match="late"), files.run_folder(tmp_path, {"seed": 1}, resume=False):
-        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / files.CHECKPOINT).touch()
         raise OSError("late")
     for resume, said in ((False, "--resume"), (True, "seed = 1, not 2")):
         with pytest.raises(UserError, match=said), files.run_folder(tmp_path, {"seed": 2}, resume):

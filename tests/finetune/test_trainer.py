@@ -8,7 +8,7 @@ from torch import nn
 
 from fastlora.errors import UserError, WorkError
 from fastlora.finetune.batches import Batches
-from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
+from fastlora.finetune.checkpoint import pack, read_checkpoint, unpack, write_checkpoint
 from fastlora.finetune.trainer import Plan, Trainer
 
 ROWS = 200
@@ -193,11 +193,25 @@ def test_a_strange_checkpoint_with_its_right_checksum_is_named_and_nothing_chang
     write_checkpoint(tmp_path / "c", tensors, state)
     fresh = trainer(tmp_path / "c")
     before = [p.clone() for p in fresh.model.parameters()]
+    generator = torch.get_rng_state()
     with pytest.raises(UserError) as told:
         fresh.resume()
+    assert torch.equal(torch.get_rng_state(), generator)
     assert str(told.value).startswith(f"{tmp_path / 'c'}: ") and str(told.value).isprintable()
     assert all(torch.equal(a, b) for a, b in zip(before, fresh.model.parameters(), strict=True))
     assert (fresh.epoch, fresh.steps, fresh.optimiser.state_dict()["state"]) == (0, 0, {})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_strange_state_of_the_gpus_generator_leaves_the_cpus(tmp_path):
+    model, device = nn.Linear(3, 2).cuda(), torch.device("cuda")
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    tensors, state = pack(model, optimiser, None, device)
+    tensors["generator.cuda"][8:] = 1  # no offset that a generator can have
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match="generator is in no state"):
+        unpack(tmp_path / "c", model, optimiser, None, device, tensors, state)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_strangers_safetensors_is_no_checkpoint(tmp_path):
