@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -41,6 +41,13 @@ def ranks_in(file: TensorFile, config: AdapterConfig) -> dict[str, int]:
             if shape[0] != config.r and shape[0] not in config.rank_pattern.values():
                 raise AdapterError(f"{file.path}: {shown(key)} has rank {shape[0]}; {CONFIG_NAME} gives {config.r}")
     return ranks
+
+
+def check_named(where: Path, layers: Iterable[str], target_modules: tuple[str, ...]) -> None:
+    """AdapterError when there are tensors for a layer that the configuration does not name: PEFT passes it over."""
+    for layer in layers:
+        if not any(f".{layer}".endswith(f".{name}") for name in target_modules):
+            raise AdapterError(f"{where}: target_modules do not name {shown(layer)}, for which there are tensors")
 
 
 def wanted_shapes(

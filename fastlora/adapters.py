@@ -103,6 +103,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         config = _exactly(config, ranks, alphas)
         if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
             config = dataclasses.replace(config, target_modules=tuple(sorted(ranks)), exclude_modules=())
+        adapter_checks.check_named(where, ranks, config.target_modules)
         if layers:
             targets, saved = layers, saved_modules(model, config)
             if tied_modules(model, saved.values()):

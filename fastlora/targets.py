@@ -223,4 +223,5 @@ def _nothing_matches(argument: str, wanted: tuple[str, ...] | str, modules: dict
     listed = list(dict.fromkeys(near)) or ends[:12]
     what = ", ".join(repr(name[:100]) for name in asked[:5]) + (f" and {len(asked) - 5} more" if len(asked) > 5 else "")
     there = f"names there: {', '.join(listed)}" if listed else "it has no such layer at all"
-    return f"{argument}: {what or 'an empty list'} matches no module of the model; {there}"
+    hint = " (text is a pattern for whole names; give a list for the ends of names)" if isinstance(wanted, str) else ""
+    return f"{argument}: {what or 'an empty list'} matches no module of the model{hint}; {there}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import warnings
@@ -280,3 +281,11 @@ class TestSavingRefuses:
                 load_adapter(small(), saved)
         save_adapter(trained(r=4), saved)
         assert load_adapter(small(), saved).fc1.r == 4
+
+
+def test_tensors_for_layers_that_the_configuration_does_not_name_are_refused(saved):
+    config = read_config(saved)
+    config["target_modules"] = ["fc2" if name == "fc1" else name for name in config["target_modules"]]
+    (saved / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=f"{CONFIG_NAME}: target_modules do not name 'fc1'"):
+        load_adapter(small(), saved)

@@ -1,7 +1,8 @@
 """Coverage-guided fuzzing of the loaders; needs atheris (pip install atheris), which the tests do not.
 
-    python -m tests.campaigns.fuzz_loaders checkpoint -max_total_time=60
+    python -m tests.campaigns.fuzz_loaders checkpoint -max_total_time=60      else it goes on until it is stopped
 
+The loaders are those of `tests.campaigns.loaders`.
 What follows the loader's name is libFuzzer's. The corpus starts from `tests/campaigns/corpus/<loader>`, good files made
 by `python -m tests.campaigns.fuzz_loaders --corpus`; what it finds interesting is kept in a temporary folder.
 """
@@ -18,11 +19,18 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 def main(argv: list[str]) -> int:
+    from .loaders import LOADERS
+
+    if not argv or argv[0] not in (*LOADERS, "--corpus"):
+        print(f"usage: python -m tests.campaigns.fuzz_loaders {'|'.join(LOADERS)} [-max_total_time=SECONDS ...]")
+        return 2
+    for name in [name for name in sys.modules if name.startswith(("fastlora", f"{__package__}.loaders"))]:
+        del sys.modules[name]  # to be imported again with atheris looking on
     try:
         import atheris
     except ImportError:
         print("atheris is not installed: pip install atheris")
-        return 0
+        return 2
     with atheris.instrument_imports(include=["fastlora", "json", "safetensors"]):
         from fastlora.errors import UserError
 

@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=20, help="stop after so many failures")
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(arguments)
+    if args.count < 1:
+        parser.error(f"--count is {args.count}; it needs to be at least 1")
     kernels = args.interpreter or any(f"path='{name}'" in (args.case or "") for name in ("split", "onepass"))
     if kernels and os.environ.get("TRITON_INTERPRET") != "1":  # it must be set before Triton is imported
         command = [sys.executable, "-m", "tests.campaigns.numbers", *arguments]

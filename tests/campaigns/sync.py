@@ -241,6 +241,9 @@ def watched() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
     reason = missing()
     if reason:
         print(f"no hollow GPU here: {reason}")

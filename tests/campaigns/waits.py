@@ -9,6 +9,7 @@ which never wait, are only counted. On a GPU `tests/gpu/test_gpu.py` asks the sa
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 import warnings
@@ -101,6 +102,7 @@ def waits(path, case: tuple, capability: tuple[int, int]) -> tuple[list[str], li
 
 
 def main() -> int:
+    argparse.ArgumentParser(prog="python -m tests.campaigns.waits", description=__doc__.splitlines()[0]).parse_args()
     wrong = 0
     for name in PATHS:
         path, steps, launches = registry.load(name), 0, 0
