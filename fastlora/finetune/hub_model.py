@@ -21,9 +21,9 @@ from transformers.utils import cached_file, logging
 
 from fastlora.adapter_checks import as_held, check_names_and_shapes, ranks_in, read_finite
 from fastlora.adapter_config import from_json
-from fastlora.adapter_files import CONFIG_NAME, TensorFile, read_config, shown, write_adapter
+from fastlora.adapter_files import CONFIG_NAME, TensorFile, read_config, write_adapter
 from fastlora.env import expanded
-from fastlora.errors import UserError
+from fastlora.errors import UserError, shown
 from fastlora.regular_files import open_regular, read_regular
 from fastlora.targets import TASK_HEADS
 
@@ -33,6 +33,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_CONFIG, MAX_TEXT = 4 << 20, 256 << 20  # bytes of config.json, and of a tokenizer's file
 FLOATS = ("F64", "F32", "F16", "BF16")
 ATTENTION = (None, "eager", "sdpa")  # others may be code to be downloaded
+NOTES = ("transformers_version", "_name_or_path", "architectures")  # settings that no computation depends on
 
 
 def located(name: str, what: str) -> str:
@@ -96,7 +97,9 @@ def digest(name: str, tokenizer, what: str) -> str:
     """The sha256 of what a model computes with: its configuration, weights and words."""
     summed = hashlib.sha256()
     with _refused(what):
-        for path in (cached_file(name, "config.json"), *weight_files(name, what)):
+        config = json.loads(read_regular(cached_file(name, "config.json"), MAX_CONFIG), object_hook=_without_notes)
+        summed.update(json.dumps(config, sort_keys=True).encode())
+        for path in weight_files(name, what):
             with open_regular(path) as file:
                 while part := file.read(1 << 20):
                     summed.update(part)
@@ -219,14 +222,19 @@ def _dtypes(paths: list[str]) -> dict[str, str]:
     return kinds
 
 
+def _without_notes(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name not in NOTES}
+
+
 def _check_weights(model: PreTrainedModel, kinds: dict[str, str], missing, what: str) -> None:
     """UserError for weights that were not there, but the head's, that are no floats, or that are not finite."""
     for name in sorted(missing):
         if not any(part.endswith(HEADS) for part in name.split(".")[:-1]):
             raise UserError(f"{what}: its weights lack {shown(name)}")
-    floats = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.is_floating_point()}
-    for name, kind in kinds.items():
-        if kind not in FLOATS and name.rpartition(".")[2] in floats:
+    prefix = f"{model.base_model_prefix}."  # a file may have been written with it or without
+    floats = {name.removeprefix(prefix) for name, p in model.named_parameters() if p.is_floating_point()}
+    for name, kind in kinds.items():  # others, like the masks `attn.bias` of older files, may be of any kind
+        if kind not in FLOATS and name.removeprefix(prefix) in floats:
             raise UserError(f"{what}: its weight {shown(name)} is {kind}, not a float")
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):

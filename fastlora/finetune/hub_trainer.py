@@ -94,7 +94,7 @@ class HubTrainer(CheckpointedTrainer):
                        float(metrics["eval_loss"]), float(metrics["eval_accuracy"]), float(self._get_learning_rate()),
                        round(self.seconds, 4))
             row = dict(zip(COLUMNS, numbers, strict=True))
-            whole = all(bool(p.isfinite().all()) for p in self.trained().values())
+            whole = torch.stack([p.isfinite().all() for p in self.trained().values()]).all()  # one wait for the device
             if not (whole and all(map(math.isfinite, numbers))):
                 raise WorkError(f"training diverged in epoch {row['epoch']:g}: the loss or the adapter is not finite; "
                                 "a smaller --lr may help")

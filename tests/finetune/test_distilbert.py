@@ -202,6 +202,23 @@ def test_a_decoder_without_a_padding_token_trains(folders, tmp_path):
     assert main(["predict", str(tmp_path / "run"), "a fine film", "bad"]) == 0
 
 
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_masks_of_older_files_are_no_weights(folders, tmp_path, prefix):
+    """GPT-2 and GPT-NeoX kept causal masks under the name `bias`, as bytes or bools; nothing reads them now."""
+    tokenizer, _ = load_model(str(folders["bert"]), "--model")
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2,
+                        pad_token_id=tokenizer.pad_token_id)
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    held = {name.replace("transformer.", prefix): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    for name, kind in (("bias", torch.uint8), ("mask.bias", torch.bool)):
+        held[f"{prefix}h.0.attn.{name}"] = torch.ones(1, 1, 64, 64, dtype=kind).tril()
+    (tmp_path / "model.safetensors").write_bytes(save(held, {"format": "pt"}))
+    loaded = load_model(str(tmp_path), "--model")[1].state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
 def test_nothing_to_resume_is_said(folders, tmp_path, capsys):
     assert main(arguments(folders["bert"], tmp_path / "run", "--epochs", "1", "--resume")) == 0
     assert "holds no run to go on with; a new one starts" in capsys.readouterr().out

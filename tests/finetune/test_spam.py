@@ -105,6 +105,12 @@ def test_base_weights_that_were_replaced_are_refused(tmp_path, capsys):
     trained(run, "--weights", str(weights))
     gpt2_weights.save(gpt2.GPT2(gpt2.CONFIGS["nano"]), weights)
     refused(capsys, 2, "not the base weights", "predict", run, "hello")
+    told = json.loads((run / "report.json").read_text())
+    del told["weights_sha256"]  # as earlier versions left it: nothing to compare with
+    (run / "report.json").write_text(json.dumps(told))
+    assert main(["predict", str(run), "hello"]) == 0
+    (run / "report.json").write_text(json.dumps(told | {"weights": "/dev/zero"}))
+    refused(capsys, 2, "/dev/zero", "predict", run, "hello")
     (run / "report.json").unlink()
     refused(capsys, 2, "started with weights_sha256", *RUN, "--weights", weights, "--output", run, "--resume")
 
