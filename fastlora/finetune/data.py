@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from fastlora import env
 from fastlora.errors import UserError, WorkError, shown
 from fastlora.finetune.vocabulary import PAD, Vocabulary
-from fastlora.regular_files import open_regular
+from fastlora.regular_files import read_regular
 
 # the programs hold all words in memory, some ten times the text: a table beyond either bound is no table of texts
-MAX_TEXT, MAX_ROWS = 1 << 30, 50_000_000
+MAX_FILE, MAX_TEXT, MAX_ROWS = 1 << 30, 1 << 30, 50_000_000
 ROWS_AT_ONCE = 256  # few: a dictionary makes a row cost four bytes of the file, whatever its length
 
 
@@ -72,52 +72,52 @@ def read_texts(
 
 def _pieces(path: Path, limit: int | None, text: str, label: str) -> Iterator[tuple[list, list[int | None]]]:
     """The columns `text` and `label` of a file, a few rows at a time."""
+    import pyarrow
     import pyarrow.parquet
 
-    with open_regular(path) as source:
-        try:
-            # nothing is read ahead: where we stop early, threads would wait in `source` while Python ends, and abort it
-            file = pyarrow.parquet.ParquetFile(source, pre_buffer=False)
-            schema = file.schema_arrow
-            names = schema.names
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: damaged, a column's name is not UTF-8{_hint(path)}") from None
-        for name in (text, label):
-            if names.count(name) != 1:
-                has = ", ".join(shown(other) for other in names[:10]) or "none"
-                raise UserError(f"{path}: {'two columns' if name in names else 'no column'} {name!r}; it has {has}")
-        if not file.metadata.num_rows:
-            raise UserError(f"{path}: holds no rows")
-        types = pyarrow.types
-        for name, needs, kinds in ((text, "texts", (types.is_string, types.is_large_string, types.is_string_view)),
-                                   (label, "whole numbers", (types.is_integer,))):  # fmt: skip
-            kind = schema.field(name).type
-            kind = kind.value_type if types.is_dictionary(kind) else kind
-            if not any(fits(kind) for fits in kinds):
-                raise UserError(f"{path}: column {name!r} holds {shown(str(kind)[:60])}, not {needs}")
-        _check_claims(path, file.metadata, (text, label), limit, source.seek(0, 2))
-        left = file.metadata.num_rows if limit is None else limit
-        for batch in file.iter_batches(min(left, ROWS_AT_ONCE), columns=[text, label]):
-            batch = batch.slice(0, left)
-            yield batch.column(text).to_pylist(), batch.column(label).to_pylist()
-            left -= len(batch)
-            if not left:
-                break
+    try:
+        # out of memory, where a chunk that claims to be larger than the file ends with it
+        content = pyarrow.BufferReader(read_regular(path, MAX_FILE))
+        file = pyarrow.parquet.ParquetFile(content, pre_buffer=False)
+        schema = file.schema_arrow
+        names = schema.names
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: damaged, a column's name is not UTF-8{_hint(path)}") from None
+    for name in (text, label):
+        if names.count(name) != 1:
+            has = ", ".join(shown(other) for other in names[:10]) or "none"
+            raise UserError(f"{path}: {'two columns' if name in names else 'no column'} {name!r}; it has {has}")
+    if not file.metadata.num_rows:
+        raise UserError(f"{path}: holds no rows")
+    types = pyarrow.types
+    for name, needs, kinds in ((text, "texts", (types.is_string, types.is_large_string, types.is_string_view)),
+                               (label, "whole numbers", (types.is_integer,))):  # fmt: skip
+        kind = schema.field(name).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if not any(fits(kind) for fits in kinds):
+            raise UserError(f"{path}: column {name!r} holds {shown(str(kind)[:60])}, not {needs}")
+    _check_claims(path, file.metadata, limit)
+    left = file.metadata.num_rows if limit is None else limit
+    for batch in file.iter_batches(min(left, ROWS_AT_ONCE), columns=[text, label]):
+        batch = batch.slice(0, left)
+        yield batch.column(text).to_pylist(), batch.column(label).to_pylist()
+        left -= len(batch)
+        if not left:
+            break
 
 
-def _check_claims(path: Path, metadata, columns: tuple[str, str], limit: int | None, size: int) -> None:
-    """UserError when what the file says of the rows to be read is too much, or more than the file can hold."""
-    wanted = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in columns]
-    rows = packed = unpacked = 0
+def _check_claims(path: Path, metadata, limit: int | None) -> None:
+    """UserError when what the file says of the rows to be read is too much.
+
+    Of the groups of rows, not of their columns: pyarrow 26 ends the process at damage in a column's statistics.
+    """
+    rows = unpacked = 0
     for i in range(metadata.num_row_groups):
         if limit is not None and rows >= limit:
             break
         group = metadata.row_group(i)
         rows += group.num_rows
-        packed += sum(group.column(j).total_compressed_size for j in wanted)
-        unpacked += sum(group.column(j).total_uncompressed_size for j in wanted)
-    if packed > size:
-        raise UserError(f"{path}: damaged, it says that it is larger than it is{_hint(path)}")
+        unpacked += group.total_byte_size
     if unpacked > MAX_TEXT or min(rows, limit or rows) > MAX_ROWS:
         raise UserError(f"{path}: says that it holds {rows} rows of together {unpacked} bytes; at most {MAX_ROWS} rows "
                         f"of {MAX_TEXT} bytes are read")

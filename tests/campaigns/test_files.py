@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from campaigns.fuzz_loaders import CORPUS
 from campaigns.loaders import LOADERS
 from fastlora.errors import UserError
 
@@ -49,3 +50,12 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, name, kind):
         loader.load(tmp_path)
     said = str(told.value)
     assert path.name in said and len(said) < 1000 and said.isprintable()
+
+
+@pytest.mark.parametrize("name", ["statistics"])
+def test_what_once_ended_the_process_is_refused(tmp_path, name):
+    """A file that coverage-guided fuzzing found: pyarrow raises in C++, where nobody catches it."""
+    path = LOADERS["parquet"].make(tmp_path)
+    path.write_bytes((CORPUS / "parquet" / name).read_bytes())
+    with pytest.raises(UserError, match=f"{path.name}: damaged"):
+        LOADERS["parquet"].load(tmp_path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import time
 
 import pandas as pd
 import pyarrow
@@ -243,23 +241,6 @@ def test_a_claim_of_much_is_refused_before_it_is_made_room_for(tmp_path, monkeyp
     monkeypatch.setattr(data, "MAX_TEXT", 500)
     with pytest.raises(UserError, match=r"a\.parquet: says that it holds 10 rows of together"):
         read_texts(path, 2, limit=2)
-
-
-def test_a_limit_leaves_no_thread_reading_ahead(tmp_path, monkeypatch):
-    """One that is still in our file when Python ends aborts it; so no more is read than the rows asked for."""
-    frame = pd.DataFrame({"text": [f"{row} " * 300 for row in range(2000)], "label": [0] * 2000})
-    frame.to_parquet(tmp_path / "a.parquet", row_group_size=100, compression=None)
-    asked = []
-
-    class Counted(io.FileIO):
-        def read(self, size=-1):
-            asked.append(content := super().read(size))
-            return content
-
-    monkeypatch.setattr(data, "open_regular", Counted)
-    assert len(read_texts(tmp_path / "a.parquet", 2, limit=2)[0]) == 2
-    time.sleep(0.2)
-    assert sum(map(len, asked)) < (tmp_path / "a.parquet").stat().st_size / 4
 
 
 def test_too_little_memory_is_named(tmp_path, monkeypatch):
