@@ -30,7 +30,7 @@ def read_regular(path: str | os.PathLike, most: int) -> bytes:
     """All of a regular file of at most `most` bytes; OSError for any other."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = b"" if size > most else file.read(most + 1)
+        content = b"" if size > most else file.read(size + 1)
     if max(size, len(content)) > most:
         raise OSError(errno.EINVAL, f"{size} bytes are more than the {most} that such a file has at most", str(path))
     return content

@@ -87,7 +87,7 @@ def _pieces(path: Path, limit: int | None, text: str, label: str) -> Iterator[tu
         if names.count(name) != 1:
             has = ", ".join(shown(other) for other in names[:10]) or "none"
             raise UserError(f"{path}: {'two columns' if name in names else 'no column'} {name!r}; it has {has}")
-    if not file.metadata.num_rows:
+    if file.metadata.num_rows <= 0:  # less, where it is damaged
         raise UserError(f"{path}: holds no rows")
     types = pyarrow.types
     for name, needs, kinds in ((text, "texts", (types.is_string, types.is_large_string, types.is_string_view)),

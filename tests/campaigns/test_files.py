@@ -52,10 +52,10 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, name, kind):
     assert path.name in said and len(said) < 1000 and said.isprintable()
 
 
-@pytest.mark.parametrize("name", ["statistics"])
-def test_what_once_ended_the_process_is_refused(tmp_path, name):
-    """A file that coverage-guided fuzzing found: pyarrow raises in C++, where nobody catches it."""
+@pytest.mark.parametrize(("name", "why"), [("statistics", "damaged"), ("negative", "holds no rows")])
+def test_what_coverage_guided_fuzzing_found_is_refused(tmp_path, name, why):
+    """Column statistics at which pyarrow raises in C++, where nobody catches it; a negative number of rows."""
     path = LOADERS["parquet"].make(tmp_path)
     path.write_bytes((CORPUS / "parquet" / name).read_bytes())
-    with pytest.raises(UserError, match=f"{path.name}: damaged"):
+    with pytest.raises(UserError, match=f"{path.name}: {why}"):
         LOADERS["parquet"].load(tmp_path)
