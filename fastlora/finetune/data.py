@@ -33,7 +33,7 @@ def read_texts(
     Args:
         path: the file.
         classes: labels are 0 .. classes - 1.
-        limit: take the first rows only; no more of the file is read.
+        limit: take the first rows only; no more of the file is unpacked.
         text, label: the columns' names.
 
     Raises:
@@ -76,7 +76,7 @@ def _pieces(path: Path, limit: int | None, text: str, label: str) -> Iterator[tu
     import pyarrow.parquet
 
     try:
-        # out of memory, where a chunk that claims to be larger than the file ends with it
+        # out of memory: a chunk that claims to be larger than the file ends with it, reading ahead gains nothing
         content = pyarrow.BufferReader(read_regular(path, MAX_FILE))
         file = pyarrow.parquet.ParquetFile(content, pre_buffer=False)
         schema = file.schema_arrow
