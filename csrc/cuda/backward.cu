@@ -1,0 +1,292 @@
+// dX = dY W + drop'(dS A), dA = dSᵀ drop(X), dB = dYᵀ S with dS = s · dY B, for sm_90a in one launch.
+//
+// The plan
+//   CTAs 0 .. streamers - 1 pack the adapters and sum dS [128, R] row block by row block, as the forward launch sums S.
+//   The others run the GEMM of dX: N in steps of 64 over (dY, W), then the tail over (dS, A) once the row block's flag is
+//   set. Whoever is done, the streaming CTAs first, takes items from a queue: dB, then dA, in slabs of 256 columns of dY
+//   or x and parts of its rows; S and dS lie by columns for this. Parts are summed in order by whoever finishes a slab's
+//   last: the sum is the same whoever that is, and no float is added atomically.
+//   With dropout the tail cannot share the accumulator: three warps that have nothing else to do make the tile's mask
+//   bits while the K loop runs, 4 KiB in shared memory; the tail is multiplied 64 columns at a time and added where
+//   kept. dA makes its mask again, where its x lies: no bits pass through memory, no CTA waits for another's.
+//   Not needed: without dX there are no tiles, without dA or dB none of its items, without both dX and dA no dS.
+//
+// Why nothing waits for ever
+//   As forward: the grid is resident; packing waits for nothing, dS for packing, tiles and items for dS. All streaming
+//   CTAs finish dS before they take an item, so an item waits only for what is running. Counters end at 0: a flag's
+//   readers, the queue's takers (items + CTAs), a slab's parts.
+//
+// The floor and the model's prediction: H100, bf16, M = 8192, K = N = 4096, R = 16 (798 TFLOP/s, 3 TB/s). Never measured.
+//   floor       275 GFLOP, 344 µs; bytes 67 (dY) + 34 (W) + 67 (x) + 67 (dX) MB, 78 µs, lie beneath it
+//   GEMM        8 waves of 33.2 k cycles, as forward; + 5 to 8 % if no result leaves beneath the next tile
+//   dS          4 SMs of 100 GB/s read 67 MB in 168 µs: 17 row blocks a wave, the GEMM wants 8
+//   dB, dA      134 MB. The 4 SMs take 70 MB of it while the GEMM runs; the rest, 64 MB, costs all SMs 21 µs after it
+//   partials    9 parts of 8192 x 16 float32 and back, 10 MB in L2, within that
+//   the mask    4,096 Philox calls a tile on three warps, 8 k of the tile's 33 k cycles; in the tail of R = 16 four waits
+//               of some 100 cycles; dA's own 75 cycles a call of a warp, 10 µs on all SMs, beside its 21 µs of bytes
+//   in all      370 to 395 µs, with dropout 5 to 10 more
+// Where to look if it misses: as forward; then the queue's 21 µs: one read of dY for dS and dB both would save half.
+
+#include "roles.cuh"
+
+// One item of the queue: slab and part of dB (P = dY, Qᵀ = Sᵀ) or of dA (P = x, Qᵀ = dSᵀ).
+struct Item {
+    bool of_A;
+    int slab, slabs, part, row, rows;  // rows row .. of P, `rows` of them in steps of 64
+
+    DEVICE Item(int i, const BackwardArgs& p) {
+        const int items_B = p.need_dB ? p.parts * cdiv(p.N, TILE_N) : 0;
+        of_A = i >= items_B;
+        if (of_A) i -= items_B;
+        slabs = cdiv(of_A ? p.K : p.N, TILE_N);
+        slab = i % slabs, part = i / slabs;
+        row = part * p.part;
+        rows = p.M - row < p.part ? p.M - row : p.part;
+    }
+};
+
+DEVICE int items_of(const BackwardArgs& p) {
+    return p.parts * ((p.need_dB ? cdiv(p.N, TILE_N) : 0) + (p.need_dA ? cdiv(p.K, TILE_N) : 0));
+}
+
+// The producer's part of the queue. A stage: 64 rows of four boxes of P, and their R columns of Qᵀ.
+template <int RP>
+DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, const TensorMap& x, const TensorMap& ds,
+                       const BackwardArgs& p) {
+    constexpr int HIGH = RP > 64 ? 2 : 1;
+    const int items = items_of(p);
+    while (true) {
+        const int taken = flag_add(&p.flags[QUEUE], 1);
+        if (taken == items + gridDim.x - 1) flag_set(&p.flags[QUEUE], 0);
+        if (taken >= items) break;
+        const Item item(taken, p);
+        for (int m = 0; m < item.rows; m += BOX) {
+            const int row = item.row + m;
+            if (item.of_A && row % TILE_M == 0) wait_row(row / TILE_M, p.flags);
+            ring.fill(4 + HIGH, taken);
+            for (int j = 0; j < 4; j++) ring.load(j, item.of_A ? x : dy, item.slab * TILE_N + BOX * j, row);
+            for (int j = 0; j < HIGH; j++) ring.load(4 + j, item.of_A ? ds : s, row, BOX * j);
+            ring.next();
+        }
+    }
+    ring.fill(0, -1);
+}
+
+// What is done with the items: D [columns of P, R] = drop(P)ᵀ Q, 64 x R twice for each warp group.
+template <typename T, int RP>
+DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p) {
+    Shared& sm = ring.sm;
+    int32_t* slabs_done = p.flags + ROWS + cdiv(p.M, TILE_M);
+    const uint64_t seed = p.threshold ? *p.seed : 0;
+    while (true) {
+        ring.wait();
+        if (sm.note[ring.stage] < 0) break;
+        const Item item(sm.note[ring.stage], p);
+        const bool drops = item.of_A && p.threshold;
+        float d[2][RP / 2];
+        for (int m = 0; m < item.rows; m += BOX) {
+            ring.wait();
+            if (drops) {
+                for (int j = 2 * me.half; j < 2 * me.half + 2; j++)
+                    drop_box(ring.box(j), item.row + m, item.slab * TILE_N + BOX * j, seed, p.threshold, me.thread % 128);
+                fence_async_proxy();
+                me.sync_half();
+            }
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    wgmma<T, true, false>(d[j], mn_major(ring.box(2 * me.half + j)) + 128 * k, k_major(ring.box(4)) + 2 * k, m + k);
+            wgmma_commit();
+            wgmma_wait<0>();
+            settle(d[0]);
+            settle(d[1]);
+            ring.give_back(ring.stage);
+            ring.next();
+        }
+
+        if (p.parts > 1) {  // partial sums, each thread's where it finds them again; the last to come adds them in order
+            float* slab = p.partials + (static_cast<int64_t>(item.of_A ? cdiv(p.N, TILE_N) : 0) + item.slab) * p.parts *
+                                           (TILE_N * RP);
+            float* mine = slab + static_cast<int64_t>(item.part) * (TILE_N * RP) + me.thread;
+#pragma unroll
+            for (int i = 0; i < RP; i++) mine[256 * i] = d[i / (RP / 2)][i % (RP / 2)];
+            int32_t* done = &slabs_done[(item.of_A ? cdiv(p.N, TILE_N) : 0) + item.slab];
+            me.sync_both();
+            if (me.thread == 0) {
+                sm.last = flag_add(done, 1) == p.parts - 1;
+                if (sm.last) flag_set(done, 0);
+            }
+            me.sync_both();
+            if (!sm.last) continue;
+#pragma unroll
+            for (int i = 0; i < RP; i++) {
+                float sum = 0;
+                for (int part = 0; part < p.parts; part++)
+                    sum += slab[static_cast<int64_t>(part) * (TILE_N * RP) + me.thread + 256 * i];
+                d[i / (RP / 2)][i % (RP / 2)] = sum;
+            }
+        }
+        const float scale = drops ? keep_scale(p.threshold) : 1.0f;
+        const int length = item.of_A ? p.K : p.N;
+        const int64_t stride_c = item.of_A ? 1 : p.R, stride_r = item.of_A ? p.K : 1;
+#pragma unroll
+        for (int i = 0; i < RP; i++) {
+            const int at = i % (RP / 2), r = 8 * (at / 4) + me.column + at % 2;
+            const int c = item.slab * TILE_N + 128 * me.half + BOX * (i / (RP / 2)) + me.row + 8 * (at / 2 % 2);
+            if (c >= length || r >= p.R) continue;
+            void* out = item.of_A ? p.dA : p.dB;
+            const float value = d[i / (RP / 2)][at] * scale;
+            if (p.adapters.is_float) static_cast<float*>(out)[c * stride_c + r * stride_r] = value;
+            else static_cast<T*>(out)[c * stride_c + r * stride_r] = T(value);
+        }
+    }
+}
+
+// The bits of a tile's mask, by the three warps beside the producer: bit c % 8 of kept[row][c / 8] for column c.
+DEVICE void make_kept(Shared& sm, int tile, int row, int column, uint64_t seed, uint32_t threshold) {
+    const int buffer = tile % 2;
+    barrier_wait(&sm.kept_empty[buffer], tile / 2 % 2 ^ 1);
+    for (int i = threadIdx.x - 32; i < TILE_M * TILE_N / 32; i += 96) {
+        const int r = i / (TILE_N / 32), c = i % (TILE_N / 32);
+        uint32_t bits = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t w[4];
+            philox(seed, column / 8 + 4 * c + j, row + r, w);
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const uint32_t pair = keep_pair(w[k], threshold);
+                bits |= (pair & 1 | pair >> 16 & 2) << (8 * j + 2 * k);
+            }
+        }
+        reinterpret_cast<uint32_t*>(sm.kept[buffer][r])[c] = bits;
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(&sm.kept_full[buffer]);
+}
+
+// The tail where the mask drops: U = dS A, 64 columns at a time, added to D where kept.
+template <typename T, int RP>
+DEVICE void add_kept(float (&d)[128], Ring& ring, const Consumer& me, int tile, uint32_t threshold) {
+    constexpr int TAIL = RP > 64 ? 2 : 1, SIXTEENS = RP < 64 ? RP / 16 : 4;
+    Shared& sm = ring.sm;
+    const int buffer = tile % 2, first = ring.stage, second = (ring.stage + 1) % STAGES;
+    const float scale = keep_scale(threshold);
+    ring.wait();
+    ring.next();
+    if (TAIL == 2) {
+        ring.wait();
+        ring.next();
+    }
+    barrier_wait(&sm.kept_full[buffer], tile / 2 % 2);
+#pragma unroll
+    for (int c = 0; c < TILE_N / BOX; c++) {
+        float u[32];
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < TAIL * SIXTEENS; k++) {
+            const uint8_t* stage = sm.stages[k < SIXTEENS ? first : second];
+            wgmma<T, false, true>(u, k_major(stage + me.half * BOX_BYTES) + k % SIXTEENS * 2,
+                                  mn_major(stage + (2 + c) * BOX_BYTES) + k % SIXTEENS * 128, k);
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        settle(u);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = BOX * me.half + me.row + 8 * h;
+            const uint2 kept = *reinterpret_cast<const uint2*>(&sm.kept[buffer][row][8 * c]);
+            const uint32_t low = kept.x >> me.column, high = kept.y >> me.column;
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    if ((j < 4 ? low : high) >> (8 * (j % 4) + e) & 1) d[32 * c + 4 * j + 2 * h + e] += u[4 * j + 2 * h + e] * scale;
+        }
+    }
+    ring.give_back(first);
+    if (TAIL == 2) ring.give_back(second);
+    __syncwarp();
+    if (me.lane == 0) barrier_arrive(&sm.kept_empty[buffer]);
+}
+
+template <typename T, int RP>
+DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& ds, const TensorMap& a, const TensorMap& b,
+                     const TensorMap& x, const TensorMap& s, const TensorMap& ds_columns, const TensorMap& dx,
+                     const BackwardArgs& p) {
+    extern __shared__ __align__(1024) uint8_t raw[];
+    Shared& sm = start(raw);
+    Ring ring(sm);
+    const int rows = cdiv(p.M, TILE_M), columns = cdiv(p.K, TILE_N), tiles = p.need_dX ? rows * columns : 0;
+    const bool streams = blockIdx.x < p.streamers, sums = streams && (p.need_dX || p.need_dA);
+    // tiles first, first + stride, ... ; none for a CTA that streams
+    const int first = streams ? tiles : blockIdx.x - p.streamers, stride = gridDim.x - p.streamers;
+    constexpr int TAIL = RP > 64 ? 2 : 1, SIXTEENS = RP < 64 ? RP / 16 : 4;
+    if (sums) pack_adapters<T>(p.adapters, p.N, p.K, p.R, 0, true, p.streamers, p.flags);
+
+    if (threadIdx.x < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x >= 32 && p.threshold) {
+            const uint64_t seed = *p.seed;
+            for (int i = first, n = 0; i < tiles; i += stride, n++) {
+                const Tile tile(i, rows, columns);
+                make_kept(sm, n, tile.row * TILE_M, tile.column * TILE_N, seed, p.threshold);
+            }
+        }
+        if (threadIdx.x) return;
+        if (sums) {
+            wait_packed(p.streamers, p.flags);
+            for (int row = blockIdx.x; row < rows; row += p.streamers) load_sum<RP>(ring, dy, b, row * TILE_M, p.N);
+        }
+        for (int i = first; i < tiles; i += stride) {
+            const Tile tile(i, rows, columns);
+            for (int step = 0; step < cdiv(p.N, TILE_K) + TAIL; step++) {
+                const int tail = step - cdiv(p.N, TILE_K), n = TILE_K * (tail < 0 ? step : tail);
+                if (tail == 0) wait_row(tile.row, p.flags);
+                ring.fill(6);
+                for (int j = 0; j < 2; j++) ring.load(j, tail < 0 ? dy : ds, n, tile.row * TILE_M + BOX * j);
+                for (int j = 0; j < 4; j++) ring.load(2 + j, tail < 0 ? w : a, tile.column * TILE_N + BOX * j, n);
+                ring.next();
+            }
+        }
+        load_items<RP>(ring, dy, s, x, ds_columns, p);
+        return;
+    }
+
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const Consumer me;
+    for (int row = blockIdx.x; sums && row < rows; row += p.streamers) {
+        sum_rows<T, RP>(ring, me, p.dS, row * TILE_M, p.M, p.N, p.R, nullptr, 0);
+        me.sync_both();
+        if (me.thread == 0) flag_set(&p.flags[ROWS + row], columns * ((p.need_dX != 0) + (p.need_dA != 0)));
+    }
+    Exit<T> exit(sm, dx);
+    for (int i = first, n = 0; i < tiles; i += stride, n++) {
+        const Tile tile(i, rows, columns);
+        float d[128];
+        Product<T, 128> product(d, ring);
+        for (int step = 0; step < cdiv(p.N, TILE_K); step++) product.template step<true, 4>(me.half);
+        if (!p.threshold)
+            for (int step = 0; step < TAIL; step++) product.template step<true, SIXTEENS>(me.half);
+        product.finish();
+        if (p.threshold) add_kept<T, RP>(d, ring, me, n, p.threshold);
+        exit.store(d, me, tile.row * TILE_M, tile.column * TILE_N, p.M, p.K, nullptr);
+    }
+    multiply_items<T, RP>(ring, me, p);
+    exit.finish(me);
+}
+
+#define KERNEL(NAME, T, RP)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                          \
+        NAME##_r##RP(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,                       \
+                     const __grid_constant__ TensorMap ds, const __grid_constant__ TensorMap a,                       \
+                     const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap x,                        \
+                     const __grid_constant__ TensorMap s, const __grid_constant__ TensorMap ds_columns,               \
+                     const __grid_constant__ TensorMap dx, const __grid_constant__ BackwardArgs p) {                  \
+        backward<T, RP>(dy, w, ds, a, b, x, s, ds_columns, dx, p);                                                    \
+    }
+#define KERNELS(NAME, T) KERNEL(NAME, T, 16) KERNEL(NAME, T, 32) KERNEL(NAME, T, 64) KERNEL(NAME, T, 128)
+KERNELS(backward_bf16, __nv_bfloat16)
+KERNELS(backward_f16, __half)

@@ -1,0 +1,262 @@
+// The host's side: checks a call, makes the tensor maps, decides the grid and launches. A plain C interface; the driver
+// is opened at run time, so that it builds and loads where there is neither a GPU nor libcuda.
+
+#include <cuda.h>
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "plan.h"
+
+#define EMBED(NAME, FILE)                                                                                             \
+    asm(".pushsection .rodata\n.balign 64\n" NAME ":\n.incbin \"" FILE "\"\n.popsection\n");                          \
+    extern "C" __attribute__((visibility("hidden"))) const char
+EMBED("fastlora_forward_image", FORWARD_CUBIN) fastlora_forward_image[];
+EMBED("fastlora_backward_image", BACKWARD_CUBIN) fastlora_backward_image[];
+
+// What Python passes. Strides in elements; a unit stride where none is named. Scratch is whatever it was before.
+struct ForwardCall {
+    const void *x, *weight, *bias, *lora_A, *lora_B;  // (M, K), (N, K), (N,) or null, (R, K), (N, R)
+    const int64_t* seed;                              // where threshold > 0
+    void *y, *S;                                      // (M, N), (R, stride_t): S by columns, kept for backward
+    void *S_rows, *packed_A, *packed_B;               // scratch: (M, stride_s), (R, K), (N, stride_s)
+    int32_t* flags;                                   // zero between launches
+    int64_t stride_x, stride_w, stride_y, stride_ar, stride_ak, stride_bn, stride_br;
+    int32_t M, N, K, R, is_half, adapters_float, threshold;
+    float scaling;
+    CUstream stream;
+};
+
+struct BackwardCall {
+    const void *dy, *x, *weight, *lora_A, *lora_B, *S;  // (M, N), (M, K), (N, K), (R, K), (N, R), (R, stride_t)
+    const int64_t* seed;
+    void *dX, *dA, *dB;                                 // (M, K), (R, K), (N, R) or null where not needed
+    void *dS_rows, *dS_columns, *packed_A, *packed_B;   // scratch: (M, stride_s), (R, stride_t), (R, K), (R, N)
+    float* partials;                                    // scratch
+    int32_t* flags;
+    int64_t stride_dy, stride_x, stride_w, stride_dx, stride_ar, stride_ak, stride_bn, stride_br;
+    int32_t M, N, K, R, is_half, adapters_float, threshold;
+    float scaling;
+    CUstream stream;
+};
+
+struct Sizes {
+    int32_t stride_s, stride_t, flags;  // elements; words
+    int64_t partials;                   // floats
+};
+
+namespace {
+
+enum Refusal { NO_DRIVER = -1, OLD_DRIVER = -2, RANK = -3, SIZE = -4, ALIGNMENT = -5, OVERLAP = -6, RESIDENT = -7 };
+
+struct Driver {
+    decltype(&cuTensorMapEncodeTiled) encode;
+    decltype(&cuLaunchKernelEx) launch;
+    decltype(&cuLibraryLoadData) load;
+    decltype(&cuLibraryGetKernel) kernel;
+    decltype(&cuKernelSetAttribute) set_attribute;
+    decltype(&cuOccupancyMaxActiveBlocksPerMultiprocessor) occupancy;
+    decltype(&cuCtxGetDevice) device;
+    decltype(&cuDeviceGetAttribute) attribute;
+    decltype(&cuGetErrorString) error;
+};
+
+Driver driver;
+std::mutex mutex;
+
+struct Ready {
+    CUfunction function;
+    int sms;
+};
+
+#define TRY(call)                                                                                                     \
+    if (const int failed = (call)) return failed
+
+// The kernel on the current device, made ready the first time: its shared memory, and whether one fits each SM.
+int ready(bool backward, bool is_half, int R, Ready& out) {
+    static CUlibrary libraries[2];
+    static std::map<std::pair<std::string, CUdevice>, Ready> known;
+    if (!driver.launch) return NO_DRIVER;
+    CUdevice device;
+    TRY(driver.device(&device));
+    const std::string name = std::string(backward ? "backward_" : "forward_") + (is_half ? "f16_r" : "bf16_r") +
+                             std::to_string(padded_rank(R));
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find({name, device});
+    if (found != known.end()) return out = found->second, 0;
+    CUlibrary& library = libraries[backward];
+    const void* image = backward ? fastlora_backward_image : fastlora_forward_image;
+    if (!library) TRY(driver.load(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0));
+    CUkernel kernel;
+    TRY(driver.kernel(&kernel, library, name.c_str()));
+    TRY(driver.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_BYTES, kernel, device));
+    out.function = reinterpret_cast<CUfunction>(kernel);
+    TRY(driver.attribute(&out.sms, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device));
+    int blocks;
+    TRY(driver.occupancy(&blocks, out.function, THREADS, SHARED_BYTES));
+    if (blocks < 1 || out.sms < 2) return RESIDENT;
+    known[{name, device}] = out;
+    return 0;
+}
+
+// (rows, columns) of 16-bit elements, moved in boxes of 64 x `wide`.
+int encode(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t stride, bool is_half, int wide = BOX) {
+    if (reinterpret_cast<uintptr_t>(data) % 16 || stride % 8) return ALIGNMENT;
+    if (stride < columns) return OVERLAP;
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(wide), BOX}, steps[] = {1, 1};
+    return driver.encode(&map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+                         const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                         wide == BOX ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+template <typename Call> int check(const Call& c) {
+    if (c.R < 1 || c.R > MAX_RANK) return RANK;
+    const int most = 1 << 30;
+    if (c.M < 1 || c.N < 1 || c.K < 1 || c.M > most || c.N > most || c.K > most) return SIZE;
+    if (static_cast<int64_t>(cdiv(c.M, TILE_M)) * (cdiv(c.N, TILE_N) + cdiv(c.K, TILE_N)) > most) return SIZE;
+    return c.N % 8 || c.K % 8 ? ALIGNMENT : 0;
+}
+
+// Cooperative: the driver starts all CTAs together or refuses.
+int launch(const Ready& kernel, int grid, void** arguments, CUstream stream) {
+    CUlaunchAttribute together = {};
+    together.id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+    together.value.cooperative = 1;
+    CUlaunchConfig config = {};
+    config.gridDimX = grid, config.gridDimY = config.gridDimZ = 1;
+    config.blockDimX = THREADS, config.blockDimY = config.blockDimZ = 1;
+    config.sharedMemBytes = SHARED_BYTES;
+    config.hStream = stream;
+    config.attrs = &together, config.numAttrs = 1;
+    return driver.launch(&config, kernel.function, arguments, nullptr);
+}
+
+int smaller(int a, int b) { return a < b ? a : b; }
+
+}  // namespace
+
+extern "C" {
+
+// Opens libcuda, by name or path. Errors are the driver's (positive) or ours (negative): fastlora_cuda_error tells.
+int fastlora_cuda_open(const char* path) {
+    void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) return NO_DRIVER;
+    Driver d;
+    const std::pair<void*, const char*> wanted[] = {
+        {&d.encode, "cuTensorMapEncodeTiled"},
+        {&d.launch, "cuLaunchKernelEx"},
+        {&d.load, "cuLibraryLoadData"},
+        {&d.kernel, "cuLibraryGetKernel"},
+        {&d.set_attribute, "cuKernelSetAttribute"},
+        {&d.occupancy, "cuOccupancyMaxActiveBlocksPerMultiprocessor"},
+        {&d.device, "cuCtxGetDevice"},
+        {&d.attribute, "cuDeviceGetAttribute"},
+        {&d.error, "cuGetErrorString"},
+    };
+    for (const auto& [slot, name] : wanted)
+        if (!(*static_cast<void**>(slot) = dlsym(library, name))) return OLD_DRIVER;
+    driver = d;
+    return 0;
+}
+
+const char* fastlora_cuda_error(int code) {
+    switch (code) {
+    case NO_DRIVER: return "libcuda cannot be opened";
+    case OLD_DRIVER: return "the driver is older than CUDA 12";
+    case RANK: return "R is not from 1 to 128";
+    case SIZE: return "M, N or K is 0 or too large";
+    case ALIGNMENT: return "rows do not begin at multiples of 16 bytes";
+    case OVERLAP: return "rows overlap";
+    case RESIDENT: return "the kernel does not fit the GPU's multiprocessors";
+    }
+    const char* text = nullptr;
+    return driver.error && driver.error(static_cast<CUresult>(code), &text) == CUDA_SUCCESS ? text : "unknown error";
+}
+
+int fastlora_cuda_split(int sms, int M, int L, int tiles, int depth, int mask, double queue) {
+    return split(sms, M, L, tiles, depth, mask, queue);
+}
+
+double fastlora_cuda_predicted_us(int streamers, int sms, int M, int L, int tiles, int depth, int mask, double queue) {
+    return predicted_us(streamers, sms, M, L, tiles, depth, mask, queue);
+}
+
+void fastlora_cuda_sizes(int M, int N, int K, int R, Sizes* out) {
+    const int slabs = cdiv(N, TILE_N) + cdiv(K, TILE_N);
+    out->stride_s = round_up(R, 8);
+    out->stride_t = round_up(M, 8);
+    out->flags = ROWS + cdiv(M, TILE_M) + slabs;
+    out->partials = static_cast<int64_t>(cdiv(M, part_rows(M, slabs))) * slabs * TILE_N * padded_rank(R);
+}
+
+int fastlora_cuda_forward(const ForwardCall* call) {
+    const ForwardCall& c = *call;
+    TRY(check(c));
+    Ready kernel;
+    TRY(ready(false, c.is_half, c.R, kernel));
+    Sizes sizes;
+    fastlora_cuda_sizes(c.M, c.N, c.K, c.R, &sizes);
+    if (reinterpret_cast<uintptr_t>(c.bias) % 4) return ALIGNMENT;
+    const int tiles = cdiv(c.M, TILE_M) * cdiv(c.N, TILE_N);
+    const int streamers = split(kernel.sms, c.M, c.K, tiles, c.K, c.threshold > 0, 0);
+    CUtensorMap x, w, s, a, b, y;
+    TRY(encode(x, c.x, c.M, c.K, c.stride_x, c.is_half));
+    TRY(encode(w, c.weight, c.N, c.K, c.stride_w, c.is_half));
+    TRY(encode(s, c.S_rows, c.M, c.R, sizes.stride_s, c.is_half));
+    TRY(encode(a, c.packed_A, c.R, c.K, c.K, c.is_half));
+    TRY(encode(b, c.packed_B, c.N, c.R, sizes.stride_s, c.is_half));
+    TRY(encode(y, c.y, c.M, c.N, c.stride_y, c.is_half, CUT));
+    ForwardArgs p = {};
+    p.adapters = {c.lora_A,    c.lora_B,    c.stride_ar,  c.stride_ak,      c.stride_bn,
+                  c.stride_br, c.packed_A, c.packed_B, c.adapters_float};
+    p.S = {c.S_rows, c.S, sizes.stride_s, sizes.stride_t, c.scaling};
+    p.bias = c.bias, p.seed = c.seed, p.flags = c.flags;
+    p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.streamers = streamers, p.threshold = c.threshold;
+    void* arguments[] = {&x, &w, &s, &a, &b, &y, &p};
+    return launch(kernel, streamers + smaller(tiles, kernel.sms - streamers), arguments, c.stream);
+}
+
+int fastlora_cuda_backward(const BackwardCall* call) {
+    const BackwardCall& c = *call;
+    TRY(check(c));
+    Ready kernel;
+    TRY(ready(true, c.is_half, c.R, kernel));
+    Sizes sizes;
+    fastlora_cuda_sizes(c.M, c.N, c.K, c.R, &sizes);
+    BackwardArgs p = {};
+    p.need_dX = c.dX != nullptr, p.need_dA = c.dA != nullptr, p.need_dB = c.dB != nullptr;
+    const int columns = cdiv(c.K, TILE_N), tiles = p.need_dX ? cdiv(c.M, TILE_M) * columns : 0;
+    const double queue = 2.0 * c.M * ((p.need_dA ? c.K : 0.0) + (p.need_dB ? c.N : 0.0));
+    const int sums = p.need_dX || p.need_dA ? c.N : 1;  // how far dS sums, where anybody wants it
+    p.streamers = split(kernel.sms, c.M, sums, tiles, c.N, false, queue);
+    p.part = part_rows(c.M, cdiv(c.N, TILE_N) + columns), p.parts = cdiv(c.M, p.part);
+    const int items = p.parts * ((p.need_dB ? cdiv(c.N, TILE_N) : 0) + (p.need_dA ? columns : 0));
+    // what a launch does not use is mapped to something that is there
+    CUtensorMap dy, w, ds, a, b, x, s, dst, dx;
+    TRY(encode(dy, c.dy, c.M, c.N, c.stride_dy, c.is_half));
+    TRY(encode(w, c.weight, c.N, c.K, c.stride_w, c.is_half));
+    TRY(encode(ds, c.dS_rows, c.M, c.R, sizes.stride_s, c.is_half));
+    TRY(encode(a, c.packed_A, c.R, c.K, c.K, c.is_half));
+    TRY(encode(b, c.packed_B, c.R, c.N, c.N, c.is_half));
+    TRY(encode(x, c.x ? c.x : c.packed_A, c.x ? c.M : c.R, c.K, c.x ? c.stride_x : c.K, c.is_half));
+    TRY(encode(s, c.S, c.R, c.M, sizes.stride_t, c.is_half));
+    TRY(encode(dst, c.dS_columns, c.R, c.M, sizes.stride_t, c.is_half));
+    TRY(encode(dx, c.dX ? c.dX : c.packed_A, c.dX ? c.M : c.R, c.K, c.dX ? c.stride_dx : c.K, c.is_half, CUT));
+    p.adapters = {c.lora_A,    c.lora_B,    c.stride_ar,  c.stride_ak,      c.stride_bn,
+                  c.stride_br, c.packed_A, c.packed_B, c.adapters_float};
+    p.dS = {c.dS_rows, c.dS_columns, sizes.stride_s, sizes.stride_t, c.scaling};
+    p.dA = c.dA, p.dB = c.dB, p.partials = c.partials, p.seed = c.seed, p.flags = c.flags;
+    p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.threshold = c.threshold;
+    const int others = kernel.sms - p.streamers;
+    void* arguments[] = {&dy, &w, &ds, &a, &b, &x, &s, &dst, &dx, &p};
+    return launch(kernel, p.streamers + smaller(tiles > items ? tiles : items, others), arguments, c.stream);
+}
+}

@@ -1,0 +1,255 @@
+// What both launches are made of: a ring of stages between a producer and two warp groups that multiply, the packing of
+// the adapters, the sum that makes S (or dS), the GEMM, and how its result leaves.
+
+#pragma once
+#include "plan.h"
+#include "tools.cuh"
+
+struct Shared {
+    uint8_t stages[STAGES][STAGE_BYTES];
+    uint8_t out[2][CUTS][CUT_BYTES];            // of each warp group
+    uint8_t kept[2][TILE_M][TILE_N / 8];        // backward: bits of a tile's mask, and of the next one's
+    uint64_t full[STAGES], empty[STAGES], kept_full[2], kept_empty[2];
+    int note[STAGES];                           // which item a stage belongs to
+    int last;
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory of an SM");
+
+// The two warp groups that multiply: each has 64 of a tile's 128 rows (or columns).
+struct Consumer {
+    int thread = threadIdx.x - 128, half = thread / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    int row = 16 * warp + lane / 4, column = 2 * (lane % 4);  // of d[0] in D
+
+    DEVICE void sync_half() const { sync_threads(1 + half, 128); }
+    DEVICE void sync_both() const { sync_threads(3, 256); }
+    DEVICE bool leads_half() const { return thread % 128 == 0; }
+};
+
+// One end of the ring. Producer and consumers walk it in the same order, each at its own pace.
+struct Ring {
+    Shared& sm;
+    int stage = 0, phase = 0;
+
+    DEVICE explicit Ring(Shared& shared) : sm(shared) {}
+    DEVICE void next() {
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+    DEVICE uint8_t* box(int i) const { return sm.stages[stage] + i * BOX_BYTES; }
+
+    // The producer: waits until the stage is free, announces so many boxes, loads them.
+    DEVICE void fill(int boxes, int note = 0) {
+        barrier_wait(&sm.empty[stage], phase ^ 1);
+        sm.note[stage] = note;
+        barrier_expect(&sm.full[stage], boxes * BOX_BYTES);
+    }
+    DEVICE void load(int i, const TensorMap& map, int column, int row) const {
+        tma_load(box(i), &map, column, row, &sm.full[stage]);
+    }
+
+    // A consumer: waits until the stage is there; gives a stage back.
+    DEVICE void wait() const { barrier_wait(&sm.full[stage], phase); }
+    DEVICE void give_back(int which) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(&sm.empty[which]);
+    }
+};
+
+DEVICE Shared& start(uint8_t* raw) {
+    Shared& sm = *reinterpret_cast<Shared*>(raw);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(&sm.full[i], 1);
+            barrier_init(&sm.empty[i], 8);  // warps that multiply
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&sm.kept_full[i], 3);   // warps that make the mask
+            barrier_init(&sm.kept_empty[i], 8);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    return sm;
+}
+
+// A sum of products in flight: D += A B over one stage after the other, the one before given back while this one runs.
+template <typename T, int COUNT> struct Product {
+    float (&d)[COUNT];
+    Ring& ring;
+    int before = -1;  // the stage that is still being read
+
+    DEVICE Product(float (&result)[COUNT], Ring& r) : d(result), ring(r) {}
+
+    // A's 64 rows are box `half`; B begins at box 2.
+    template <bool B_ACROSS, int SIXTEENS> DEVICE void step(int half) {
+        ring.wait();
+        const uint64_t a = k_major(ring.box(half)), b = B_ACROSS ? mn_major(ring.box(2)) : k_major(ring.box(2));
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < SIXTEENS; k++) wgmma<T, false, B_ACROSS>(d, a + 2 * k, b + (B_ACROSS ? 128 : 2) * k, before + k >= 0);
+        wgmma_commit();
+        if (before >= 0) {
+            wgmma_wait<1>();
+            ring.give_back(before);
+        }
+        before = ring.stage;
+        ring.next();
+    }
+
+    DEVICE void finish() {
+        wgmma_wait<0>();
+        settle(d);
+        ring.give_back(before);
+    }
+};
+
+// Tile i of a GEMM of `rows` x `columns` tiles: along a group of columns, then down, then the next group. What runs at
+// once shares few rows of the left operand and a slab of the right one, and rows come in the order in which S does.
+struct Tile {
+    int row, column;
+    DEVICE Tile(int i, int rows, int columns) {
+        const int group = i / (rows * GROUP), rest = i % (rows * GROUP);
+        const int wide = columns - group * GROUP < GROUP ? columns - group * GROUP : GROUP;
+        row = rest / wide;
+        column = group * GROUP + rest % wide;
+    }
+};
+
+// ---- the adapters, whatever their strides and dtype, made fit for TMA: A (R, K), B (N, stride) or Bᵀ (R, N)
+
+template <typename T> DEVICE T adapter(const void* p, int64_t i, bool is_float) {
+    return is_float ? T(static_cast<const float*>(p)[i]) : static_cast<const T*>(p)[i];
+}
+
+template <typename T> DEVICE void pack_adapters(const Adapters& a, int N, int K, int R, int stride, bool transposed,
+                                                int streamers, int32_t* flags) {
+    const int64_t step = static_cast<int64_t>(streamers) * THREADS, first = blockIdx.x * THREADS + threadIdx.x;
+    T *A = static_cast<T*>(a.packed_A), *B = static_cast<T*>(a.packed_B);
+    for (int64_t i = first; i < static_cast<int64_t>(R) * K; i += step)
+        A[i] = adapter<T>(a.lora_A, i / K * a.stride_ar + i % K * a.stride_ak, a.is_float);
+    for (int64_t i = first; i < static_cast<int64_t>(R) * N; i += step) {
+        const int64_t r = transposed ? i / N : i % R, n = transposed ? i % N : i / R;
+        B[transposed ? i : n * stride + r] = adapter<T>(a.lora_B, n * a.stride_bn + r * a.stride_br, a.is_float);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) flag_add(&flags[PACKED], 1);
+}
+
+DEVICE void wait_packed(int streamers, int32_t* flags) {  // one thread of each streaming CTA
+    while (flag_read(&flags[PACKED]) < streamers);
+    if (flag_add(&flags[PACKED], 1) == 2 * streamers - 1) flag_set(&flags[PACKED], 0);
+    fence_async_proxy();
+}
+
+DEVICE void wait_row(int row, int32_t* flags) {  // one thread of each tile or item that reads the row block's S
+    while (flag_read(&flags[ROWS + row]) == 0);
+    flag_add(&flags[ROWS + row], -1);
+    fence_async_proxy();
+}
+
+// ---- S = factor * drop(P) Qᵀ of one row block: P (M, L), Q (R, L). Stages of 64 columns; of 128 where R leaves room.
+
+template <int RP> constexpr int SPAN = RP <= 64 ? 2 : 1;  // boxes along the sum in a stage
+
+template <int RP> DEVICE void load_sum(Ring& ring, const TensorMap& p, const TensorMap& q, int row, int L) {
+    constexpr int HIGH = RP > 64 ? 2 : 1;  // boxes across Q
+    for (int l = 0; l < L; l += BOX * SPAN<RP>) {
+        ring.fill(SPAN<RP> * (2 + HIGH));
+        for (int i = 0; i < SPAN<RP>; i++) {
+            for (int j = 0; j < 2; j++) ring.load(2 * i + j, p, l + BOX * i, row + BOX * j);
+            for (int j = 0; j < HIGH; j++) ring.load(4 + i + j, q, l + BOX * i, BOX * j);
+        }
+        ring.next();
+    }
+}
+
+// Zeros where the mask drops, in a box of x at (row, column), by the 128 threads of a warp group. The eight columns of
+// a Philox call are the 16 bytes that the swizzle keeps together.
+DEVICE void drop_box(uint8_t* box, int row, int column, uint64_t seed, uint32_t threshold, int thread) {
+#pragma unroll
+    for (int i = thread; i < BOX * 8; i += 128) {
+        const int r = i / 8, c = i % 8;
+        uint4& x = *reinterpret_cast<uint4*>(box + 128 * r + 16 * (c ^ (r & 7)));
+        uint32_t w[4];
+        philox(seed, column / 8 + c, row + r, w);
+        uint4 y = x;
+        y.x &= keep_pair(w[0], threshold), y.y &= keep_pair(w[1], threshold);
+        y.z &= keep_pair(w[2], threshold), y.w &= keep_pair(w[3], threshold);
+        x = y;
+    }
+}
+
+template <typename T, int RP>
+DEVICE void sum_rows(Ring& ring, const Consumer& me, const Rank& S, int row, int M, int L, int R, const int64_t* seed_at,
+                     uint32_t threshold) {
+    float d[RP / 2];
+    const uint64_t seed = threshold ? *seed_at : 0;
+    for (int l = 0; l < L; l += BOX * SPAN<RP>) {
+        ring.wait();
+        if (threshold) {
+#pragma unroll
+            for (int i = 0; i < SPAN<RP>; i++)
+                drop_box(ring.box(2 * i + me.half), row + BOX * me.half, l + BOX * i, seed, threshold, me.thread % 128);
+            fence_async_proxy();
+            me.sync_half();
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4 * SPAN<RP>; i++)
+            wgmma<T, false, false>(d, k_major(ring.box(i / 4 * 2 + me.half)) + i % 4 * 2,
+                                   k_major(ring.box(4 + i / 4)) + i % 4 * 2, l + i);
+        wgmma_commit();
+        wgmma_wait<0>();
+        settle(d);
+        ring.give_back(ring.stage);
+        ring.next();
+    }
+    const float factor = S.factor * (threshold ? keep_scale(threshold) : 1.0f);
+#pragma unroll
+    for (int i = 0; i < RP / 2; i += 2) {
+        const int m = row + BOX * me.half + me.row + 8 * (i / 2 % 2), r = 8 * (i / 4) + me.column;
+        const uint32_t two = pack(T(), d[i] * factor, d[i + 1] * factor);
+        if (m >= M || r >= R) continue;
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(S.rows) + static_cast<int64_t>(m) * S.stride_s + r) = two;
+        uint16_t* column = static_cast<uint16_t*>(S.columns) + static_cast<int64_t>(r) * S.stride_t + m;
+        column[0] = static_cast<uint16_t>(two);
+        if (r + 1 < R) column[S.stride_t] = static_cast<uint16_t>(two >> 16);
+    }
+}
+
+// ---- a tile leaves, 32 columns at a time: rounded, laid into shared memory, stored by TMA behind everyone's back
+
+template <typename T> struct Exit {
+    Shared& sm;
+    const TensorMap& map;
+    int pieces = 0;
+
+    DEVICE Exit(Shared& shared, const TensorMap& m) : sm(shared), map(m) {}
+
+    DEVICE void store(const float (&d)[128], const Consumer& me, int row, int column, int rows, int columns, const T* bias) {
+        if (row + BOX * me.half >= rows) return;
+#pragma unroll
+        for (int cut = 0; cut < TILE_N / CUT; cut++) {
+            const int n = column + CUT * cut;
+            if (n >= columns) return;
+            uint8_t* piece = sm.out[me.half][pieces % CUTS];
+            if (me.leads_half()) tma_store_wait<CUTS - 1>();
+            me.sync_half();
+#pragma unroll
+            for (int i = 0; i < 16; i += 2) {  // rows of 64 bytes, swizzled by 64
+                const int r = me.row + 8 * (i / 2 % 2), c = 8 * (i / 4) + me.column;
+                float low = 0, high = 0;
+                if (bias && n + c < columns) low = to_float(bias[n + c]), high = to_float(bias[n + c + 1]);
+                *reinterpret_cast<uint32_t*>(piece + 64 * r + (2 * c ^ (r / 2 % 4 * 16))) =
+                    pack(T(), d[16 * cut + i] + low, d[16 * cut + i + 1] + high);
+            }
+            fence_async_proxy();
+            me.sync_half();
+            if (me.leads_half()) tma_store(&map, n, row + BOX * me.half, piece);
+            pieces++;
+        }
+    }
+
+    DEVICE void finish(const Consumer& me) {
+        if (me.leads_half()) tma_store_wait<0>();
+    }
+};
