@@ -227,7 +227,7 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
     if (sums) pack_adapters<T>(p.adapters, p.N, p.K, p.R, 0, true, p.streamers, p.flags);
 
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
         if (threadIdx.x >= 32 && p.threshold) {
             const uint64_t seed = *p.seed;
             for (int i = first, n = 0; i < tiles; i += stride, n++) {
@@ -255,7 +255,7 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     const Consumer me;
     for (int row = blockIdx.x; sums && row < rows; row += p.streamers) {
         sum_rows<T, RP>(ring, me, p.dS, row * TILE_M, p.M, p.N, p.R, nullptr, 0);
@@ -267,11 +267,16 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
         const Tile tile(i, rows, columns);
         float d[128];
         Product<T, 128> product(d, ring);
-        for (int step = 0; step < cdiv(p.N, TILE_K); step++) product.template step<true, 4>(me.half);
-        if (!p.threshold)
+        int left = cdiv(p.N, TILE_K);
+        do product.template step<true, 4>(me.half);
+        while (--left);
+        if (p.threshold) {
+            product.finish();
+            add_kept<T, RP>(d, ring, me, n, p.threshold);
+        } else {
             for (int step = 0; step < TAIL; step++) product.template step<true, SIXTEENS>(me.half);
-        product.finish();
-        if (p.threshold) add_kept<T, RP>(d, ring, me, n, p.threshold);
+            product.finish();
+        }
         exit.store(d, me, tile.row * TILE_M, tile.column * TILE_N, p.M, p.K, nullptr);
     }
     multiply_items<T, RP>(ring, me, p);

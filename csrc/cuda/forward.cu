@@ -79,7 +79,9 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
         const Tile tile(i, rows, columns);
         float d[128];
         Product<T, 128> product(d, ring);
-        for (int step = 0; step < cdiv(p.K, TILE_K); step++) product.template step<false, 4>(me.half);
+        int left = cdiv(p.K, TILE_K);
+        do product.template step<false, 4>(me.half);
+        while (--left);
         for (int step = 0; step < TAIL; step++) product.template step<false, SIXTEENS>(me.half);
         product.finish();
         exit.store(d, me, tile.row * TILE_M, tile.column * TILE_N, p.M, p.N, static_cast<const T*>(p.bias));
