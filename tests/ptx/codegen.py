@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from . import alu
+from .forms import understood
 from .memory import SHARED_BASE
 from .parse import SINK, Imm, Ins, Kernel, Mem, Pair, Reg, Special, Symbol, Unsupported, Vec
 
@@ -23,9 +24,11 @@ NUMPY = {"U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "F16"
          "I32": np.int32, "F32": np.float32, "U64": np.uint64, "I64": np.int64, "F64": np.float64}  # fmt: skip
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
            "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}  # fmt: skip
+INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 ROUND = {"rni": "np.rint", "rzi": "np.trunc", "rmi": "np.floor", "rpi": "np.ceil"}
-INFIX = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^"}
-HINTS = re.compile(r"(L1|L2|level)::\w+|nc|volatile|relaxed|weak|gpu|sys|cta|aligned|sync|ca|cg|cs|lu|cv|wb|wt|uni|ftz")
+SEMANTICS = {"volatile": "relaxed", "relaxed": "relaxed", "acquire": "acquire", "release": "release"}
+SCOPES = ("cta", "cluster", "gpu", "sys")
+HALVES = ("f16", "bf16", "f16x2", "bf16x2")
 
 
 def width_of(kind: str) -> int:
@@ -35,6 +38,10 @@ def width_of(kind: str) -> int:
 def view_of(kind: str) -> str:
     """The typed rows of a kind; 8-bit kinds have no rows of their own."""
     return VIEWS.get(kind) or ("I8" if kind == "s8" else "U8")
+
+
+def numpy_of(kind: str) -> str:
+    return f"np.{np.dtype(NUMPY[view_of(kind)]).name}"
 
 
 class Codegen:
@@ -52,6 +59,8 @@ class Codegen:
             ]
             for ins in block.body:
                 self._instruction(ins)
+            if block.end and not understood(block.end.op):
+                raise Unsupported(str(block.end))
         exec(compile("\n".join(self.lines), f"<{self.kernel.name}>", "exec"), self.names)
         return [self.names[f"block{n}"] for n in range(len(self.kernel.blocks))]
 
@@ -66,7 +75,7 @@ class Codegen:
         if isinstance(operand, Imm):
             return self._immediate(operand, kind)
         if isinstance(operand, Special):
-            return f"m.special({operand.name!r}, S).astype(np.{np.dtype(NUMPY[view_of(kind)]).name})"
+            return f"m.special({operand.name!r}, S).astype({numpy_of(kind)})"
         if isinstance(operand, Symbol):
             return self.const(np.array([self.address(operand)], NUMPY[view_of(kind)]))
         if operand.kind == "p":
@@ -75,8 +84,7 @@ class Codegen:
             return f"{VIEWS[kind]}[{operand.index},S]"
         if int(operand.kind) < width_of(kind):
             raise Unsupported(f"{kind} from a narrower register")
-        name = np.dtype(NUMPY[view_of(kind)]).name
-        return f"U{operand.kind}[{operand.index},S].astype(np.uint{width_of(kind)}).view(np.{name})"
+        return f"U{operand.kind}[{operand.index},S].astype(np.uint{width_of(kind)}).view({numpy_of(kind)})"
 
     def _immediate(self, operand: Imm, kind: str) -> str:
         if kind == "pred":
@@ -92,7 +100,9 @@ class Codegen:
         value = operand.value & ((1 << 8 * dtype.itemsize) - 1)
         return self.const(np.array([value], f"u{dtype.itemsize}").view(dtype))
 
-    def address(self, symbol: Symbol) -> int:
+    def address(self, symbol: Symbol | Imm) -> int:
+        if isinstance(symbol, Imm):
+            return symbol.value
         if symbol.name in self.shared_address:
             return SHARED_BASE + self.shared_address[symbol.name]
         if symbol.name in self.kernel.params:
@@ -122,115 +132,113 @@ class Codegen:
     def line(self, text: str) -> None:
         self.lines.append(" " * self.indent + text)
 
-    # Instructions
-
     def _instruction(self, ins: Ins) -> None:
+        name, *parts = ins.parts
+        if not understood(ins.op):
+            raise Unsupported(str(ins))
         self.indent = 1
         if ins.guard:
             sign = "~" if ins.negated else ""
             self.line(f"whole, S = S, m.narrow(S, {sign}P[{ins.guard.index},S])")
             self.line("if S is not None:")
             self.indent = 2
-        name = ins.parts[0]
-        method = getattr(self, "op_" + name, None)
-        if method is None:
-            raise Unsupported(str(ins))
+            self.line("pass")
         try:
-            method(ins, ins.args, [p for p in ins.parts[1:] if not HINTS.fullmatch(p)])
+            getattr(self, "op_" + name)(ins, ins.args, parts)
         except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
             raise Unsupported(f"{ins}: {error!r}") from error
         if ins.guard:
             self.indent = 1
             self.line("S = whole")
 
+    # Arithmetic
+
+    def _arithmetic(self, ins, args, kind: str, expression: str) -> None:
+        """`expression` of {0}, {1}, {2}; .ftz makes subnormal operands and results zeros."""
+        reads = [self.read(x, kind) for x in args[1:]]
+        if "ftz" in ins.parts:
+            reads = [f"alu.flush({r})" for r in reads]
+            expression = f"alu.flush({expression})"
+        self.write(args[0], kind, expression.format(*reads))
+
     def _infix(self, ins, args, parts) -> None:
-        kind = parts[-1]
-        if kind == "f32x2":
-            self._pairs(ins, args)
-            return
-        if parts[:-1] in (["rn", "f32"], ["f32"]) and kind in ("f16", "bf16"):  # sm_100: a half and a float32
-            half = f"alu.from_bf16({self.read(args[1], kind)})" if kind == "bf16" else self.read(args[1], kind)
-            self.write(args[0], "f32", f"{half} {INFIX[ins.parts[0]]} {self.read(args[2], 'f32')}")
-            return
-        if set(parts[:-1]) - {"rn"} or kind.endswith("x2"):
-            raise Unsupported(str(ins))
-        a, b = (self.read(x, kind) for x in args[1:3])
-        self.write(args[0], kind, f"{a} {INFIX[ins.parts[0]]} {b}")
+        name, kind = ins.parts[0], parts[-1]
+        if kind in HALVES and parts[:-1] in (["rn", "f32"], ["f32"]):
+            half = self.read(args[1], kind)
+            half = f"alu.from_bf16({half})" if kind == "bf16" else f"{half}.astype(np.float32)"
+            self.write(args[0], "f32", f"{half} {INFIX[name]} {self.read(args[2], 'f32')}")
+        elif kind in HALVES or kind == "f32x2":
+            self._packed(ins, args, kind)
+        else:
+            self._arithmetic(ins, args, kind, f"{{0}} {INFIX[name]} {{1}}")
 
     op_add = op_sub = op_and = op_or = op_xor = _infix
 
+    def _packed(self, ins, args, kind: str) -> None:
+        """One or two halves, or two float32, in a register: each for itself."""
+        bits = f"b{width_of(kind)}"
+        reads = ", ".join(self.read(x, bits) for x in args[1:])
+        name = ins.parts[0] + ("_nan" if "NaN" in ins.parts else "")
+        self.write(args[0], bits, f"alu.packed({name!r}, {kind.removesuffix('x2')!r}, {reads})")
+
     def op_not(self, ins, args, parts):
-        self.write(args[0], parts[-1], f"~{self.read(args[1], parts[-1])}")
+        self._arithmetic(ins, args, parts[-1], "~{0}")
 
     def op_neg(self, ins, args, parts):
-        self.write(args[0], parts[-1], f"-{self.read(args[1], parts[-1])}")
+        if parts[-1] in HALVES:
+            self._packed(ins, args, parts[-1])
+        else:
+            self._arithmetic(ins, args, parts[-1], {"neg": "-{0}", "abs": "np.abs({0})"}[ins.parts[0]])
 
-    def op_abs(self, ins, args, parts):
-        self.write(args[0], parts[-1], f"np.abs({self.read(args[1], parts[-1])})")
-
-    def _pairs(self, ins, args) -> None:
-        """Two float32 side by side, each for itself."""
-        reads = ", ".join(self.read(x, "b64") for x in args[1:])
-        self.write(args[0], "b64", f"alu.pairs({ins.parts[0]!r}, {reads})")
+    op_abs = op_neg
 
     def op_mul(self, ins, args, parts):
-        kind = parts[-1]
-        if kind == "f32x2":
-            self._pairs(ins, args)
-            return
-        a, b = (self.read(x, kind) for x in args[1:3])
-        self.write(args[0], *self._product(kind, parts, a, b))
+        if parts[0] in ("lo", "hi", "wide"):
+            kind = parts[-1]
+            out, product = self._product(kind, parts[0], *(self.read(x, kind) for x in args[1:3]))
+            self.write(args[0], out, product)
+        else:
+            self._infix(ins, args, parts)
 
-    def _product(self, kind, parts, a, b) -> tuple[str, str]:
-        if "wide" in parts:
+    def _product(self, kind, part, a, b) -> tuple[str, str]:
+        if part == "wide":
             wide = f"{kind[0]}{2 * width_of(kind)}"
-            return wide, f"{a}.astype(np.{np.dtype(NUMPY[VIEWS[wide]]).name}) * {b}"
-        if "hi" in parts:
-            return kind, f"alu.mul_hi({a}, {b})"
-        return kind, f"{a} * {b}"
+            return wide, f"{a}.astype({numpy_of(wide)}) * {b}"
+        return kind, f"alu.mul_hi({a}, {b})" if part == "hi" else f"{a} * {b}"
 
     def op_mad(self, ins, args, parts):
         kind = parts[-1]
-        a, b = (self.read(x, kind) for x in args[1:3])
-        out, product = self._product(kind, parts, a, b)
+        out, product = self._product(kind, parts[0], *(self.read(x, kind) for x in args[1:3]))
         self.write(args[0], out, f"{product} + {self.read(args[3], out)}")
 
     def op_fma(self, ins, args, parts):
-        if parts[-1] == "f32x2":
-            self._pairs(ins, args)
-            return
-        if parts[-1] != "f32":
-            raise Unsupported(str(ins))
-        self.write(args[0], "f32", "alu.fma32({}, {}, {})".format(*(self.read(x, "f32") for x in args[1:4])))
+        if parts[-1] in HALVES or parts[-1] == "f32x2":
+            self._packed(ins, args, parts[-1])
+        else:
+            self._arithmetic(ins, args, parts[-1], f"alu.fma{parts[-1][1:]}({{0}}, {{1}}, {{2}})")
 
     def op_div(self, ins, args, parts):
-        kind = parts[-1]
-        a, b = (self.read(x, kind) for x in args[1:3])
-        self.write(args[0], kind, f"{a} / {b}" if kind[0] == "f" else f"alu.quotient({a}, {b})")
+        self._arithmetic(ins, args, parts[-1], "{0} / {1}" if parts[-1][0] == "f" else "alu.quotient({0}, {1})")
 
     def op_rem(self, ins, args, parts):
-        kind = parts[-1]
-        self.write(args[0], kind, "alu.remainder({}, {})".format(*(self.read(x, kind) for x in args[1:3])))
+        self._arithmetic(ins, args, parts[-1], "alu.remainder({0}, {1})")
 
     def op_min(self, ins, args, parts):
-        kind = parts[-1]
-        name = f"{'f' if kind[0] == 'f' and 'NaN' not in parts else ''}{ins.parts[0]}"
-        name = name if name.startswith("f") else {"min": "minimum", "max": "maximum"}[name]
-        self.write(args[0], kind, "np.{}({}, {})".format(name, *(self.read(x, kind) for x in args[1:3])))
+        kind, name = parts[-1], ins.parts[0]
+        if kind in HALVES:
+            self._packed(ins, args, kind)
+            return
+        name = f"f{name}" if kind[0] == "f" and "NaN" not in parts else f"{name}imum"
+        self._arithmetic(ins, args, kind, f"np.{name}({{0}}, {{1}})")
 
     op_max = op_min
 
     def op_rcp(self, ins, args, parts):
-        self.write(args[0], "f32", f"np.float32(1) / {self.read(args[1], 'f32')}")
+        function = {"rcp": "np.float32(1) / {0}", "sqrt": "np.sqrt({0})", "rsqrt": "np.float32(1) / np.sqrt({0})",
+                    "ex2": "np.exp2({0})", "lg2": "np.log2({0})"}[ins.parts[0]]  # fmt: skip
+        self._arithmetic(ins, args, "f32", function)
 
-    def op_ex2(self, ins, args, parts):
-        self.write(args[0], "f32", f"np.exp2({self.read(args[1], 'f32')})")
-
-    def op_lg2(self, ins, args, parts):
-        self.write(args[0], "f32", f"np.log2({self.read(args[1], 'f32')})")
-
-    def op_sqrt(self, ins, args, parts):
-        self.write(args[0], "f32", f"np.sqrt({self.read(args[1], 'f32')})")
+    op_sqrt = op_rsqrt = op_ex2 = op_lg2 = op_rcp
 
     def op_shl(self, ins, args, parts):
         kind, bits = parts[-1], width_of(parts[-1])
@@ -243,44 +251,44 @@ class Codegen:
 
     op_shr = op_shl
 
+    def op_shf(self, ins, args, parts):
+        reads = ", ".join(self.read(x, "u32") for x in args[1:4])
+        self.write(args[0], "b32", f"alu.funnel({reads}, {parts[0]!r}, {parts[1] == 'wrap'})")
+
     def op_bfe(self, ins, args, parts):
         kind = parts[-1]
         reads = self.read(args[1], kind), self.read(args[2], "u32"), self.read(args[3], "u32")
         self.write(args[0], kind, "alu.bfe({}, {}, {})".format(*reads))
 
     def op_bfi(self, ins, args, parts):
-        self.write(args[0], "b32", "alu.bfi({}, {}, {}, {})".format(*(self.read(x, "b32") for x in args[1:5])))
+        self._arithmetic(ins, args, "b32", "alu.bfi({0}, {1}, {2}, {3})")
 
     def op_prmt(self, ins, args, parts):
-        if parts != ["b32"]:
-            raise Unsupported(str(ins))
-        self.write(args[0], "b32", "alu.prmt({}, {}, {})".format(*(self.read(x, "b32") for x in args[1:4])))
+        self._arithmetic(ins, args, "b32", "alu.prmt({0}, {1}, {2})")
 
     def op_lop3(self, ins, args, parts):
-        reads = [self.read(x, "b32") for x in args[1:4]]
-        self.write(args[0], "b32", "alu.lop3({}, {}, {}, {})".format(*reads, args[4].value))
+        self._arithmetic(ins, args[:4], "b32", f"alu.lop3({{0}}, {{1}}, {{2}}, {args[4].value})")
 
     def op_popc(self, ins, args, parts):
-        self.write(args[0], "u32", f"alu.popc({self.read(args[1], parts[-1])})")
+        self.write(args[0], "u32", f"alu.{ins.parts[0]}({self.read(args[1], parts[-1])})")
+
+    op_clz = op_brev = op_popc
 
     def op_setp(self, ins, args, parts):
         kind = parts[-1]
-        if kind.startswith("bf16") or kind.endswith("x2"):
-            raise Unsupported(str(ins))
-        a, b = (self.read(x, kind) for x in args[1:3])
-        test = self._compare(parts[0], kind, a, b)
+        reads = [self.read(x, kind) for x in args[1:3]]
+        if kind == "bf16":
+            reads = [f"alu.from_bf16({r})" for r in reads]
+        if "ftz" in parts:
+            reads = [f"alu.flush({r})" for r in reads]
+        test = self._compare(parts[0], kind.removeprefix("b") if kind == "bf16" else kind, *reads)
         join = {"and": "&", "or": "|", "xor": "^"}.get(parts[1])
         first, second = (args[0].first, args[0].second) if isinstance(args[0], Pair) else (args[0], None)
-        if second:
-            self.line(f"t = {test}")
-            test = "t"
-        extra = f" {join} {self._predicate(args[3])}" if join else ""
-        self.write(first, "pred", f"({test}){extra}")
+        extra = f" {join} {self.read(args[3], 'pred')}" if join else ""
+        self.line(f"t = {test}")
+        self.write(first, "pred", f"t{extra}")
         if second:
             self.write(second, "pred", f"(~t){extra}")
-
-    def _predicate(self, operand) -> str:
-        return self.read(operand, "pred")
 
     def _compare(self, name, kind, a, b) -> str:
         if kind[0] == "f" and name.endswith("u") and name[:-1] in COMPARE:
@@ -294,7 +302,7 @@ class Codegen:
     def op_selp(self, ins, args, parts):
         kind = parts[-1]
         a, b = (self.read(x, kind) for x in args[1:3])
-        self.write(args[0], kind, f"np.where({self._predicate(args[3])}, {a}, {b})")
+        self.write(args[0], kind, f"np.where({self.read(args[3], 'pred')}, {a}, {b})")
 
     def op_mov(self, ins, args, parts):
         kind, target, source = parts[-1], args[0], args[1]
@@ -302,14 +310,11 @@ class Codegen:
             part = f"b{width_of(kind) // len(target.items)}"
             self.line(f"t = {self.read(source, kind)}")
             for i, item in enumerate(target.items):
-                name = np.dtype(NUMPY[view_of(part)]).name
-                self.write(
-                    item, part, f"(t >> np.{np.dtype(NUMPY[VIEWS[kind]]).name}({i * width_of(part)})).astype(np.{name})"
-                )
+                self.write(item, part, f"(t >> {numpy_of(kind)}({i * width_of(part)})).astype({numpy_of(part)})")
         elif isinstance(source, Vec):  # pack
-            part, name = f"b{width_of(kind) // len(source.items)}", np.dtype(NUMPY[VIEWS[kind]]).name
+            part, name = f"b{width_of(kind) // len(source.items)}", numpy_of(kind)
             pieces = [
-                f"({self.read(item, part)}.astype(np.{name}) << np.{name}({i * width_of(part)}))"
+                f"({self.read(item, part)}.astype({name}) << {name}({i * width_of(part)}))"
                 for i, item in enumerate(source.items)
             ]
             self.write(target, kind, " | ".join(pieces))
@@ -317,234 +322,245 @@ class Codegen:
             self.write(target, kind, self.read(source, kind))
 
     def op_cvta(self, ins, args, parts):
-        kind = parts[-1]
-        space = parts[-2]
-        extra = {"param": " + np.uint64(m.param_window)", "shared": "", "global": ""}[space]
-        self.write(args[0], kind, self.read(args[1], kind) + extra)
+        sign = "-" if parts[0] == "to" else "+"
+        window = {"param": "m.param_window", "local": "m.local_window"}.get(parts[-2])
+        move = f" {sign} np.uint64({window})" if window else ""  # shared and global are their own windows
+        self.write(args[0], "u64", self.read(args[1], "u64") + move)
 
     def op_cvt(self, ins, args, parts):
-        if parts[-2:] == ["bf16x2", "f32"] or parts[-2:] == ["f16x2", "f32"]:
-            high, low = (self.read(x, "f32") for x in args[1:3])
-            half = "alu.to_bf16({})" if parts[-2] == "bf16x2" else "{}.astype(np.float16).view(np.uint16)"
-            high, low = half.format(high), half.format(low)
-            self.write(args[0], "b32", f"{high}.astype(np.uint32) << np.uint32(16) | {low}")
-            return
         *modes, to, kind = parts
-        if set(modes) - {"rn", "rzi", "rni", "rmi", "rpi", "rna", "rz", "sat"}:
-            raise Unsupported(str(ins))
+        if to in ("bf16x2", "f16x2"):
+            if modes != ["rn"] or kind != "f32":
+                raise Unsupported(str(ins))
+            high, low = (f"alu.to_{to[:-2]}({self.read(x, 'f32')}).astype(np.uint32)" for x in args[1:3])
+            self.write(args[0], "b32", f"{high} << np.uint32(16) | {low}")
+            return
         a = self.read(args[1], kind)
         if kind == "bf16":
             a, kind = f"alu.from_bf16({a})", "f32"
+        if "ftz" in modes:
+            a = f"alu.flush({a})"
         rounding = next((m for m in modes if m.endswith("i")), None)
-        if to == "bf16" and kind == "f32" and "rn" in modes:
-            value = f"alu.to_bf16({a})"
-        elif to == "tf32" and "rna" in modes:
+        floats = kind[0] == "f", to[0] == "f" or to in ("bf16", "tf32")
+        if floats == (True, False) and rounding:
+            value = f"alu.to_int({a}, {numpy_of(to)}, {rounding!r})"
+        elif floats == (False, False) and not modes:
+            value = f"{a}.astype({numpy_of(to)})"
+        elif to == "tf32" and "rna" in modes and kind == "f32":
             value = f"alu.to_tf32({a})"
-        elif kind[0] == "f" and to[0] in "us":
-            value = f"alu.to_int({a}, np.{np.dtype(NUMPY[view_of(to)]).name}, {rounding!r})"
-        elif "sat" in modes or "rz" in modes or to in ("bf16", "tf32"):
-            raise Unsupported(str(ins))
-        elif kind[0] == "f" and to == kind and rounding:
+        elif floats[1] and to == kind and rounding:
             value = f"{ROUND[rounding]}({a})"
+        elif to in ("bf16", "f16") and modes == ["rn"] and kind in ("f32", "f16"):
+            value = f"alu.to_{to}({a})" + (".view(np.float16)" if to == "f16" else "")
+        elif to in ("f32", "f64") and set(modes) <= {"rn", "ftz"} and ("rn" in modes or floats[0]):
+            value = f"{a}.astype({numpy_of(to)})"
+            value = f"alu.flush({value})" if "ftz" in modes else value
         else:
-            value = f"{a}.astype(np.{np.dtype(NUMPY[view_of(to)]).name})"
+            raise Unsupported(str(ins))
         self.write(args[0], to, value)
 
     # Memory
 
-    def _vector(self, parts) -> int:
+    @staticmethod
+    def _vector(parts) -> int:
         return next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
 
+    @staticmethod
+    def _space(args, parts) -> str:
+        spaces = (p.split("::")[0] for p in parts)
+        space = next((s for s in spaces if s in ("global", "shared", "local", "param")), "generic")
+        return "local" if space == "param" and isinstance(args.base, Imm) else space  # of a function called
+
+    @staticmethod
+    def _order(parts) -> str:
+        """Semantics and scope of a strong access: what says volatile is relaxed, for the whole system."""
+        sem = next((SEMANTICS[p] for p in parts if p in SEMANTICS), None)
+        return f"{sem!r}, {next((p for p in parts if p in SCOPES), 'sys')!r}"
+
     def op_ld(self, ins, args, parts):
-        kind, space, count = parts[-1], parts[0].split("::")[0], self._vector(parts)
-        if space == "param":
-            size = width_of(kind) // 8
-            offset = self.address(args[1].base) + args[1].offset
-            targets = args[0].items if isinstance(args[0], Vec) else (args[0],)
-            for i, target in enumerate(targets):
-                dtype = np.dtype(NUMPY[view_of(kind)]).name
-                self.write(target, kind, f"m.parameter({offset + i * size}, np.{dtype})")
-            return
-        if space not in ("global", "shared"):
-            raise Unsupported(str(ins))
-        size = width_of(kind) // 8
+        kind, space, count = parts[-1], self._space(args[1], parts), self._vector(parts)
         targets = args[0].items if isinstance(args[0], Vec) else (args[0],)
+        size = width_of(kind) // 8
         if len(targets) != count:
             raise Unsupported(str(ins))
-        address = self.memory(args[1])
-        self.line(f"t = m.ld_{space}({self.const(ins)}, S, {address}, {size * count})")
-        self.line(f"t = t.view(np.{np.dtype(NUMPY[view_of(kind)]).name})")
+        if space == "param":
+            offset = self.address(args[1].base) + args[1].offset
+            for i, target in enumerate(targets):
+                self.write(target, kind, f"m.parameter({offset + i * size}, {numpy_of(kind)})")
+            return
+        order = self._order(parts)
+        self.line(f"t = m.ld({self.const(ins)}, S, {space!r}, {self.memory(args[1])}, {size * count}, {order})")
+        self.line(f"t = t.view({numpy_of(kind)})")
         for i, target in enumerate(targets):
             self.write(target, kind, f"t[:, {i}]")
 
     def op_st(self, ins, args, parts):
-        kind, space, count = parts[-1], parts[0].split("::")[0], self._vector(parts)
-        if space not in ("global", "shared"):
-            raise Unsupported(str(ins))
+        kind, space, count = parts[-1], self._space(args[0], parts), self._vector(parts)
         sources = args[1].items if isinstance(args[1], Vec) else (args[1],)
-        if len(sources) != count:
+        if len(sources) != count or space == "param":
             raise Unsupported(str(ins))
-        dtype = np.dtype(NUMPY[view_of(kind)]).name
         values = ", ".join(self.read(x, kind) for x in sources)
-        address = self.memory(args[0])
         self.line(
-            f"m.st_{space}({self.const(ins)}, S, {address}, {width_of(kind) // 8 * count}, np.{dtype}, ({values},))"
+            f"m.st({self.const(ins)}, S, {space!r}, {self.memory(args[0])}, {width_of(kind) // 8 * count}, "
+            f"{self._order(parts)}, {numpy_of(kind)}, ({values},))"
         )
+
+    def op_atom(self, ins, args, parts):
+        target, place, *operands = args if ins.parts[0] == "atom" else (SINK, *args)
+        kind, op = parts[-1], parts[-2]
+        if kind[0] == "f" and op != "add":
+            raise Unsupported(str(ins))
+        sem = next((p for p in parts if p in ("relaxed", "acquire", "release", "acq_rel")), "relaxed")
+        scope = next((p for p in parts if p in SCOPES), "gpu")
+        values = ", ".join(self.read(x, kind) for x in operands)
+        self.line(
+            f"t = m.atom({self.const(ins)}, S, {self._space(place, parts)!r}, {self.memory(place)}, {op!r}, "
+            f"{numpy_of(kind)}, ({values},), {sem!r}, {scope!r})"
+        )
+        self.write(target, kind, "t")
+
+    op_red = op_atom
 
     def op_cp(self, ins, args, parts):
-        op = ins.op
-        if op.startswith("cp.async.bulk"):
-            self._bulk(ins, args, op)
-        elif "commit_group" in parts:
+        k = self.const(ins)
+        if parts[1] == "bulk":
+            self._bulk(ins, args, parts, k)
+        elif parts[1] == "commit_group":
             self.line("m.cp_commit(S)")
-        elif "wait_group" in parts:
+        elif parts[1] == "wait_group":
             self.line(f"m.cp_wait(S, {args[0].value})")
-        elif "wait_all" in parts:
+        elif parts[1] == "wait_all":
             self.line("m.cp_commit(S)")
             self.line("m.cp_wait(S, 0)")
-        elif op.startswith(("cp.async.ca.shared", "cp.async.cg.shared")):
-            size = self.read(args[3], "u32") if len(args) > 3 else "None"
+        else:
             if len(args) > 3 and isinstance(args[3], Reg) and args[3].kind == "p":
                 raise Unsupported(f"{ins}: ignore-src")
-            target, source = self.memory(args[0]), self.memory(args[1])
-            self.line(f"m.cp_async({self.const(ins)}, S, {target}, {source}, {args[2].value}, {size})")
-        else:
-            raise Unsupported(str(ins))
+            size = self.read(args[3], "u32") if len(args) > 3 else "None"
+            self.line(f"m.cp_async({k}, S, {self.memory(args[0])}, {self.memory(args[1])}, {args[2].value}, {size})")
 
     def op_ldmatrix(self, ins, args, parts):
-        self._matrix_form(ins, parts)
-        self.line(
-            f"t = m.ldmatrix({self.const(ins)}, S, {self.memory(args[1])}, {len(args[0].items)}, {'trans' in parts})"
-        )
+        count, trans = len(args[0].items), "trans" in parts
+        self.line(f"t = m.ldmatrix({self.const(ins)}, S, {self.memory(args[1])}, {count}, {trans})")
         for i, target in enumerate(args[0].items):
             self.write(target, "b32", f"t[{i}]")
 
     def op_stmatrix(self, ins, args, parts):
-        self._matrix_form(ins, parts)
         values = ", ".join(self.read(x, "b32") for x in args[1].items)
         self.line(f"m.stmatrix({self.const(ins)}, S, {self.memory(args[0])}, [{values}], {'trans' in parts})")
-
-    def _matrix_form(self, ins, parts):
-        if "m8n8" not in parts or parts[-1] != "b16":
-            raise Unsupported(str(ins))
 
     # Other lanes
 
     def op_mma(self, ins, args, parts):
-        m = re.fullmatch(r"m16n8k(\d+)\.row\.col\.f32\.(bf16|f16|tf32)\.\2\.f32", ".".join(parts))
-        if not m:
-            raise Unsupported(str(ins))
-        a, b = ("[" + ", ".join(self.read(x, "b32") for x in v.items) + "]" for v in args[1:3])
-        c = "[" + ", ".join(self.read(x, "b32") for x in args[3].items) + "]"
-        self.line(f"t = m.mma({self.const(ins)}, S, {a}, {b}, {c}, {m[2]!r})")
+        a, b, c = ("[" + ", ".join(self.read(x, "b32") for x in v.items) + "]" for v in args[1:4])
+        self.line(f"t = m.mma({self.const(ins)}, S, {a}, {b}, {c}, {parts[6]!r})")
         for i, target in enumerate(args[0].items):
             self.write(target, "b32", f"t[:, {i}]")
 
+    def _mask(self, ins, operand) -> None:
+        """Which lanes take part: all of the warp, or we do not know it."""
+        self.line(f"m.everyone({self.const(ins)}, S, {self.read(operand, 'u32')})")
+
     def op_shfl(self, ins, args, parts):
+        self._mask(ins, args[4])
         target, inside = (args[0].first, args[0].second) if isinstance(args[0], Pair) else (args[0], None)
-        a = self.read(args[1], "b32")
-        b, c = (self.read(x, "u32") for x in args[2:4])
-        self.line(f"t, inside = m.shfl({self.const(ins)}, S, {a}, {b}, {c}, {parts[0]!r})")
+        a, b, c = (self.read(x, "u32") for x in args[1:4])
+        self.line(f"t, inside = m.shfl({self.const(ins)}, S, {a}, {b}, {c}, {parts[1]!r})")
         self.write(target, "b32", "t")
         if inside:
             self.write(inside, "pred", "inside")
 
     def op_elect(self, ins, args, parts):
+        self._mask(ins, args[1])
         self.line(f"t, inside = m.elect({self.const(ins)}, S)")
         self.write(args[0].first, "b32", "t")
         self.write(args[0].second, "pred", "inside")
 
     def op_vote(self, ins, args, parts):
-        if parts[-1] != "b32":
-            self.line(f"t = m.vote({self.const(ins)}, S, {self._predicate(args[1])}, {parts[0]!r})")
-            self.write(args[0], "pred", "t")
-        else:
-            self.line(f"t = m.ballot({self.const(ins)}, S, {self._predicate(args[1])})")
-            self.write(args[0], "b32", "t")
+        self._mask(ins, args[2])
+        self.line(f"t = m.vote({self.const(ins)}, S, {self.read(args[1], 'pred')}, {parts[1]!r})")
+        self.write(args[0], parts[-1], "t")
 
-    # sm_90
+    def op_redux(self, ins, args, parts):
+        self._mask(ins, args[2])
+        self.line(f"t = m.redux({self.const(ins)}, S, {self.read(args[1], parts[-1])}, {parts[1]!r})")
+        self.write(args[0], parts[-1], "t")
+
+    def op_activemask(self, ins, args, parts):
+        self.write(args[0], "b32", "m.active(S)")
+
+    # Order, and what sm_90 adds
 
     def op_fence(self, ins, args, parts):
-        if parts[0] == "proxy" and parts[1] == "async":
-            self.line("m.fence_proxy(S)")
-        elif parts[0] not in ("mbarrier_init", "acq_rel", "sc"):
-            raise Unsupported(str(ins))
+        if parts[0] == "proxy":
+            self.line(f"m.fence_proxy(S, {parts[2].split('::')[0] if len(parts) > 2 else ''!r})")
+        elif parts[0] in ("acq_rel", "sc"):
+            self.line(f"m.fence(S, {parts[1]!r})")
 
     def op_membar(self, ins, args, parts):
-        pass  # nothing here reorders memory
+        self.line(f"m.fence(S, { ({'gl': 'gpu'}.get(parts[0], parts[0]))!r})")
+
+    def op_setmaxnreg(self, ins, args, parts):
+        self.line(f"m.setmaxnreg({self.const(ins)}, S, {args[0].value})")
+
+    def op_createpolicy(self, ins, args, parts):
+        self.write(args[0], "b64", "0")
 
     def op_nanosleep(self, ins, args, parts):
         pass
 
-    def op_griddepcontrol(self, ins, args, parts):
-        pass  # kernels run one after another
-
-    def op_setmaxnreg(self, ins, args, parts):
-        pass
-
-    def op_prefetch(self, ins, args, parts):
-        pass
+    op_prefetch = op_griddepcontrol = op_nanosleep  # kernels run one after another
 
     def op_mbarrier(self, ins, args, parts):
-        k = self.const(ins)
-        name = parts[0]
+        k, name = self.const(ins), parts[0]
         if name == "init":
             self.line(f"m.mbarrier_init({k}, S, {self.memory(args[0])}, {self.read(args[1], 'u32')})")
         elif name == "inval":
             self.line(f"m.mbarrier_inval({k}, S, {self.memory(args[0])})")
         elif name in ("arrive", "expect_tx"):
-            where = args[1] if name == "arrive" else args[0]
-            if name == "arrive" and args[0] != SINK and "expect_tx" not in parts and args[0].kind != "64":
-                raise Unsupported(str(ins))
-            extra = args[2] if name == "arrive" and len(args) > 2 else args[1] if name == "expect_tx" else None
-            tx = self.read(extra, "u32") if "expect_tx" in parts else "None"
-            count = self.read(extra, "u32") if extra and "expect_tx" not in parts else "None"
-            self.line(f"m.mbarrier_arrive({k}, S, {self.memory(where)}, {tx}, {count}, {name == 'arrive'})")
-        elif name in ("try_wait", "test_wait") and "parity" in parts:
-            self.line(f"t = m.mbarrier_wait({k}, S, {self.memory(args[1])}, {self.read(args[2], 'u32')})")
+            target, where, *extra = args if name == "arrive" else (SINK, *args)
+            extra = self.read(extra[0], "u32") if extra else "None"
+            tx, count = (extra, "None") if "expect_tx" in parts else ("None", extra)
+            self.line(f"t = m.mbarrier_arrive({k}, S, {self.memory(where)}, {tx}, {count}, {name == 'arrive'})")
+            self.write(target, "b64", "t")
+        else:
+            token = self.read(args[2], "u32" if "parity" in parts else "u64")
+            self.line(f"t = m.mbarrier_wait({k}, S, {self.memory(args[1])}, {token} & 1)")
             self.write(args[0], "pred", "t")
-        else:
-            raise Unsupported(str(ins))
 
-    def _bulk(self, ins, args, op):
-        k = self.const(ins)
-        if op == "cp.async.bulk.commit_group":
+    def _bulk(self, ins, args, parts, k):
+        if parts[2] == "commit_group":
             self.line("m.bulk_commit(S)")
-        elif op in ("cp.async.bulk.wait_group", "cp.async.bulk.wait_group.read"):
-            self.line(f"m.bulk_wait(S, {args[0].value})")
-        elif re.fullmatch(
-            r"cp\.async\.bulk\.tensor\.\dd\.shared::(cta|cluster)\.global(\.tile)?\.mbarrier::complete_tx::bytes", op
-        ):
-            coords = ", ".join(self.read(c, "s32") for c in args[1].coords)
-            maps = self.memory(Mem(args[1].base, args[1].offset))
-            self.line(f"m.tma_load({k}, S, {self.memory(args[0])}, {maps}, ({coords},), {self.memory(args[2])})")
-        elif re.fullmatch(r"cp\.async\.bulk\.tensor\.\dd\.global\.shared::cta(\.tile)?\.bulk_group", op):
-            coords = ", ".join(self.read(c, "s32") for c in args[0].coords)
-            maps = self.memory(Mem(args[0].base, args[0].offset))
-            self.line(f"m.tma_store({k}, S, {maps}, ({coords},), {self.memory(args[1])})")
+        elif parts[2] == "wait_group":
+            self.line(f"m.bulk_wait(S, {args[0].value}, {'read' in parts})")
         else:
-            raise Unsupported(str(ins))
+            load = parts[-1] != "bulk_group" and "bulk_group" not in parts
+            place = args[1] if load else args[0]
+            if parts[2] == "tensor":
+                base = self.memory(Mem(place.base, place.offset))
+                what = f"m.maps_at({k}, {base}), ({', '.join(self.read(c, 's32') for c in place.coords)},)"
+            else:
+                what = f"m.runs_at({k}, {self.memory(place)}, {self.read(args[2], 'u32')}), (0,)"
+            if load:
+                barrier = args[2] if parts[2] == "tensor" else args[3]
+                self.line(f"m.tma_load({k}, S, {self.memory(args[0])}, {what}, {self.memory(barrier)})")
+            else:
+                self.line(f"m.tma_store({k}, S, {what}, {self.memory(args[1])})")
 
     def op_wgmma(self, ins, args, parts):
         k = self.const(ins)
-        if parts[0] == "fence":
-            self.line(f"m.wgmma_fence({k}, S)")
-        elif parts[0] == "commit_group":
-            self.line(f"m.wgmma_commit({k}, S)")
-        elif parts[0] == "wait_group":
-            self.line(f"m.wgmma_wait({k}, S, {args[0].value})")
-        else:
-            m = re.fullmatch(r"mma_async\.m64n(\d+)k(\d+)\.f32\.(bf16|f16|tf32)\.\3", ".".join(parts))
-            if not m:
-                raise Unsupported(str(ins))
-            in_registers = isinstance(args[1], Vec)
-            a = tuple(r.index for r in args[1].items) if in_registers else self.read(args[1], "b64")
-            flags = [x.value for x in args[4:]]
-            if flags[:2] != [1, 1]:
-                raise Unsupported(f"{ins}: negated operands")
-            trans = ([0] if in_registers else []) + flags[2:] if flags[2:] else [0, 0]
-            d = tuple(r.index for r in args[0].items)
-            self.line(
-                f"m.wgmma({k}, S, {d}, {a}, {self.read(args[2], 'b64')}, {self._predicate(args[3])}, "
-                f"{int(m[1])}, {int(m[2])}, {m[3]!r}, {tuple(trans)})"
-            )
+        if parts[0] != "mma_async":
+            extra = f", {args[0].value}" if parts[0] == "wait_group" else ""
+            self.line(f"m.wgmma_{parts[0].removesuffix('_group')}({k}, S{extra})")
+            return
+        n, depth = (int(v) for v in re.fullmatch(r"m64n(\d+)k(\d+)", parts[3]).groups())
+        in_registers = isinstance(args[1], Vec)
+        a = tuple(r.index for r in args[1].items) if in_registers else self.read(args[1], "b64")
+        flags = [x.value for x in args[4:]]
+        if flags[:2] != [1, 1]:
+            raise Unsupported(f"{ins}: negated operands")
+        trans = ([0] if in_registers else []) + flags[2:] if flags[2:] else [0, 0]
+        d = tuple(r.index for r in args[0].items)
+        self.line(
+            f"m.wgmma({k}, S, {d}, {a}, {self.read(args[2], 'b64')}, {self.read(args[3], 'pred')}, "
+            f"{n}, {depth}, {parts[-1]!r}, {tuple(trans)})"
+        )

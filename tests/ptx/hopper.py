@@ -9,7 +9,7 @@ import numpy as np
 
 from . import fragments
 from .memory import Fault
-from .races import BULK, TMA, WGMMA
+from .races import BULK, STORE, TMA, WGMMA
 
 POISON = np.uint32(0x7FFFDEAD)
 addresses = lru_cache(maxsize=4096)(fragments.operand_addresses)
@@ -25,6 +25,7 @@ class TensorMap:
     strides: tuple[int, ...]  # bytes, the first is itemsize
     box: tuple[int, ...]
     swizzle: int  # 0 none, 1 32 bytes, 2 64 bytes, 3 128 bytes: CUtensorMapSwizzle, and the bits exchanged
+    shared_align = 128
 
     def __post_init__(self) -> None:
         inner = self.box[0] * self.itemsize
@@ -50,6 +51,19 @@ class TensorMap:
         return self.address + where.ravel(), inside.ravel()
 
 
+@dataclass(frozen=True)
+class Run:
+    """Bytes in a row, for cp.async.bulk without a tensor map."""
+
+    address: int
+    bytes: int
+    itemsize, swizzle, shared_align = 8, 0, 16
+
+    def elements(self, coords) -> tuple[np.ndarray, np.ndarray]:
+        where = self.address + np.arange(0, self.bytes, self.itemsize)
+        return where, np.ones(where.size, bool)
+
+
 @dataclass
 class Mbarrier:
     count: int
@@ -62,29 +76,46 @@ class Mbarrier:
     asked: set = field(default_factory=set)  # warps that have tried this phase: the first try may fail
 
 
+@dataclass
+class BulkStore:
+    lane: int
+    group: int
+    clock: int
+    ins: object
+    tma: TensorMap
+    coords: list
+    index: np.ndarray  # in shared memory
+    data: np.ndarray | None = None  # once it has been read
+    written: bool = False
+
+
 class Hopper:
     def reset_hopper(self) -> None:
         self.mbarriers: dict[tuple[int, int], Mbarrier] = {}
         self.tma_clock = np.zeros((self.left.size, self.warps), np.int64)
         self.bulk_group = np.zeros(self.lanes, np.int64)
         self.bulk_waited = np.zeros(self.lanes, np.int64)
-        self.stores: list = []  # (lane, group, map, coords, shared index)
+        self.bulk_clock = np.zeros((self.left.size, self.warps), np.int64)
+        self.stores: list[BulkStore] = []
         self.wgmma_group = np.zeros(self.lanes // 32, np.int64)  # groups committed by each warp of the batch
         self.wgmma_queue: list = []
         self.flying: dict = {}  # (first lane, registers) -> [accumulator, how many products are under way]
 
     def check_exit(self) -> None:
         name = self.program.kernel.name
-        if self.stores:
-            raise Fault(f"{name}: returned while {len(self.stores)} bulk stores still read shared memory")
+        if unread := sum(item.data is None for item in self.stores):
+            raise Fault(f"{name}: returned while {unread} bulk stores still read shared memory")
+        for item in self.stores:
+            self._write_store(item)
         if self.wgmma_queue:
             raise Fault(f"{name}: returned without waiting for {len(self.wgmma_queue)} wgmma")
         if any(b.loads for b in self.mbarriers.values()):
             raise Fault(f"{name}: returned while TMA loads were under way")
 
-    def fence_proxy(self, S) -> None:
-        lanes = self.all(S)[::32]
-        self.races.fence_proxy(self.block[lanes], self.warp[lanes])
+    def fence_proxy(self, S, space: str) -> None:
+        races = self.races
+        views = {"": races.views[1:], "shared": [races.proxied], "global": [races.proxied_global]}[space]
+        races.fence_proxy(*self.warps_of(S), views)
 
     # mbarriers
 
@@ -97,7 +128,7 @@ class Hopper:
     def _touch(self, ins, S, address, write: bool) -> None:
         """An mbarrier is made and ended by writes of its eight bytes; all else counts as reading them."""
         index = self.shared.index(ins, address, 8, self.block[S])
-        (self.writing if write else self.reading)(ins, index, 8, self.block[S], self.warp[S])
+        (self.races.writing if write else self.races.reading)(ins, index, 8, self.block[S], self.warp[S])
 
     def mbarrier_init(self, ins, S, address, count) -> None:
         lanes = self.all(S)
@@ -112,14 +143,17 @@ class Hopper:
                 raise Fault(f"{ins}: TMA loads are under way")
             del self.mbarriers[int(self.block[lane]), int(a)]
 
-    def mbarrier_arrive(self, ins, S, address, tx, count, arrives: bool) -> None:
+    def mbarrier_arrive(self, ins, S, address, tx, count, arrives: bool) -> np.ndarray:
+        """The phase that each lane arrived in."""
         lanes = self.all(S)
+        phases = np.zeros(lanes.size, np.uint64)
         self._touch(ins, S, address, False)
         tx = np.broadcast_to(0 if tx is None else tx, lanes.size)
         count = np.broadcast_to(1 if count is None else count, lanes.size)
-        for lane, a, t, n in zip(lanes, address, tx, count, strict=True):
+        for i, (lane, a, t, n) in enumerate(zip(lanes, address, tx, count, strict=True)):
             barrier = self._mbarrier(ins, lane, a)
             barrier.tx += int(t)
+            phases[i] = barrier.phase
             if arrives:
                 block, warp = int(self.block[lane]), int(self.warp[lane])
                 if barrier.pending < n:
@@ -128,6 +162,7 @@ class Hopper:
                 barrier.knowledge.append(self.races.release(block, warp))
                 self._advance(barrier)
         self.progress += 1
+        return phases
 
     def _advance(self, barrier: Mbarrier) -> None:
         if barrier.pending == 0 and barrier.tx == 0:
@@ -148,7 +183,7 @@ class Hopper:
             lane = lanes[at]
             barrier = self._mbarrier(ins, lane, address[at])
             asker = int(self.warp[lane]), int(parity[at])
-            if self.late and asker not in barrier.asked:  # try_wait may return false at any time
+            if asker not in barrier.asked and self.late:  # try_wait may return false at any time
                 barrier.asked = {a for a in barrier.asked if a[0] != asker[0]} | {asker}
                 self.progress += 1
                 continue
@@ -168,16 +203,27 @@ class Hopper:
 
     # TMA
 
-    def _map(self, ins, address: int) -> TensorMap:
-        found = self.maps.get(int(address) - self.param_window)
-        if found is None:
-            raise Fault(f"{ins}: no tensor map at {int(address):#x}")
+    def maps_at(self, ins, addresses) -> list[TensorMap]:
+        found = [self.maps.get(int(a) - self.param_window) for a in addresses]
+        if None in found:
+            raise Fault(f"{ins}: no tensor map at {int(addresses[found.index(None)]):#x}")
         return found
+
+    def runs_at(self, ins, addresses, sizes) -> list[Run]:
+        sizes = np.broadcast_to(sizes, len(addresses))
+        if ((addresses | sizes) & 15).any():
+            raise Fault(f"{ins}: address or size is not a multiple of 16")
+        return [Run(int(a), int(n)) for a, n in zip(addresses, sizes, strict=True)]
+
+    def setmaxnreg(self, ins, S, count: int) -> None:
+        self._groups(ins, S)
+        if count % 8 or not 24 <= count <= 256:
+            raise Fault(f"{ins}: {count} registers")
 
     def _box(self, ins, lane, tma: TensorMap, address) -> tuple[np.ndarray, np.ndarray]:
         """Indices into shared memory of a box's elements, and of its pieces of 16 bytes."""
-        if int(address) % 128:
-            raise Fault(f"{ins}: shared address {int(address):#x} is not a multiple of 128")
+        if int(address) % tma.shared_align:
+            raise Fault(f"{ins}: shared address {int(address):#x} is not a multiple of {tma.shared_align}")
         found = []
         for width in (tma.itemsize, 16):
             where = fragments.swizzle(int(address) + np.arange(0, tma.bytes, width), tma.swizzle)
@@ -188,26 +234,38 @@ class Hopper:
         lanes = self.all(S)
         coords = [np.broadcast_to(c, lanes.size) for c in coords]
         for i, lane in enumerate(lanes):
-            tma = self._map(ins, maps[i])
+            tma = maps[i]
             index, pieces = self._box(ins, lane, tma, target[i])
             block, warp = int(self.block[lane]), int(self.warp[lane])
             self.tma_clock[block, warp] += 1
             clock = int(self.tma_clock[block, warp])
-            self.writing(
+            self.races.writing(
                 ins, pieces, 16, *(np.full(pieces.size, v) for v in (block, warp)), TMA, np.full(pieces.size, clock)
             )
             reports = self._mbarrier(ins, lane, barrier[i])
             where, inside = tma.elements([c[i] for c in coords])
 
-            def finish(tma=tma, index=index, where=where, inside=inside, lane=lane, reports=reports, clock=clock):
+            known = self.known(np.full(int(inside.sum()), lane), TMA)
+            self.memory.load(ins, where[inside], tma.itemsize, known)  # what may not be read now is a fault now
+
+            def finish(
+                tma=tma,
+                index=index,
+                where=where,
+                inside=inside,
+                known=known,
+                reports=reports,
+                clock=clock,
+                at=(block, warp),
+            ):
                 data = np.zeros((index.size, 1), {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[tma.itemsize])
-                owner = np.full(int(inside.sum()), self.program_id[lane])
-                data[inside] = self.memory.load(ins, where[inside], tma.itemsize, owner)
+                data[inside] = self.memory.load(ins, where[inside], tma.itemsize, known)
                 self.shared.store(index, tma.itemsize, data)
                 reports.tx -= tma.bytes
-                known = np.zeros((2, self.races.seen.shape[2]), self.races.seen.dtype)
-                known[:, self.races.agent(TMA, int(self.warp[lane]))] = clock
-                reports.knowledge.append(tuple(known))
+                brings = self.races.nothing()
+                for clocks in brings:
+                    clocks[self.races.agent(TMA, *at)] = clock
+                reports.knowledge.append(tuple(brings))
 
             if self.late:
                 reports.loads.append(finish)
@@ -220,36 +278,54 @@ class Hopper:
         lanes = self.all(S)
         coords = [np.broadcast_to(c, lanes.size) for c in coords]
         for i, lane in enumerate(lanes):
-            tma = self._map(ins, maps[i])
+            tma = maps[i]
             index, pieces = self._box(ins, lane, tma, source[i])
-            group = int(self.bulk_group[lane]) + 1
-            spread = (np.full(pieces.size, v) for v in (self.block[lane], self.warp[lane]))
-            self.reading(ins, pieces, 16, *spread, BULK, np.full(pieces.size, group))
-            item = (lane, group, ins, tma, [int(c[i]) for c in coords], index)
-            if self.late:
-                self.stores.append(item)
-            else:
-                self._finish_store(item)
+            block, warp = int(self.block[lane]), int(self.warp[lane])
+            self.bulk_clock[block, warp] += 1
+            clock = int(self.bulk_clock[block, warp])
+            spread = (np.full(pieces.size, v) for v in (block, warp))
+            self.races.reading(ins, pieces, 16, *spread, BULK, np.full(pieces.size, clock))
+            item = BulkStore(lane, int(self.bulk_group[lane]) + 1, clock, ins, tma, [int(c[i]) for c in coords], index)
+            self.stores.append(item)
+            if not self.late:
+                self._read_store(item)
+                self._write_store(item)
 
-    def _finish_store(self, item) -> None:
-        lane, _, ins, tma, coords, index = item
-        where, inside = tma.elements(coords)
-        data = self.shared.load(index[inside], tma.itemsize)
-        self.memory.store(ins, where[inside], tma.itemsize, data, np.full(int(inside.sum()), self.program_id[lane]))
+    def _read_store(self, item: BulkStore) -> None:
+        if item.data is None:
+            item.data = self.shared.load(item.index, item.tma.itemsize)
+
+    def _write_store(self, item: BulkStore) -> None:
+        if item.written:
+            return
+        item.written = True
+        where, inside = item.tma.elements(item.coords)
+        lanes, clock = np.full(int(inside.sum()), item.lane), np.full(int(inside.sum()), item.clock, np.int32)
+        self.store_global(item.ins, lanes, where[inside], item.tma.itemsize, item.data[inside], STORE, clock)
+        self.progress += 1
 
     def bulk_commit(self, S) -> None:
         self.bulk_group[S] += 1
 
-    def bulk_wait(self, S, most: int) -> None:
+    def bulk_wait(self, S, most: int, read: bool) -> None:
+        """`read`: shared memory may be used again, but what was written is not to be seen yet."""
         lanes = self.all(S)
         done = np.full(self.lanes, -1)
         done[lanes] = self.bulk_group[lanes] - most
         for item in self.stores:
-            if item[1] <= done[item[0]]:
-                self._finish_store(item)
-        self.stores = [item for item in self.stores if item[1] > done[item[0]]]
-        first = lanes[lanes % 32 == 0]
-        self.races.done(self.block[first], self.warp[first], BULK, done[first])
+            if item.group <= done[item.lane]:
+                self._read_store(item)
+                if not read:
+                    self._write_store(item)
+        block, warp = self.warps_of(S)
+        for b, w in zip(block, warp, strict=True):
+            own = [item for item in self.stores if self.block[item.lane] == b and self.warp[item.lane] == w]
+            unread = [item.clock for item in own if item.group > done[item.lane]]
+            clock = min(unread, default=self.bulk_clock[b, w] + 1) - 1
+            for kind in (BULK,) if read else (BULK, STORE):
+                self.races.done(int(b), int(w), kind, clock)
+        if not read:
+            self.stores = [item for item in self.stores if item.group > done[item.lane]]
 
     # wgmma
 
@@ -290,21 +366,24 @@ class Hopper:
             first = int(self.warp[lanes[0]])
             for warp in range(first, first + (4 if self.wgmma_by_warp else 1)):
                 spread = (np.full(pieces.size, v) for v in (block, warp))
-                self.reading(ins, pieces, 16, *spread, WGMMA, np.full(pieces.size, clock))
+                self.races.reading(ins, pieces, 16, *spread, WGMMA, np.full(pieces.size, clock))
+            before = None if a_index is not None else [self.u32[r, lanes] for r in a]
+            operand = (a, before) if a_index is None else a_index
             key = (int(lanes[0]), d)
+            item = (ins, key, clock, lanes, operand, b_index, bool(scale[i, 0]), kind)
             flight = self.flying.get(key)
             if flight is None:
                 flight = self.flying[key] = [[self.u32[r, lanes] for r in d], 0]
-                if self.late:
+                late = self.late
+                if late:
                     self.u32[np.ix_(d, lanes)] = POISON
+            else:
+                late = True
             flight[1] += 1
-            before = None if a_index is not None else [self.u32[r, lanes] for r in a]
-            operand = (a, before) if a_index is None else a_index
-            item = (ins, key, clock, lanes, operand, b_index, bool(scale[i, 0]), kind)
-            if self.late:
+            if late:
                 self.wgmma_queue.append(item)
             else:
-                self._finish_wgmma(item)
+                self._finish_wgmma(item, False)
 
     def _operand(self, ins, descriptor, outer, inner, size, transposed, block) -> np.ndarray:
         where = addresses(descriptor, outer, inner, size, transposed)
@@ -315,7 +394,7 @@ class Hopper:
         size = 4 if kind == "tf32" else 2
         return fragments.element(self.shared.load(index.ravel(), size).reshape(index.shape), kind)
 
-    def _finish_wgmma(self, item) -> None:
+    def _finish_wgmma(self, item, queued: bool) -> None:
         ins, key, _, lanes, a, b_index, scale, kind = item
         b = self._matrix(b_index, kind).T
         if isinstance(a, tuple):
@@ -327,7 +406,7 @@ class Hopper:
         else:
             a = self._matrix(a, kind)
         flight = self.flying[key]
-        if self.late and (self.u32[np.ix_(key[1], lanes)] != POISON).any():
+        if queued and (self.u32[np.ix_(key[1], lanes)] != POISON).any():
             raise Fault(f"{ins}: accumulators were changed before the wgmma.wait_group that waits for it")
         c = fragments.accumulator(flight[0]).reshape(64, -1) if scale else 0.0
         result = fragments.matmul(a, b, c).reshape(4, 16, -1)
@@ -350,7 +429,7 @@ class Hopper:
         rest = []
         for item in self.wgmma_queue:
             if item[2] <= done[item[3][0] // 32]:
-                self._finish_wgmma(item)
+                self._finish_wgmma(item, True)
             else:
                 rest.append(item)
         self.wgmma_queue = rest

@@ -18,20 +18,21 @@ import torch
 
 from .hopper import TensorMap
 from .machine import Machine, Program
-from .memory import BASE, HOST, UNWRITTEN, Global
-
-
-LARGEST = 1 << 26  # bytes of a tensor: its state takes four times as much, its list of elements more
+from .memory import BASE, HOST, UNWRITTEN, WRITTEN, Global
 
 
 @dataclass
 class Options:
-    """How to run. `late`: asynchronous work ends as late as PTX allows, or at once. `lanes`: threads side by side."""
+    """How to run. `late`: asynchronous work ends as late as PTX allows, or at once. `seed`: chance decides that, and
+    which warp runs when. `resident`: how many thread blocks are there at a time, where they wait for each other (all).
+    """
 
     late: bool = True
-    races: bool = True
+    seed: int | None = None
     wgmma_by_warp: bool = False  # a warp's wgmma.wait_group vouches for its own quarter of a product only
-    lanes: int = 4096
+    resident: int | None = None
+    lanes: int = 4096  # threads side by side
+    steps: int = 2_000_000  # basic blocks run before it is called endless
 
 
 class Tensors:
@@ -45,24 +46,21 @@ class Tensors:
         """Where the emulated GPU finds the tensor; `written=False`: nobody may read it before the kernel writes it."""
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
-        if storage.nbytes() > LARGEST:
-            raise MemoryError(f"a tensor of {storage.nbytes()} bytes; {LARGEST} are the most that is emulated")
         if key not in self.placed:  # as far past a multiple of 256 as on the host
             self.placed[key] = tensor, self.memory.place(storage.nbytes(), key % 256)
         base = self.placed[key][1]
-        offsets = element_offsets(tensor)
-        index = base - BASE + offsets
         if written:
-            self.memory.data[index] = storage_bytes(tensor)[offsets]
-        self.memory.state[index] = HOST if written else UNWRITTEN
+            elements(self.memory.data[base - BASE :], tensor)[...] = elements(storage_bytes(tensor), tensor)
+        elements(self.memory.state[base - BASE :], tensor)[...] = HOST if written else UNWRITTEN
         return base + tensor.storage_offset() * tensor.itemsize
 
     def fetch(self) -> None:
         """Copies what kernels wrote back into the tensors."""
         for tensor, address in self.placed.values():
-            data, start = storage_bytes(tensor), address - BASE
-            written = np.flatnonzero(self.memory.state[start : start + data.size] > HOST)
-            data[written] = self.memory.data[start + written]
+            start = address - BASE
+            stop = start + tensor.untyped_storage().nbytes()
+            written = np.flatnonzero(self.memory.state[start:stop] >= WRITTEN)
+            storage_bytes(tensor)[written] = self.memory.data[start + written]
 
 
 def storage_bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -70,13 +68,14 @@ def storage_bytes(tensor: torch.Tensor) -> np.ndarray:
     return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
 
-def element_offsets(tensor: torch.Tensor) -> np.ndarray:
-    """Byte offsets into the storage of all bytes of all elements."""
-    offsets = np.zeros((), np.int64)
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = np.add.outer(offsets, np.arange(size, dtype=np.int64) * stride)
-    start = (tensor.storage_offset() + offsets.ravel()) * tensor.itemsize
-    return (start[:, None] + np.arange(tensor.itemsize)).ravel()
+def elements(storage: np.ndarray, tensor: torch.Tensor) -> np.ndarray:
+    """What belongs to the tensor's elements in an array with one entry a byte of its storage: (*shape, itemsize)."""
+    strides = [s * tensor.itemsize * storage.itemsize for s in tensor.stride()]
+    return np.lib.stride_tricks.as_strided(
+        storage[tensor.storage_offset() * tensor.itemsize :],
+        (*tensor.shape, tensor.itemsize),
+        (*strides, storage.itemsize),
+    )
 
 
 def tensor_map(address: int, tensor: torch.Tensor, box: Sequence[int], swizzle: int) -> TensorMap:
@@ -112,5 +111,7 @@ def run(
     parameters, maps = pack(program, values)
     machine = Machine(program, memory.memory, parameters, maps, grid, threads, shared, options)
     blocks, batch = int(np.prod(grid)), max(1, options.lanes // threads)
+    if program.together:
+        batch = blocks
     for first in range(0, blocks, batch):
         machine.run(first, min(batch, blocks - first))
