@@ -1,4 +1,4 @@
-"""Thread blocks that speak to each other: flags, fences, atomics, who must be there; what breaks when one is missing."""
+"""Thread blocks that speak to each other: flags, fences, atomics, who must be there; what breaks without them."""
 
 from __future__ import annotations
 
