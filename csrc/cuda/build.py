@@ -45,19 +45,22 @@ def compile_kernels(name: str, out: Path, kind: str, *extra: str) -> str:
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
 
 
+def link(out: Path, images: dict[str, Path]) -> None:
+    """The host's file with the kernels' machine code inside."""
+    defines = [f'-D{name.upper()}_CUBIN="{image}"' for name, image in images.items()]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wl,-z,noexecstack", f"-I{find_nvcc().parents[1] / 'include'}"]
+    compiler = os.environ.get("CXX", "g++").split()
+    subprocess.run([*compiler, *flags, *defines, "-o", out, HERE / "host.cpp", "-ldl"], check=True)
+
+
 def library(out: Path) -> None:
     """The shared library, whole or not at all."""
-    include = find_nvcc().parents[1] / "include"
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         images = {name: Path(folder) / f"{name}.cubin" for name in KERNELS}
         for name, image in images.items():
             compile_kernels(name, image, "cubin")
-        built = Path(folder) / out.name
-        defines = [f'-D{name.upper()}_CUBIN="{image}"' for name, image in images.items()]
-        compiler = os.environ.get("CXX", "g++").split()
-        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wl,-z,noexecstack", f"-I{include}"]
-        subprocess.run([*compiler, *flags, *defines, "-o", built, HERE / "host.cpp", "-ldl"], check=True)
-        os.replace(built, out)
+        link(Path(folder) / out.name, images)
+        os.replace(Path(folder) / out.name, out)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def pack(program: Program, values: Sequence) -> tuple[np.ndarray, dict[int, Tens
         if isinstance(value, TensorMap):
             maps[slot.offset] = value
             continue
-        raw = np.frombuffer((np.uint64(value) if isinstance(value, int) else value).tobytes(), np.uint8)
+        raw = np.uint64(value).tobytes() if isinstance(value, int) else bytes(value)  # a scalar, or a struct of ctypes
+        raw = np.frombuffer(raw, np.uint8)
         if raw.size != slot.size:
             raise ValueError(f"{program.kernel.name}: {slot.name} has {slot.size} bytes, not {raw.size}")
         buffer[slot.offset : slot.offset + slot.size] = raw

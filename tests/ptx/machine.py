@@ -419,6 +419,10 @@ class Machine(Hopper):
         lanes = self.all(S)
         if space == "global":
             data = self.memory.load(ins, address, width, self.known(lanes, WARP, sem is not None))
+        elif space == "param":
+            if ((address < 0) | (address + width > self.parameters.size)).any():
+                raise Fault(f"{ins}: outside the parameters")
+            data = rows(self.parameters[address[:, None] + np.arange(width)].ravel(), width)
         elif space == "local":
             index = self._local(ins, lanes, address, width)
             if not rows(self.local_written.view(np.uint8), width)[index].all():
@@ -443,6 +447,8 @@ class Machine(Hopper):
 
     def _st(self, ins, S, space, address, width, sem, scope, data) -> None:
         lanes = self.all(S)
+        if space == "param":
+            raise Fault(f"{ins}: parameters are not to be written")
         if space == "local":
             index = self._local(ins, lanes, address, width)
             rows(self.local, width)[index] = data
@@ -465,10 +471,9 @@ class Machine(Hopper):
         spaces = np.searchsorted([PARAM_WINDOW, LOCAL_WINDOW, BASE], address, side="right")
         for number in np.unique(spaces):
             space = ("shared", "param", "local", "global")[number]
-            if space == "param":
-                raise Fault(f"generic access to parameters at {int(address[0]):#x}")
             which = spaces == number
-            data = access(space, lanes[which], address[which] - (LOCAL_WINDOW if space == "local" else 0), which)
+            window = {"param": PARAM_WINDOW, "local": LOCAL_WINDOW}.get(space, 0)
+            data = access(space, lanes[which], address[which] - window, which)
             if data is not None:
                 result = np.zeros((lanes.size, data.shape[1]), data.dtype) if result is None else result
                 result[which] = data
