@@ -270,6 +270,12 @@ class Machine(Hopper):
             return
         arrive_only = "arrive" in ins.parts
         self.aligned(ins, S)
+        if not hasattr(ins.args[0], "value"):
+            lanes, numbers = self.all(S), self.u32[ins.args[0].index, S]
+            if (numbers != numbers[0]).any():  # warps at one place, on their way to several barriers
+                for number in np.unique(numbers):
+                    self._barrier(ins, place, lanes[numbers == number])
+                return
         number, count = (self._uniform(ins, a, S) for a in [*ins.args, None][:2])
         count = self.threads if count is None else count
         if S is ALL and count == self.threads and not arrive_only and not self.resting:

@@ -1,0 +1,102 @@
+"""A call of the CUDA kernels in the emulator, held against the reference by fastlora/accuracy.py's rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastlora import accuracy
+from fastlora.kernels import cuda
+from tests.cuda.gpu import Emulated
+
+SEED = 0x1234_5678_9ABC_DEF0
+
+
+@dataclass(frozen=True)
+class Case:
+    """`exact` shapes of one call. `padding`: elements between the rows of x, dy, weight and y."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype = torch.bfloat16
+    adapters_float: bool = False
+    p: float = 0.0
+    bias: bool = True
+    sms: int = 5
+    padding: int = 0
+    need: str = "XAB"
+    transposed: bool = False  # the adapters lie by columns
+
+    @property
+    def name(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.") + ("+float32" if self.adapters_float else "")
+        extra = "".join(f"-{k}{v}" for k, v in (("p", self.p), ("pad", self.padding)) if v)
+        extra += ("" if self.bias else "-nobias") + (f"-need{self.need}" if self.need != "XAB" else "")
+        return f"{self.M}x{self.N}x{self.K}-r{self.R}-{kind}{extra}-sms{self.sms}"
+
+
+def philox_mask(seed: int, M: int, K: int, p: float) -> torch.Tensor:
+    """The project's mask by its definition (fastlora/kernels/dropout.py), in Python's integers as int64 tensors."""
+    eighths = -(-K // 8)
+    word = 0xFFFFFFFF
+    c = [torch.arange(eighths).expand(M, eighths), torch.arange(M)[:, None].expand(M, eighths)]
+    c += [torch.zeros(M, eighths, dtype=torch.int64)] * 2
+    key = [seed & word, seed >> 32]
+
+    def product(a: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:  # high and low halves of a * factor
+        low, high = a * (factor & 0xFFFF), a * (factor >> 16)
+        high = high + (low >> 16)
+        return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+    for _ in range(7):
+        (ah, al), (bh, bl) = product(c[0], 0xD2511F53), product(c[2], 0xCD9E8D57)
+        c = [bh ^ c[1] ^ key[0], bl, ah ^ c[3] ^ key[1], al]
+        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
+    halves = [half for i in (0, 2, 1, 3) for half in (c[i] & 0xFFFF, c[i] >> 16)]
+    return torch.stack(halves, -1).reshape(M, -1)[:, :K] >= round(p * 65536)
+
+
+def spaced(tensor: torch.Tensor, padding: int) -> torch.Tensor:
+    """The same values with so many elements that belong to nobody between rows."""
+    wide = torch.full((tensor.shape[0], tensor.shape[1] + padding), float("nan"), dtype=tensor.dtype)
+    wide[:, : tensor.shape[1]] = tensor
+    return wide[:, : tensor.shape[1]]
+
+
+def exact(scaling: float, p: float) -> float:
+    """As the other paths hand it to their kernels, which divide by 1 - round(p * 65536) / 65536."""
+    return scaling if p in (0.0, 1.0) else scaling * (1.0 - round(p * 65536) / 65536) / (1.0 - p)
+
+
+def call(case: Case, gpu: Emulated) -> tuple[dict[str, torch.Tensor], accuracy.Inputs]:
+    """Forward and backward once; what came out, and the inputs to hold it against."""
+    inputs = accuracy.draw(
+        case.M, case.N, case.K, case.R, case.dtype, adapter_dtype=torch.float32 if case.adapters_float else None,
+        bias=case.bias, seed=case.M + case.N,
+    )  # fmt: skip
+    if case.p:
+        inputs = replace(inputs, dropout_p=case.p, mask=philox_mask(SEED, case.M, case.K, case.p))
+    x, weight, dy = (spaced(t, case.padding) for t in (inputs.x, inputs.weight, inputs.dy))
+    A, B = inputs.lora_A, inputs.lora_B
+    if case.transposed:
+        A, B = A.t().contiguous().t(), B.t().contiguous().t()
+    y = spaced(torch.zeros(case.M, case.N, dtype=case.dtype), case.padding)
+    seed = torch.tensor([SEED]) if case.p else None
+    scaling = exact(inputs.scaling, case.p)
+    with gpu:
+        S = cuda.forward(x, weight, inputs.bias, A, B, scaling, case.p, seed, y)
+        needs = [letter in case.need for letter in "XAB"]
+        gradients = cuda.backward(dy, x, weight, A, B, S, scaling, case.p, seed, *needs)
+    out = {"Y": y, **dict(zip(("dX", "dA", "dB"), gradients, strict=True))}
+    return {name: t for name, t in out.items() if t is not None}, inputs
+
+
+def violations(case: Case, **options) -> list[str]:
+    """What is wrong with the case's results; raises the emulator's Fault."""
+    from tests.ptx.launch import Options
+
+    gpu = Emulated(case.sms, Options(**options))
+    return accuracy.violations(*call(case, gpu))
