@@ -35,9 +35,8 @@ struct Item {
     int slab, slabs, part, row, rows;  // rows row .. of P, `rows` of them in steps of 64
 
     DEVICE Item(int i, const BackwardArgs& p) {
-        const int items_B = p.need_dB ? p.parts * cdiv(p.N, TILE_N) : 0;
-        of_A = i >= items_B;
-        if (of_A) i -= items_B;
+        of_A = i >= p.items_B;
+        if (of_A) i -= p.items_B;
         slabs = cdiv(of_A ? p.K : p.N, TILE_N);
         slab = i % slabs, part = i / slabs;
         row = part * p.part;
@@ -45,20 +44,15 @@ struct Item {
     }
 };
 
-DEVICE int items_of(const BackwardArgs& p) {
-    return p.parts * ((p.need_dB ? cdiv(p.N, TILE_N) : 0) + (p.need_dA ? cdiv(p.K, TILE_N) : 0));
-}
-
 // The producer's part of the queue. A stage: 64 rows of four boxes of P, and their R columns of Qᵀ.
 template <int RP>
 DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, const TensorMap& x, const TensorMap& ds,
                        const BackwardArgs& p) {
     constexpr int HIGH = RP > 64 ? 2 : 1;
-    const int items = items_of(p);
     while (true) {
         const int taken = flag_add(&p.flags[QUEUE], 1);
-        if (taken == items + gridDim.x - 1) flag_set(&p.flags[QUEUE], 0);
-        if (taken >= items) break;
+        if (taken == p.items + p.streamers + p.others - 1) flag_set(&p.flags[QUEUE], 0);
+        if (taken >= p.items) break;
         const Item item(taken, p);
         for (int m = 0; m < item.rows; m += BOX) {
             const int row = item.row + m;
@@ -76,7 +70,7 @@ DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, cons
 template <typename T, int RP>
 DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p) {
     Shared& sm = ring.sm;
-    int32_t* slabs_done = p.flags + ROWS + cdiv(p.M, TILE_M);
+    int32_t* slabs_done = p.flags + ROWS + p.rows;
     const uint64_t seed = p.threshold ? *p.seed : 0;
     while (true) {
         ring.wait();
@@ -107,39 +101,39 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
         }
 
         if (p.parts > 1) {  // partial sums, each thread's where it finds them again; the last to come adds them in order
-            float* slab = p.partials + (static_cast<int64_t>(item.of_A ? cdiv(p.N, TILE_N) : 0) + item.slab) * p.parts *
-                                           (TILE_N * RP);
-            float* mine = slab + static_cast<int64_t>(item.part) * (TILE_N * RP) + me.thread;
+            const int number = (item.of_A ? cdiv(p.N, TILE_N) : 0) + item.slab;
+            float* slab = p.partials + static_cast<int64_t>(number) * p.parts * (TILE_N * RP) + me.thread;
+            float* mine = slab + static_cast<int64_t>(item.part) * (TILE_N * RP);
 #pragma unroll
             for (int i = 0; i < RP; i++) mine[256 * i] = d[i / (RP / 2)][i % (RP / 2)];
-            int32_t* done = &slabs_done[(item.of_A ? cdiv(p.N, TILE_N) : 0) + item.slab];
             me.sync_both();
             if (me.thread == 0) {
-                sm.last = flag_add(done, 1) == p.parts - 1;
-                if (sm.last) flag_set(done, 0);
+                sm.last = flag_add(&slabs_done[number], 1) == p.parts - 1;
+                if (sm.last) flag_set(&slabs_done[number], 0);
             }
             me.sync_both();
             if (!sm.last) continue;
 #pragma unroll
-            for (int i = 0; i < RP; i++) {
-                float sum = 0;
-                for (int part = 0; part < p.parts; part++)
-                    sum += slab[static_cast<int64_t>(part) * (TILE_N * RP) + me.thread + 256 * i];
-                d[i / (RP / 2)][i % (RP / 2)] = sum;
-            }
+            for (int i = 0; i < RP; i++) d[i / (RP / 2)][i % (RP / 2)] = 0;
+            for (int part = 0; part < p.parts; part++, slab += TILE_N * RP)
+#pragma unroll
+                for (int i = 0; i < RP; i++) d[i / (RP / 2)][i % (RP / 2)] += slab[256 * i];
         }
         const float scale = drops ? keep_scale(p.threshold) : 1.0f;
-        const int length = item.of_A ? p.K : p.N;
         const int64_t stride_c = item.of_A ? 1 : p.R, stride_r = item.of_A ? p.K : 1;
 #pragma unroll
-        for (int i = 0; i < RP; i++) {
-            const int at = i % (RP / 2), r = 8 * (at / 4) + me.column + at % 2;
-            const int c = item.slab * TILE_N + 128 * me.half + BOX * (i / (RP / 2)) + me.row + 8 * (at / 2 % 2);
-            if (c >= length || r >= p.R) continue;
-            void* out = item.of_A ? p.dA : p.dB;
-            const float value = d[i / (RP / 2)][at] * scale;
-            if (p.adapters.is_float) static_cast<float*>(out)[c * stride_c + r * stride_r] = value;
-            else static_cast<T*>(out)[c * stride_c + r * stride_r] = T(value);
+        for (int rows = 0; rows < 4; rows++) {  // of D: columns of P
+            const int c = item.slab * TILE_N + 128 * me.half + 64 * (rows / 2) + me.row + 8 * (rows % 2);
+            if (c >= (item.of_A ? p.K : p.N)) continue;
+            int64_t at = c * stride_c + me.column * stride_r;
+#pragma unroll
+            for (int i = 0; i < RP / 4; at += (i % 2 ? 7 : 1) * stride_r, i++) {
+                if (8 * (i / 2) + me.column + i % 2 >= p.R) continue;
+                const float value = d[rows / 2][i / 2 * 4 + 2 * (rows % 2) + i % 2] * scale;
+                void* out = item.of_A ? p.dA : p.dB;
+                if (p.adapters.is_float) static_cast<float*>(out)[at] = value;
+                else static_cast<T*>(out)[at] = T(value);
+            }
         }
     }
 }
@@ -151,7 +145,7 @@ DEVICE void make_kept(Shared& sm, int tile, int row, int column, uint64_t seed, 
     for (int i = threadIdx.x - 32; i < TILE_M * TILE_N / 32; i += 96) {
         const int r = i / (TILE_N / 32), c = i % (TILE_N / 32);
         uint32_t bits = 0;
-#pragma unroll
+#pragma unroll 1
         for (int j = 0; j < 4; j++) {
             uint32_t w[4];
             philox(seed, column / 8 + 4 * c + j, row + r, w);
@@ -185,7 +179,7 @@ DEVICE void add_kept(float (&d)[128], Ring& ring, const Consumer& me, int tile, 
     for (int c = 0; c < TILE_N / BOX; c++) {
         float u[32];
         wgmma_fence();
-#pragma unroll
+#pragma unroll 1  // or the descriptors of all four pieces are kept in registers
         for (int k = 0; k < TAIL * SIXTEENS; k++) {
             const uint8_t* stage = sm.stages[k < SIXTEENS ? first : second];
             wgmma<T, false, true>(u, k_major(stage + me.half * BOX_BYTES) + k % SIXTEENS * 2,
@@ -202,8 +196,10 @@ DEVICE void add_kept(float (&d)[128], Ring& ring, const Consumer& me, int tile, 
 #pragma unroll
             for (int j = 0; j < 8; j++)
 #pragma unroll
-                for (int e = 0; e < 2; e++)
-                    if ((j < 4 ? low : high) >> (8 * (j % 4) + e) & 1) d[32 * c + 4 * j + 2 * h + e] += u[4 * j + 2 * h + e] * scale;
+                for (int e = 0; e < 2; e++) {
+                    const int i = 4 * j + 2 * h + e;
+                    add_if((j < 4 ? low : high) & 1u << (8 * (j % 4) + e), d[32 * c + i], u[i], scale);
+                }
         }
     }
     ring.give_back(first);
@@ -219,29 +215,26 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
     extern __shared__ __align__(1024) uint8_t raw[];
     Shared& sm = start(raw);
     Ring ring(sm);
-    const int rows = cdiv(p.M, TILE_M), columns = cdiv(p.K, TILE_N), tiles = p.need_dX ? rows * columns : 0;
-    const bool streams = blockIdx.x < p.streamers, sums = streams && (p.need_dX || p.need_dA);
-    // tiles first, first + stride, ... ; none for a CTA that streams
-    const int first = streams ? tiles : blockIdx.x - p.streamers, stride = gridDim.x - p.streamers;
+    const bool streams = cta() < p.streamers, sums = streams && p.sums;
     constexpr int TAIL = RP > 64 ? 2 : 1, SIXTEENS = RP < 64 ? RP / 16 : 4;
     if (sums) pack_adapters<T>(p.adapters, p.N, p.K, p.R, 0, true, p.streamers, p.flags);
 
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
         if (threadIdx.x >= 32 && p.threshold) {
             const uint64_t seed = *p.seed;
-            for (int i = first, n = 0; i < tiles; i += stride, n++) {
-                const Tile tile(i, rows, columns);
+            for (int i = streams ? p.tiles : cta() - p.streamers, n = 0; i < p.tiles; i += p.others, n++) {
+                const Tile tile(i, p.rows, p.columns);
                 make_kept(sm, n, tile.row * TILE_M, tile.column * TILE_N, seed, p.threshold);
             }
         }
         if (threadIdx.x) return;
         if (sums) {
             wait_packed(p.streamers, p.flags);
-            for (int row = blockIdx.x; row < rows; row += p.streamers) load_sum<RP>(ring, dy, b, row * TILE_M, p.N);
+            for (int row = cta(); row < p.rows; row += p.streamers) load_sum<RP>(ring, dy, b, row * TILE_M, p.N);
         }
-        for (int i = first; i < tiles; i += stride) {
-            const Tile tile(i, rows, columns);
+        for (int i = streams ? p.tiles : cta() - p.streamers; i < p.tiles; i += p.others) {
+            const Tile tile(i, p.rows, p.columns);
             for (int step = 0; step < cdiv(p.N, TILE_K) + TAIL; step++) {
                 const int tail = step - cdiv(p.N, TILE_K), n = TILE_K * (tail < 0 ? step : tail);
                 if (tail == 0) wait_row(tile.row, p.flags);
@@ -255,16 +248,15 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     const Consumer me;
-    for (int row = blockIdx.x; sums && row < rows; row += p.streamers) {
+    for (int row = cta(); sums && row < p.rows; row += p.streamers) {
         sum_rows<T, RP>(ring, me, p.dS, row * TILE_M, p.M, p.N, p.R, nullptr, 0);
         me.sync_both();
-        if (me.thread == 0) flag_set(&p.flags[ROWS + row], columns * ((p.need_dX != 0) + (p.need_dA != 0)));
+        if (me.thread == 0) flag_set(&p.flags[ROWS + row], p.readers);
     }
     Exit<T> exit(sm, dx);
-    for (int i = first, n = 0; i < tiles; i += stride, n++) {
-        const Tile tile(i, rows, columns);
+    for (int i = streams ? p.tiles : cta() - p.streamers, n = 0; i < p.tiles; i += p.others, n++) {
         float d[128];
         Product<T, 128> product(d, ring);
         int left = cdiv(p.N, TILE_K);
@@ -277,6 +269,7 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
             for (int step = 0; step < TAIL; step++) product.template step<true, SIXTEENS>(me.half);
             product.finish();
         }
+        const Tile tile(i, p.rows, p.columns);
         exit.store(d, me, tile.row * TILE_M, tile.column * TILE_N, p.M, p.K, nullptr);
     }
     multiply_items<T, RP>(ring, me, p);

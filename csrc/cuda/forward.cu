@@ -36,22 +36,20 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
     extern __shared__ __align__(1024) uint8_t raw[];
     Shared& sm = start(raw);
     Ring ring(sm);
-    const int rows = cdiv(p.M, TILE_M), columns = cdiv(p.N, TILE_N);
-    const bool streams = blockIdx.x < p.streamers;
-    const int first = blockIdx.x - p.streamers, stride = gridDim.x - p.streamers;
+    const bool streams = cta() < p.streamers;
     constexpr int TAIL = cdiv(RP, TILE_K), SIXTEENS = RP < 64 ? RP / 16 : 4;  // stages of the tail, and what each holds
     if (streams) pack_adapters<T>(p.adapters, p.N, p.K, p.R, p.S.stride_s, false, p.streamers, p.flags);
 
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
         if (threadIdx.x) return;
         if (streams) {
             wait_packed(p.streamers, p.flags);
-            for (int row = blockIdx.x; row < rows; row += p.streamers) load_sum<RP>(ring, x, a, row * TILE_M, p.K);
+            for (int row = cta(); row < p.rows; row += p.streamers) load_sum<RP>(ring, x, a, row * TILE_M, p.K);
             return;
         }
-        for (int i = first; i < rows * columns; i += stride) {
-            const Tile tile(i, rows, columns);
+        for (int i = cta() - p.streamers; i < p.rows * p.columns; i += p.others) {
+            const Tile tile(i, p.rows, p.columns);
             for (int step = 0; step < cdiv(p.K, TILE_K) + TAIL; step++) {
                 const int tail = step - cdiv(p.K, TILE_K), k = TILE_K * (tail < 0 ? step : tail);
                 if (tail == 0) wait_row(tile.row, p.flags);
@@ -64,19 +62,18 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     const Consumer me;
     if (streams) {
-        for (int row = blockIdx.x; row < rows; row += p.streamers) {
+        for (int row = cta(); row < p.rows; row += p.streamers) {
             sum_rows<T, RP>(ring, me, p.S, row * TILE_M, p.M, p.K, p.R, p.seed, p.threshold);
             me.sync_both();
-            if (me.thread == 0) flag_set(&p.flags[ROWS + row], columns);
+            if (me.thread == 0) flag_set(&p.flags[ROWS + row], p.columns);
         }
         return;
     }
     Exit<T> exit(sm, y);
-    for (int i = first; i < rows * columns; i += stride) {
-        const Tile tile(i, rows, columns);
+    for (int i = cta() - p.streamers; i < p.rows * p.columns; i += p.others) {
         float d[128];
         Product<T, 128> product(d, ring);
         int left = cdiv(p.K, TILE_K);
@@ -84,6 +81,7 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
         while (--left);
         for (int step = 0; step < TAIL; step++) product.template step<false, SIXTEENS>(me.half);
         product.finish();
+        const Tile tile(i, p.rows, p.columns);
         exit.store(d, me, tile.row * TILE_M, tile.column * TILE_N, p.M, p.N, static_cast<const T*>(p.bias));
     }
     exit.finish(me);

@@ -205,7 +205,7 @@ int fastlora_cuda_forward(const ForwardCall* call) {
     Sizes sizes;
     fastlora_cuda_sizes(c.M, c.N, c.K, c.R, &sizes);
     if (reinterpret_cast<uintptr_t>(c.bias) % 4) return ALIGNMENT;
-    const int tiles = cdiv(c.M, TILE_M) * cdiv(c.N, TILE_N);
+    const int rows = cdiv(c.M, TILE_M), columns = cdiv(c.N, TILE_N), tiles = rows * columns;
     const int streamers = split(kernel.sms, c.M, c.K, tiles, c.K, c.threshold > 0, 0);
     CUtensorMap x, w, s, a, b, y;
     TRY(encode(x, c.x, c.M, c.K, c.stride_x, c.is_half));
@@ -219,9 +219,10 @@ int fastlora_cuda_forward(const ForwardCall* call) {
                   c.stride_br, c.packed_A, c.packed_B, c.adapters_float};
     p.S = {c.S_rows, c.S, sizes.stride_s, sizes.stride_t, c.scaling};
     p.bias = c.bias, p.seed = c.seed, p.flags = c.flags;
-    p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.streamers = streamers, p.threshold = c.threshold;
+    p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.streamers = streamers, p.others = smaller(tiles, kernel.sms - streamers);
+    p.rows = rows, p.columns = columns, p.threshold = c.threshold;
     void* arguments[] = {&x, &w, &s, &a, &b, &y, &p};
-    return launch(kernel, streamers + smaller(tiles, kernel.sms - streamers), arguments, c.stream);
+    return launch(kernel, streamers + p.others, arguments, c.stream);
 }
 
 int fastlora_cuda_backward(const BackwardCall* call) {
@@ -232,13 +233,13 @@ int fastlora_cuda_backward(const BackwardCall* call) {
     Sizes sizes;
     fastlora_cuda_sizes(c.M, c.N, c.K, c.R, &sizes);
     BackwardArgs p = {};
-    p.need_dX = c.dX != nullptr, p.need_dA = c.dA != nullptr, p.need_dB = c.dB != nullptr;
-    const int columns = cdiv(c.K, TILE_N), tiles = p.need_dX ? cdiv(c.M, TILE_M) * columns : 0;
-    const double queue = 2.0 * c.M * ((p.need_dA ? c.K : 0.0) + (p.need_dB ? c.N : 0.0));
-    const int sums = p.need_dX || p.need_dA ? c.N : 1;  // how far dS sums, where anybody wants it
-    p.streamers = split(kernel.sms, c.M, sums, tiles, c.N, false, queue);
-    p.part = part_rows(c.M, cdiv(c.N, TILE_N) + columns), p.parts = cdiv(c.M, p.part);
-    const int items = p.parts * ((p.need_dB ? cdiv(c.N, TILE_N) : 0) + (p.need_dA ? columns : 0));
+    const int slabs_A = cdiv(c.K, TILE_N), slabs_B = cdiv(c.N, TILE_N);
+    p.rows = cdiv(c.M, TILE_M), p.columns = slabs_A, p.tiles = c.dX ? p.rows * p.columns : 0;
+    p.sums = c.dX || c.dA, p.readers = p.columns * ((c.dX != nullptr) + (c.dA != nullptr));
+    p.part = part_rows(c.M, slabs_A + slabs_B), p.parts = cdiv(c.M, p.part);
+    p.items_B = c.dB ? p.parts * slabs_B : 0, p.items = p.items_B + (c.dA ? p.parts * slabs_A : 0);
+    const double queue = 2.0 * c.M * ((c.dA ? c.K : 0.0) + (c.dB ? c.N : 0.0));
+    p.streamers = split(kernel.sms, c.M, p.sums ? c.N : 1, p.tiles, c.N, false, queue);
     // what a launch does not use is mapped to something that is there
     CUtensorMap dy, w, ds, a, b, x, s, dst, dx;
     TRY(encode(dy, c.dy, c.M, c.N, c.stride_dy, c.is_half));
@@ -255,8 +256,8 @@ int fastlora_cuda_backward(const BackwardCall* call) {
     p.dS = {c.dS_rows, c.dS_columns, sizes.stride_s, sizes.stride_t, c.scaling};
     p.dA = c.dA, p.dB = c.dB, p.partials = c.partials, p.seed = c.seed, p.flags = c.flags;
     p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.threshold = c.threshold;
-    const int others = kernel.sms - p.streamers;
+    p.others = smaller(p.tiles > p.items ? p.tiles : p.items, kernel.sms - p.streamers);
     void* arguments[] = {&dy, &w, &ds, &a, &b, &x, &s, &dst, &dx, &p};
-    return launch(kernel, p.streamers + smaller(tiles > items ? tiles : items, others), arguments, c.stream);
+    return launch(kernel, p.streamers + p.others, arguments, c.stream);
 }
 }

@@ -15,9 +15,12 @@ constexpr int STAGES = 4, STAGE_BYTES = 6 * BOX_BYTES;   // a ring of 48 KiB sta
 constexpr int CUT = 32, CUT_BYTES = BOX * CUT * 2;       // results leave in pieces of 64 x 32
 constexpr int CUTS = 3;                                  // pieces of a warp group under way
 constexpr int THREADS = 384;                             // a producer's warp group and two that multiply
+constexpr int FEW = 56, MANY = 224;                      // registers of a thread that does not and one that does multiply
 constexpr int GROUP = 16;                                // columns of tiles that are walked together: they share W in L2
 constexpr int MAX_RANK = 128;
 constexpr int SHARED_BYTES = 227 * 1024;                 // all that a CTA can have: one CTA an SM
+
+static_assert(FEW + 2 * MANY <= 3 * 168, "a CTA starts with 168 for each thread; a warp group that asks for more waits");
 
 EITHER constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return cdiv(a, b) * b; }
@@ -47,7 +50,8 @@ struct ForwardArgs {
     const void* bias;          // (N,) or null
     const int64_t* seed;       // read where threshold > 0
     int32_t* flags;
-    int32_t M, N, K, R, streamers;
+    int32_t M, N, K, R, streamers, others;  // CTAs that stream, and that do not
+    int32_t rows, columns;     // of tiles
     uint32_t threshold;        // an element is kept when its 16 bits reach it
 };
 
@@ -58,8 +62,10 @@ struct BackwardArgs {
     float* partials;           // items x TILE_N x padded_rank(R)
     const int64_t* seed;
     int32_t* flags;
-    int32_t M, N, K, R, streamers;
-    int32_t need_dX, need_dA, need_dB;
+    int32_t M, N, K, R, streamers, others;  // CTAs that stream, and that do not
+    int32_t rows, columns, tiles;  // of dX; no tiles where dX is not needed
+    int32_t sums, readers;     // whether dS is wanted, and how many tiles and items read each row block of it
+    int32_t items_B, items;    // of the queue: dB's, and dA's after them
     int32_t part, parts;       // rows of an item, and how many items make up a slab of dA or dB
     uint32_t threshold;
 };

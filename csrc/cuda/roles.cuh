@@ -82,7 +82,7 @@ template <typename T, int COUNT> struct Product {
     // A's 64 rows are box `half`; B begins at box 2.
     template <bool B_ACROSS, int SIXTEENS> DEVICE void step(int half) {
         ring.wait();
-        const uint64_t a = k_major(ring.box(half)), b = B_ACROSS ? mn_major(ring.box(2)) : k_major(ring.box(2));
+        const uint32_t a = k_major(ring.box(half)), b = B_ACROSS ? mn_major(ring.box(2)) : k_major(ring.box(2));
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < SIXTEENS; k++) wgmma<T, false, B_ACROSS>(d, a + 2 * k, b + (B_ACROSS ? 128 : 2) * k, before + k >= 0);
@@ -122,7 +122,7 @@ template <typename T> DEVICE T adapter(const void* p, int64_t i, bool is_float) 
 
 template <typename T> DEVICE void pack_adapters(const Adapters& a, int N, int K, int R, int stride, bool transposed,
                                                 int streamers, int32_t* flags) {
-    const int64_t step = static_cast<int64_t>(streamers) * THREADS, first = blockIdx.x * THREADS + threadIdx.x;
+    const int64_t step = static_cast<int64_t>(streamers) * THREADS, first = cta() * THREADS + threadIdx.x;
     T *A = static_cast<T*>(a.packed_A), *B = static_cast<T*>(a.packed_B);
     for (int64_t i = first; i < static_cast<int64_t>(R) * K; i += step)
         A[i] = adapter<T>(a.lora_A, i / K * a.stride_ar + i % K * a.stride_ak, a.is_float);
@@ -165,7 +165,7 @@ template <int RP> DEVICE void load_sum(Ring& ring, const TensorMap& p, const Ten
 // Zeros where the mask drops, in a box of x at (row, column), by the 128 threads of a warp group. The eight columns of
 // a Philox call are the 16 bytes that the swizzle keeps together.
 DEVICE void drop_box(uint8_t* box, int row, int column, uint64_t seed, uint32_t threshold, int thread) {
-#pragma unroll
+#pragma unroll 2
     for (int i = thread; i < BOX * 8; i += 128) {
         const int r = i / 8, c = i % 8;
         uint4& x = *reinterpret_cast<uint4*>(box + 128 * r + 16 * (c ^ (r & 7)));

@@ -5,9 +5,17 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include "plan.h"
+
 #define DEVICE __device__ __forceinline__
 
 struct alignas(64) TensorMap { char bytes[128]; };
+
+DEVICE int cta() {  // read anew each time: to be kept it would take a register from the multiplying warps
+    int id;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(id));
+    return id;
+}
 
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
@@ -76,15 +84,13 @@ DEVICE int flag_add(int32_t* flag, int value) {  // what it was
 
 // ---- wgmma: D (64, N) += A (64, 16) B (16, N), A and B in shared memory, 128 bytes a row, swizzled by 128
 
-// A descriptor of an operand whose 64-element rows run along the sum ("K-major"). 16 further along: + 2.
-DEVICE uint64_t k_major(const void* p) {
-    return static_cast<uint64_t>((shared_address(p) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
+// The lower half of the descriptor of an operand whose 64-element rows run along the sum ("K-major"); 16 further: + 2.
+DEVICE uint32_t k_major(const void* p) { return shared_address(p) >> 4 | 1 << 16; }
 
-// One whose 64-element rows run across the sum ("MN-major"); the next 64 lie a box further. 16 further along: + 128.
-DEVICE uint64_t mn_major(const void* p) {
-    return static_cast<uint64_t>((shared_address(p) & 0x3FFFF) >> 4) | 512ull << 16 | 64ull << 32 | 1ull << 62;
-}
+// Of one whose rows run across the sum ("MN-major"), the next 64 lying a box further. 16 further along the sum: + 128.
+DEVICE uint32_t mn_major(const void* p) { return shared_address(p) >> 4 | (BOX_BYTES >> 4) << 16; }
+
+#define UPPER_HALF "0x40000040"  // eight rows are 1024 bytes, swizzled by 128
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -108,11 +114,12 @@ template <int N> DEVICE void settle(float (&d)[N]) {  // nothing that reads d mo
 
 // `more` = 0: D starts at zero. TRANS: the operand is MN-major. OUTS..: the numbers of the arguments after the OUTS d's.
 #define WGMMA(TYPE, N, LAST, A, B, MORE, TRANS_A, TRANS_B)                                                            \
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #MORE ", 0;\n wgmma.mma_async.sync.aligned.m64n" #N            \
-                 "k16.f32." TYPE "." TYPE " {%0" FROM_1_TO_##LAST(NAME) "}, %" #A ", %" #B ", p, 1, 1, %" #TRANS_A     \
-                 ", %" #TRANS_B ";\n}"                                                                                \
+    asm volatile("{\n .reg .pred p;\n .reg .b64 a, b;\n setp.ne.b32 p, %" #MORE ", 0;\n"                             \
+                 " mov.b64 a, {%" #A ", " UPPER_HALF "};\n mov.b64 b, {%" #B ", " UPPER_HALF "};\n"                    \
+                 " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {%0" FROM_1_TO_##LAST(NAME)       \
+                 "}, a, b, p, 1, 1, %" #TRANS_A ", %" #TRANS_B ";\n}"                                                 \
                  : "+f"(d[0]) FROM_1_TO_##LAST(REGISTER)                                                              \
-                 : "l"(a), "l"(b), "r"(more), "n"(TA), "n"(TB))
+                 : "r"(a), "r"(b), "r"(more), "n"(TA), "n"(TB))
 #define WGMMA_OF(TYPE)                                                                                                \
     if constexpr (COUNT == 8) WGMMA(TYPE, 16, 7, 8, 9, 10, 11, 12);                                                   \
     if constexpr (COUNT == 16) WGMMA(TYPE, 32, 15, 16, 17, 18, 19, 20);                                               \
@@ -123,7 +130,7 @@ template <int N> DEVICE void settle(float (&d)[N]) {  // nothing that reads d mo
 // Of D (64, 2 COUNT), thread t of the warp group holds rows 16 (t / 32) + t % 32 / 4 (+ 8 for the odd pairs of d) and
 // columns 2 (t % 4) + 8 (i / 4) + i % 2.
 template <typename T, bool TA, bool TB, int COUNT>
-DEVICE void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, int more) {
+DEVICE void wgmma(float (&d)[COUNT], uint32_t a, uint32_t b, int more) {
     if constexpr (sizeof(T) == 2 && __is_same(T, __half)) {
         WGMMA_OF("f16");
     } else {
@@ -144,6 +151,10 @@ DEVICE uint32_t pack(__half, float low, float high) {
 DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 DEVICE float to_float(__half x) { return __half2float(x); }
 DEVICE float to_float(float x) { return x; }
+
+DEVICE void add_if(uint32_t any, float& d, float u, float scale) {  // in place: a select would take a register of its own
+    asm("{\n .reg .pred p;\n setp.ne.u32 p, %1, 0;\n @p fma.rn.f32 %0, %2, %3, %0;\n}" : "+f"(d) : "r"(any), "f"(u), "f"(scale));
+}
 
 // Philox-4x32 with 7 rounds (Salmon et al. 2011), counter (column / 8, row, 0, 0): 16 bits for each of eight columns,
 // two in each word, in the order of their columns.
