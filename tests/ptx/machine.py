@@ -268,50 +268,54 @@ class Machine(Hopper):
             self.aligned(ins, S)
             self._go(place, S)
             return
-        arrive_only = "arrive" in ins.parts
         self.aligned(ins, S)
-        if not hasattr(ins.args[0], "value"):
-            lanes, numbers = self.all(S), self.u32[ins.args[0].index, S]
-            if (numbers != numbers[0]).any():  # warps at one place, on their way to several barriers
-                for number in np.unique(numbers):
-                    self._barrier(ins, place, lanes[numbers == number])
-                return
-        number, count = (self._uniform(ins, a, S) for a in [*ins.args, None][:2])
-        count = self.threads if count is None else count
-        if S is ALL and count == self.threads and not arrive_only and not self.resting:
+        arrive_only = "arrive" in ins.parts
+        number, count = (self._operand_of(a, S) for a in [*ins.args, None][:2])
+        if count is None:
+            count = np.array([self.threads])
+        if (
+            S is ALL
+            and number.size == count.size == 1
+            and count[0] == self.threads
+            and not (arrive_only or self.resting)
+        ):
             self.races.join_all()
             self.progress += 1
             self._go(place, S)
             return
         lanes = self.all(S)
-        for block in np.unique(self.block[lanes]):
-            own = lanes[self.block[lanes] == block]
-            entry = self.resting.setdefault((int(block), number), [0, []])
-            entry[0] += own.size
-            entry[1].append((place, own, arrive_only))
-            if entry[0] > count:
-                raise Fault(f"{ins}: {entry[0]} threads at a barrier of {count}")
-            if arrive_only:
-                self._go(place, own)
-            if entry[0] == count:
-                del self.resting[int(block), number]
-                everyone = np.concatenate([g for _, g, _ in entry[1]])
-                self.races.join(int(block), np.unique(self.warp[everyone]))
-                self.progress += 1
-                for where, group, arrived in entry[1]:
-                    if not arrived:
-                        self._go(where, group)
+        which = np.broadcast_to(number << 32 | count, lanes.size)
+        if (which.reshape(-1, 32) != which[::32, None]).any():
+            raise Fault(f"{ins}: lanes of one warp name different barriers")
+        for key in np.unique(self.block[lanes] << 48 | which):
+            own = lanes[(self.block[lanes] << 48 | which) == key]
+            self._arrive(ins, place, own, int(key) >> 48, int(key) >> 32 & 0xFFFF, int(key) & 0xFFFF, arrive_only)
 
-    def _uniform(self, ins, operand, S):
-        """The one value of a barrier's operand."""
-        if operand is None:
-            return None
-        if hasattr(operand, "value"):
-            return operand.value
-        values = np.unique(self.u32[operand.index, S])
-        if values.size != 1:
-            raise Fault(f"{ins}: threads of one group name different barriers")
-        return int(values[0])
+    def _arrive(self, ins, place, lanes, block: int, number: int, count: int, arrive_only: bool) -> None:
+        if number > 15 or count % 32:
+            raise Fault(f"{ins}: barrier {number} of {count} threads")
+        entry = self.resting.setdefault((block, number), [0, []])
+        entry[0] += lanes.size
+        entry[1].append((place, lanes, arrive_only))
+        if entry[0] > count:
+            raise Fault(f"{ins}: {entry[0]} threads at a barrier of {count}")
+        if arrive_only:
+            self._go(place, lanes)
+        if entry[0] == count:
+            del self.resting[block, number]
+            everyone = np.concatenate([group for _, group, _ in entry[1]])
+            self.races.join(block, np.unique(self.warp[everyone]))
+            self.progress += 1
+            for where, group, arrived in entry[1]:
+                if not arrived:
+                    self._go(where, group)
+
+    def _operand_of(self, operand, S):
+        """The values of a barrier's operand: one, or one for each lane."""
+        if operand is None or hasattr(operand, "value"):
+            return None if operand is None else np.array([operand.value])
+        values = self.u32[operand.index, S].astype(np.int64)
+        return values[:1] if (values == values[0]).all() else values
 
     # Lanes
 
