@@ -56,7 +56,7 @@ DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, cons
         const Item item(taken, p);
         for (int m = 0; m < item.rows; m += BOX) {
             const int row = item.row + m;
-            if (item.of_A && row % TILE_M == 0) wait_row(row / TILE_M, p.flags);
+            if (row % TILE_M == 0) wait_row(row / TILE_M, p.flags);
             ring.fill(4 + HIGH, taken);
             for (int j = 0; j < 4; j++) ring.load(j, item.of_A ? x : dy, item.slab * TILE_N + BOX * j, row);
             for (int j = 0; j < HIGH; j++) ring.load(4 + j, item.of_A ? ds : s, row, BOX * j);
@@ -136,6 +136,14 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
             }
         }
     }
+}
+
+// A row block of S by columns, for dB.
+template <typename T> DEVICE void transpose_S(const Consumer& me, const BackwardArgs& p, int row) {
+    const int rows = p.M - row < TILE_M ? p.M - row : TILE_M;
+    for (int i = me.thread; i < rows * p.R; i += 256)
+        static_cast<T*>(p.S_columns)[static_cast<int64_t>(i % p.R) * p.stride_t + row + i / p.R] =
+            static_cast<const T*>(p.S)[static_cast<int64_t>(row) * p.R + i];
 }
 
 // The bits of a tile's mask, by the three warps beside the producer: bit c % 8 of kept[row][c / 8] for column c.
@@ -250,8 +258,9 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     const Consumer me;
-    for (int row = cta(); sums && row < p.rows; row += p.streamers) {
-        sum_rows<T, RP>(ring, me, p.dS, row * TILE_M, p.M, p.N, p.R, nullptr, 0);
+    for (int row = cta(); streams && row < p.rows; row += p.streamers) {
+        if (p.sums) sum_rows<T, RP>(ring, me, p.dS, row * TILE_M, p.M, p.N, p.R, nullptr, 0);
+        transpose_S<T>(me, p, row * TILE_M);
         me.sync_both();
         if (me.thread == 0) flag_set(&p.flags[ROWS + row], p.readers);
     }

@@ -23,8 +23,8 @@ EMBED("fastlora_backward_image", BACKWARD_CUBIN) fastlora_backward_image[];
 struct ForwardCall {
     const void *x, *weight, *bias, *lora_A, *lora_B;  // (M, K), (N, K), (N,) or null, (R, K), (N, R)
     const int64_t* seed;                              // where threshold > 0
-    void *y, *S;                                      // (M, N), (R, stride_t): S by columns, kept for backward
-    void *S_rows, *packed_A, *packed_B;               // scratch: (M, stride_s), (R, K), (N, stride_s)
+    void *y, *S;                                      // (M, N), (M, R)
+    void *S_rows, *packed_A, *packed_B;               // scratch: (M, stride_s) where R % 8, (R, K), (N, stride_s)
     int32_t* flags;                                   // zero between launches
     int64_t stride_x, stride_w, stride_y, stride_ar, stride_ak, stride_bn, stride_br;
     int32_t M, N, K, R, is_half, adapters_float, threshold;
@@ -33,10 +33,11 @@ struct ForwardCall {
 };
 
 struct BackwardCall {
-    const void *dy, *x, *weight, *lora_A, *lora_B, *S;  // (M, N), (M, K), (N, K), (R, K), (N, R), (R, stride_t)
+    const void *dy, *x, *weight, *lora_A, *lora_B, *S;  // (M, N), (M, K), (N, K), (R, K), (N, R), (M, R)
     const int64_t* seed;
     void *dX, *dA, *dB;                                 // (M, K), (R, K), (N, R) or null where not needed
-    void *dS_rows, *dS_columns, *packed_A, *packed_B;   // scratch: (M, stride_s), (R, stride_t), (R, K), (R, N)
+    void *dS_rows, *dS_columns, *S_columns;             // scratch: (M, stride_s), (R, stride_t) twice
+    void *packed_A, *packed_B;                          // scratch: (R, K), (R, N)
     float* partials;                                    // scratch
     int32_t* flags;
     int64_t stride_dy, stride_x, stride_w, stride_dx, stride_ar, stride_ak, stride_bn, stride_br;
@@ -207,17 +208,18 @@ int fastlora_cuda_forward(const ForwardCall* call) {
     if (reinterpret_cast<uintptr_t>(c.bias) % 4) return ALIGNMENT;
     const int rows = cdiv(c.M, TILE_M), columns = cdiv(c.N, TILE_N), tiles = rows * columns;
     const int streamers = split(kernel.sms, c.M, c.K, tiles, c.K, c.threshold > 0, 0);
+    void* rows_of_S = c.R % 8 ? c.S_rows : c.S;
     CUtensorMap x, w, s, a, b, y;
     TRY(encode(x, c.x, c.M, c.K, c.stride_x, c.is_half));
     TRY(encode(w, c.weight, c.N, c.K, c.stride_w, c.is_half));
-    TRY(encode(s, c.S_rows, c.M, c.R, sizes.stride_s, c.is_half));
+    TRY(encode(s, rows_of_S, c.M, c.R, sizes.stride_s, c.is_half));
     TRY(encode(a, c.packed_A, c.R, c.K, c.K, c.is_half));
     TRY(encode(b, c.packed_B, c.N, c.R, sizes.stride_s, c.is_half));
     TRY(encode(y, c.y, c.M, c.N, c.stride_y, c.is_half, CUT));
     ForwardArgs p = {};
     p.adapters = {c.lora_A,    c.lora_B,    c.stride_ar,  c.stride_ak,      c.stride_bn,
                   c.stride_br, c.packed_A, c.packed_B, c.adapters_float};
-    p.S = {c.S_rows, c.S, sizes.stride_s, sizes.stride_t, c.scaling};
+    p.S = {rows_of_S, c.R % 8 ? c.S : nullptr, c.R, 1, sizes.stride_s, c.scaling};
     p.bias = c.bias, p.seed = c.seed, p.flags = c.flags;
     p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.streamers = streamers, p.others = smaller(tiles, kernel.sms - streamers);
     p.rows = rows, p.columns = columns, p.threshold = c.threshold;
@@ -235,7 +237,8 @@ int fastlora_cuda_backward(const BackwardCall* call) {
     BackwardArgs p = {};
     const int slabs_A = cdiv(c.K, TILE_N), slabs_B = cdiv(c.N, TILE_N);
     p.rows = cdiv(c.M, TILE_M), p.columns = slabs_A, p.tiles = c.dX ? p.rows * p.columns : 0;
-    p.sums = c.dX || c.dA, p.readers = p.columns * ((c.dX != nullptr) + (c.dA != nullptr));
+    p.sums = c.dX || c.dA;
+    p.readers = slabs_A * ((c.dX != nullptr) + (c.dA != nullptr)) + (c.dB ? slabs_B : 0);
     p.part = part_rows(c.M, slabs_A + slabs_B), p.parts = cdiv(c.M, p.part);
     p.items_B = c.dB ? p.parts * slabs_B : 0, p.items = p.items_B + (c.dA ? p.parts * slabs_A : 0);
     const double queue = 2.0 * c.M * ((c.dA ? c.K : 0.0) + (c.dB ? c.N : 0.0));
@@ -248,12 +251,13 @@ int fastlora_cuda_backward(const BackwardCall* call) {
     TRY(encode(a, c.packed_A, c.R, c.K, c.K, c.is_half));
     TRY(encode(b, c.packed_B, c.R, c.N, c.N, c.is_half));
     TRY(encode(x, c.x ? c.x : c.packed_A, c.x ? c.M : c.R, c.K, c.x ? c.stride_x : c.K, c.is_half));
-    TRY(encode(s, c.S, c.R, c.M, sizes.stride_t, c.is_half));
+    TRY(encode(s, c.S_columns, c.R, c.M, sizes.stride_t, c.is_half));
     TRY(encode(dst, c.dS_columns, c.R, c.M, sizes.stride_t, c.is_half));
     TRY(encode(dx, c.dX ? c.dX : c.packed_A, c.dX ? c.M : c.R, c.K, c.dX ? c.stride_dx : c.K, c.is_half, CUT));
     p.adapters = {c.lora_A,    c.lora_B,    c.stride_ar,  c.stride_ak,      c.stride_bn,
                   c.stride_br, c.packed_A, c.packed_B, c.adapters_float};
-    p.dS = {c.dS_rows, c.dS_columns, sizes.stride_s, sizes.stride_t, c.scaling};
+    p.dS = {c.dS_rows, c.dS_columns, 1, sizes.stride_t, sizes.stride_s, c.scaling};
+    p.S = c.S, p.S_columns = c.S_columns, p.stride_t = sizes.stride_t;
     p.dA = c.dA, p.dB = c.dB, p.partials = c.partials, p.seed = c.seed, p.flags = c.flags;
     p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.threshold = c.threshold;
     p.others = smaller(p.tiles > p.items ? p.tiles : p.items, kernel.sms - p.streamers);

@@ -38,9 +38,11 @@ struct Adapters {           // lora_A (R, K) and lora_B (N, R), any strides, T o
     int32_t is_float;
 };
 
-struct Rank {                  // S forward, dS backward: (M, R) twice, by rows and by columns, each row 16-byte aligned
-    void *rows, *columns;      // (M, stride_s), (R, stride_t)
-    int32_t stride_s, stride_t;
+struct Rank {              // S forward, dS backward, twice
+    void* rows;            // (M, stride_s), rows at multiples of 16 bytes: the tail's
+    void* again;           // (M, R) with these strides, or null: S for backward; dS by columns, for dA
+    int64_t stride_am, stride_ar;
+    int32_t stride_s;
     float factor;
 };
 
@@ -58,6 +60,9 @@ struct ForwardArgs {
 struct BackwardArgs {
     Adapters adapters;
     Rank dS;
+    const void* S;             // (M, R)
+    void* S_columns;           // (R, stride_t): S for dB; stride_t is dS's too
+    int32_t stride_t;
     void *dA, *dB;             // (R, K), (N, R), contiguous, the adapters' dtype
     float* partials;           // items x TILE_N x padded_rank(R)
     const int64_t* seed;

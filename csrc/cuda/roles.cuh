@@ -210,9 +210,10 @@ DEVICE void sum_rows(Ring& ring, const Consumer& me, const Rank& S, int row, int
         const uint32_t two = pack(T(), d[i] * factor, d[i + 1] * factor);
         if (m >= M || r >= R) continue;
         *reinterpret_cast<uint32_t*>(static_cast<T*>(S.rows) + static_cast<int64_t>(m) * S.stride_s + r) = two;
-        uint16_t* column = static_cast<uint16_t*>(S.columns) + static_cast<int64_t>(r) * S.stride_t + m;
-        column[0] = static_cast<uint16_t>(two);
-        if (r + 1 < R) column[S.stride_t] = static_cast<uint16_t>(two >> 16);
+        if (!S.again) continue;
+        uint16_t* again = static_cast<uint16_t*>(S.again) + m * S.stride_am + r * S.stride_ar;
+        again[0] = static_cast<uint16_t>(two);
+        if (r + 1 < R) again[S.stride_ar] = static_cast<uint16_t>(two >> 16);
     }
 }
 

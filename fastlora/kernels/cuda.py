@@ -1,7 +1,6 @@
 """The LoRA layer for Hopper in CUDA C++, one launch forward and one backward: csrc/cuda, through ctypes.
 
-The library is optional (`FASTLORA_BUILD_CUDA=1 pip install ...`) and loaded when first asked for. S is kept by columns:
-(M, R) with strides (1, M rounded up to 8), as dB wants to read it.
+The library is optional (`FASTLORA_BUILD_CUDA=1 pip install ...`) and loaded when first asked for.
 
 What a launch needs beside its results lies in one scratch tensor, and in flags: words that are zero between launches,
 which every launch leaves so. Launches of one stream share them, for none begins before the last has ended; a captured
@@ -44,7 +43,7 @@ class BackwardCall(ctypes.Structure):
 
     _fields_ = [
         *((name, _pointer) for name in "dy x weight lora_A lora_B S seed dX dA dB".split()),
-        *((name, _pointer) for name in "dS_rows dS_columns packed_A packed_B partials flags".split()),
+        *((name, _pointer) for name in "dS_rows dS_columns S_columns packed_A packed_B partials flags".split()),
         *((f"stride_{name}", _long) for name in "dy x w dx ar ak bn br".split()),
         *_TAIL,
     ]
@@ -127,7 +126,7 @@ def forward(
         seed: int64, one element, on x2's device; unused where dropout_p is 0.
 
     Returns:
-        (M, R), x2's dtype, strides (1, M rounded up to 8).
+        (M, R), x2's dtype, contiguous.
 
     Raises:
         RuntimeError: the driver's error, or what the library refuses.
@@ -135,9 +134,9 @@ def forward(
     (M, K), (N, R) = x2.shape, lora_B.shape
     sizes = _sizes(M, N, K, R)
     empty = torch.empty
-    S = empty(R, sizes.stride_t, dtype=x2.dtype, device=x2.device)
+    S = empty(M, R, dtype=x2.dtype, device=x2.device)
     scratch = {
-        "S_rows": empty(M, sizes.stride_s, dtype=x2.dtype, device=x2.device),
+        "S_rows": empty(M, sizes.stride_s, dtype=x2.dtype, device=x2.device) if R % 8 else None,
         "packed_A": empty(R, K, dtype=x2.dtype, device=x2.device),
         "packed_B": empty(N, sizes.stride_s, dtype=x2.dtype, device=x2.device),
     }
@@ -147,7 +146,7 @@ def forward(
     )  # fmt: skip
     reads = {"x": x2, "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "seed": seed}
     _run("forward", call, reads, {"y": y2, "S": S, **scratch}, sizes)
-    return S[:, :M].t()
+    return S
 
 
 def backward(
@@ -159,7 +158,7 @@ def backward(
     Args:
         dy2: (M, N), x2's dtype, rows at multiples of 16 bytes (`fits`).
         x2: as in `forward`; may be None where dA is not needed.
-        S: what `forward` returned; the rest as there.
+        S: (M, R), dy2's dtype, contiguous: what `forward` returned. The rest as there.
 
     Raises:
         RuntimeError: the driver's error, or what the library refuses.
@@ -173,6 +172,7 @@ def backward(
     scratch = {
         "dS_rows": empty(M, sizes.stride_s, dtype=dy2.dtype, device=dy2.device),
         "dS_columns": empty(R, sizes.stride_t, dtype=dy2.dtype, device=dy2.device),
+        "S_columns": empty(R, sizes.stride_t, dtype=dy2.dtype, device=dy2.device),
         "packed_A": empty(R, K, dtype=dy2.dtype, device=dy2.device),
         "packed_B": empty(R, N, dtype=dy2.dtype, device=dy2.device),
         "partials": empty(sizes.partials, dtype=torch.float32, device=dy2.device),
