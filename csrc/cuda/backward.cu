@@ -50,8 +50,8 @@ DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, cons
                        const BackwardArgs& p) {
     constexpr int HIGH = RP > 64 ? 2 : 1;
     while (true) {
-        const int taken = flag_add(&p.flags[QUEUE], 1);
-        if (taken == p.items + p.streamers + p.others - 1) flag_set(&p.flags[QUEUE], 0);
+        const int taken = flag_count(&p.flags[QUEUE], 1), last = p.items + p.streamers + p.others - 1;
+        if (taken == last) flag_count(&p.flags[QUEUE], -1 - last);
         if (taken >= p.items) break;
         const Item item(taken, p);
         for (int m = 0; m < item.rows; m += BOX) {
@@ -109,7 +109,7 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
             me.sync_both();
             if (me.thread == 0) {
                 sm.last = flag_add(&slabs_done[number], 1) == p.parts - 1;
-                if (sm.last) flag_set(&slabs_done[number], 0);
+                if (sm.last) flag_count(&slabs_done[number], -p.parts);
             }
             me.sync_both();
             if (!sm.last) continue;

@@ -136,13 +136,13 @@ template <typename T> DEVICE void pack_adapters(const Adapters& a, int N, int K,
 
 DEVICE void wait_packed(int streamers, int32_t* flags) {  // one thread of each streaming CTA
     while (flag_read(&flags[PACKED]) < streamers);
-    if (flag_add(&flags[PACKED], 1) == 2 * streamers - 1) flag_set(&flags[PACKED], 0);
+    if (flag_count(&flags[PACKED], 1) == 2 * streamers - 1) flag_count(&flags[PACKED], -2 * streamers);
     fence_async_proxy();
 }
 
 DEVICE void wait_row(int row, int32_t* flags) {  // one thread of each tile or item that reads the row block's S
     while (flag_read(&flags[ROWS + row]) == 0);
-    flag_add(&flags[ROWS + row], -1);
+    flag_count(&flags[ROWS + row], -1);
     fence_async_proxy();
 }
 

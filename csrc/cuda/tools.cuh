@@ -76,7 +76,13 @@ DEVICE void flag_set(int32_t* flag, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
-DEVICE int flag_add(int32_t* flag, int value) {  // what it was
+DEVICE int flag_count(int32_t* flag, int value) {  // adds, orders nothing; what it was
+    int old;
+    asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(flag), "r"(value) : "memory");
+    return old;
+}
+
+DEVICE int flag_add(int32_t* flag, int value) {  // adds, after all that was written before; sees what others added after
     int old;
     asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(flag), "r"(value) : "memory");
     return old;

@@ -100,3 +100,25 @@ def violations(case: Case, **options) -> list[str]:
 
     gpu = Emulated(case.sms, Options(**options))
     return accuracy.violations(*call(case, gpu))
+
+
+def campaign():
+    """(case, options of the emulator): what `python -m tests.cuda` runs."""
+    half, brain = torch.float16, torch.bfloat16
+    for R in (1, 2, 7, 8, 15, 16, 17, 32, 40, 64, 65, 96, 128):
+        yield Case(136, 264, 200, R, half if R % 2 else brain, adapters_float=R % 3 == 0, p=0.25 * (R % 4), sms=4), {}
+    for M, N, K in ((1, 8, 8), (127, 256, 64), (128, 248, 72), (129, 264, 520), (257, 520, 136), (65, 1032, 8)):
+        for p in (0.0, 0.5):
+            yield Case(M, N, K, 16, p=p, sms=5, padding=8 * (M % 2)), {}
+    for need in ("X", "A", "B", "XA", "XB", "AB"):
+        yield Case(200, 264, 264, 24, p=0.1, need=need, bias=False, sms=4), {}
+    for p in (1e-6, 0.999, 1.0):
+        yield Case(130, 264, 136, 8, half, p=p, sms=3), {}
+    for sms in (2, 3, 6, 9):  # one streaming CTA or several; several tiles a CTA or fewer tiles than CTAs
+        yield Case(520, 520, 264, 8, p=0.3, sms=sms), {}
+        yield Case(520, 520, 264, 128, adapters_float=True, transposed=True, sms=sms), {}
+    yield Case(136, 264, 200, 24, p=0.2), {"late": False}
+    yield Case(136, 264, 200, 24, p=0.2), {"wgmma_by_warp": True}
+    for seed in range(20):
+        yield Case(300, 520, 264, 24, p=0.3, sms=3 + seed % 4), {"seed": seed}
+        yield Case(264, 264, 136, 128, half, adapters_float=True, p=0.3 * (seed % 2), sms=3 + seed % 3), {"seed": seed}

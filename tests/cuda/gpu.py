@@ -3,7 +3,7 @@
     with Emulated(sms=5) as gpu:
         S = cuda.forward(...)
 
-What runs is nvcc's PTX of csrc/cuda. `gpu.edit` maps a kernel's PTX before it runs: mutants.
+What runs is nvcc's PTX of csrc/cuda; `edit` breaks it first.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import functools
 import importlib.util
 import subprocess
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from fastlora.kernels import cuda
+from tests.cuda.mutants import Mutant
 from tests.ptx import nvcc
 from tests.ptx.hopper import TensorMap
 from tests.ptx.launch import Options, Tensors, run
@@ -52,13 +52,16 @@ def host() -> tuple[Path, ctypes.CDLL]:
 
 
 @functools.cache
-def program(name: str, edit: Callable[[str], str] | None) -> Program:
-    text = nvcc.ptx(SOURCES / f"{name.split('_')[0]}.cu")
-    start = text.index(f".entry {name}(")
-    head, body = text[: text.index(".visible .entry")], text[start:]
-    body = body[: body.find(".visible .entry")] if ".visible .entry" in body else body
-    one = f"{head}.visible {body}"
-    return Program(parse(edit(one) if edit else one, name))
+def text(name: str) -> str:
+    """A kernel's PTX, alone in its module."""
+    whole = nvcc.ptx(SOURCES / f"{name.split('_')[0]}.cu")
+    head, *kernels = whole.split(".visible .entry ")
+    return f"{head}.visible .entry {next(k for k in kernels if k.startswith(f'{name}('))}"
+
+
+@functools.cache
+def program(name: str, edit: Mutant | None) -> Program:
+    return Program(parse(edit(text(name)) if edit else text(name), name))
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Emulated:
 
     sms: int = 5
     options: Options = field(default_factory=Options)
-    edit: Callable[[str], str] | None = None
+    edit: Mutant | None = None
     launches: list[tuple[str, int]] = field(default_factory=list)
     error: BaseException | None = None
 
@@ -102,7 +105,8 @@ class Emulated:
 
     def _launched(self, name, grid, threads, shared, cooperative, arguments) -> int:
         try:
-            kernel = program(name.decode(), self.edit)
+            edit = self.edit if self.edit and name.decode().startswith(self.edit.kernel) else None
+            kernel = program(name.decode(), edit)
             values = []
             for slot, at in zip(kernel.kernel.params.values(), arguments[: len(kernel.kernel.params)], strict=True):
                 raw = ctypes.string_at(at, slot.size)
