@@ -33,7 +33,8 @@ struct ForwardCall {
 };
 
 struct BackwardCall {
-    const void *dy, *x, *weight, *lora_A, *lora_B, *S;  // (M, N), (M, K), (N, K), (R, K), (N, R), (M, R)
+    // x (M, K) where dA is needed, weight (N, K) where dX is
+    const void *dy, *x, *weight, *lora_A, *lora_B, *S;  // (M, N), ., ., (R, K), (N, R), (M, R)
     const int64_t* seed;
     void *dX, *dA, *dB;                                 // (M, K), (R, K), (N, R) or null where not needed
     void *dS_rows, *dS_columns, *S_columns;             // scratch: (M, stride_s), (R, stride_t) twice
@@ -246,11 +247,11 @@ int fastlora_cuda_backward(const BackwardCall* call) {
     // what a launch does not use is mapped to something that is there
     CUtensorMap dy, w, ds, a, b, x, s, dst, dx;
     TRY(encode(dy, c.dy, c.M, c.N, c.stride_dy, c.is_half));
-    TRY(encode(w, c.weight, c.N, c.K, c.stride_w, c.is_half));
+    TRY(encode(w, c.dX ? c.weight : c.packed_A, c.dX ? c.N : c.R, c.K, c.dX ? c.stride_w : c.K, c.is_half));
     TRY(encode(ds, c.dS_rows, c.M, c.R, sizes.stride_s, c.is_half));
     TRY(encode(a, c.packed_A, c.R, c.K, c.K, c.is_half));
     TRY(encode(b, c.packed_B, c.R, c.N, c.N, c.is_half));
-    TRY(encode(x, c.x ? c.x : c.packed_A, c.x ? c.M : c.R, c.K, c.x ? c.stride_x : c.K, c.is_half));
+    TRY(encode(x, c.dA ? c.x : c.packed_A, c.dA ? c.M : c.R, c.K, c.dA ? c.stride_x : c.K, c.is_half));
     TRY(encode(s, c.S_columns, c.R, c.M, sizes.stride_t, c.is_half));
     TRY(encode(dst, c.dS_columns, c.R, c.M, sizes.stride_t, c.is_half));
     TRY(encode(dx, c.dX ? c.dX : c.packed_A, c.dX ? c.M : c.R, c.K, c.dX ? c.stride_dx : c.K, c.is_half, CUT));

@@ -28,25 +28,22 @@ _TAIL = [(name, _int) for name in ("M", "N", "K", "R", "is_half", "adapters_floa
 ]
 
 
-class ForwardCall(ctypes.Structure):
+def _call(name: str, pointers: str, strides: str) -> type[ctypes.Structure]:
     """csrc/cuda/host.cpp's struct of this name."""
-
-    _fields_ = [
-        *((name, _pointer) for name in "x weight bias lora_A lora_B seed y S S_rows packed_A packed_B flags".split()),
-        *((f"stride_{name}", _long) for name in "x w y ar ak bn br".split()),
-        *_TAIL,
-    ]
+    fields = [(pointer, _pointer) for pointer in pointers.split()]
+    return type(
+        name, (ctypes.Structure,), {"_fields_": fields + [(f"stride_{s}", _long) for s in strides.split()] + _TAIL}
+    )
 
 
-class BackwardCall(ctypes.Structure):
-    """csrc/cuda/host.cpp's struct of this name."""
-
-    _fields_ = [
-        *((name, _pointer) for name in "dy x weight lora_A lora_B S seed dX dA dB".split()),
-        *((name, _pointer) for name in "dS_rows dS_columns S_columns packed_A packed_B partials flags".split()),
-        *((f"stride_{name}", _long) for name in "dy x w dx ar ak bn br".split()),
-        *_TAIL,
-    ]
+ForwardCall = _call(
+    "ForwardCall", "x weight bias lora_A lora_B seed y S S_rows packed_A packed_B flags", "x w y ar ak bn br"
+)
+BackwardCall = _call(
+    "BackwardCall",
+    "dy x weight lora_A lora_B S seed dX dA dB dS_rows dS_columns S_columns packed_A packed_B partials flags",
+    "dy x w dx ar ak bn br",
+)
 
 
 class Sizes(ctypes.Structure):
@@ -150,14 +147,16 @@ def forward(
 
 
 def backward(
-    dy2: Tensor, x2: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, S: Tensor, scaling: float,
-    dropout_p: float, seed: Tensor | None, need_dx: bool = True, need_dA: bool = True, need_dB: bool = True,
+    dy2: Tensor, x2: Tensor | None, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, S: Tensor, scaling: float,
+    dropout_p: float, seed: Tensor | None, need_dB: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dX (M, K), dA (R, K) and dB (N, R), each where needed, else None; dA and dB in the adapters' dtype.
+    """dX (M, K), dA (R, K) and dB (N, R), contiguous; dA and dB in the adapters' dtype.
+
+    No dX where weight is None, no dA where x2 is, no dB unless `need_dB`: None, and the launch does less.
 
     Args:
         dy2: (M, N), x2's dtype, rows at multiples of 16 bytes (`fits`).
-        x2: as in `forward`; may be None where dA is not needed.
+        x2, weight: as in `forward`, or None.
         S: (M, R), dy2's dtype, contiguous: what `forward` returned. The rest as there.
 
     Raises:
@@ -166,8 +165,8 @@ def backward(
     (M, N), (R, K) = dy2.shape, lora_A.shape
     sizes = _sizes(M, N, K, R)
     empty = torch.empty
-    dX = empty(M, K, dtype=dy2.dtype, device=dy2.device) if need_dx else None
-    dA = empty(R, K, dtype=lora_A.dtype, device=dy2.device) if need_dA else None
+    dX = empty(M, K, dtype=dy2.dtype, device=dy2.device) if weight is not None else None
+    dA = empty(R, K, dtype=lora_A.dtype, device=dy2.device) if x2 is not None else None
     dB = empty(N, R, dtype=lora_B.dtype, device=dy2.device) if need_dB else None
     scratch = {
         "dS_rows": empty(M, sizes.stride_s, dtype=dy2.dtype, device=dy2.device),
@@ -177,11 +176,10 @@ def backward(
         "packed_B": empty(R, N, dtype=dy2.dtype, device=dy2.device),
         "partials": empty(sizes.partials, dtype=torch.float32, device=dy2.device),
     }
-    x2 = x2 if need_dA else None
     call = BackwardCall(
-        stride_dy=dy2.stride(0), stride_x=K if x2 is None else x2.stride(0), stride_w=weight.stride(0), stride_dx=K,
-        **_of_adapters(lora_A, lora_B), M=M, N=N, K=K, R=R, is_half=dy2.dtype is torch.float16,
-        threshold=round(dropout_p * 65536), scaling=scaling,
+        stride_dy=dy2.stride(0), stride_x=0 if x2 is None else x2.stride(0),
+        stride_w=0 if weight is None else weight.stride(0), stride_dx=K, **_of_adapters(lora_A, lora_B), M=M, N=N, K=K,
+        R=R, is_half=dy2.dtype is torch.float16, threshold=round(dropout_p * 65536), scaling=scaling,
     )  # fmt: skip
     reads = {"dy": dy2, "x": x2, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "S": S, "seed": seed}
     _run("backward", call, reads, {"dX": dX, "dA": dA, "dB": dB, **scratch}, sizes)
@@ -216,7 +214,7 @@ def _zero_flags(device: torch.device, stream: int, words: int) -> Tensor:
 
 
 def _run(name: str, call, reads: dict[str, Tensor | None], writes: dict[str, Tensor | None], sizes: Sizes) -> None:
-    device = reads["weight"].device
+    device = reads["lora_A"].device
     call.stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     reads["flags"] = _zero_flags(device, call.stream or 0, sizes.flags)
     _launch(name, call, reads, writes)
@@ -226,5 +224,5 @@ def _launch(name: str, call, reads: dict[str, Tensor | None], writes: dict[str, 
     for field, tensor in {**reads, **writes}.items():
         setattr(call, field, None if tensor is None else tensor.data_ptr())
     lib = library()
-    with torch.cuda.device(reads["weight"].device):
+    with torch.cuda.device(reads["lora_A"].device):
         _check(lib, getattr(lib, f"fastlora_cuda_{name}")(ctypes.byref(call)))

@@ -15,7 +15,7 @@ SEED = 0x1234_5678_9ABC_DEF0
 
 @dataclass(frozen=True)
 class Case:
-    """`exact` shapes of one call. `padding`: elements between the rows of x, dy, weight and y."""
+    """One call. `padding`: elements between the rows of x, dy, weight and y."""
 
     M: int
     N: int
@@ -71,8 +71,8 @@ def exact(scaling: float, p: float) -> float:
     return scaling if p in (0.0, 1.0) else scaling * (1.0 - round(p * 65536) / 65536) / (1.0 - p)
 
 
-def call(case: Case, gpu: Emulated) -> tuple[dict[str, torch.Tensor], accuracy.Inputs]:
-    """Forward and backward once; what came out, and the inputs to hold it against."""
+def call(case: Case, gpu: Emulated, kernel: str = "") -> tuple[dict[str, torch.Tensor], accuracy.Inputs]:
+    """Forward and backward once, or the one named; what came out, and the inputs to hold it against."""
     inputs = accuracy.draw(
         case.M, case.N, case.K, case.R, case.dtype, adapter_dtype=torch.float32 if case.adapters_float else None,
         bias=case.bias, seed=case.M + case.N,
@@ -86,12 +86,24 @@ def call(case: Case, gpu: Emulated) -> tuple[dict[str, torch.Tensor], accuracy.I
     y = spaced(torch.zeros(case.M, case.N, dtype=case.dtype), case.padding)
     seed = torch.tensor([SEED]) if case.p else None
     scaling = exact(inputs.scaling, case.p)
+    out = {}
     with gpu:
-        S = cuda.forward(x, weight, inputs.bias, A, B, scaling, case.p, seed, y)
-        needs = [letter in case.need for letter in "XAB"]
-        gradients = cuda.backward(dy, x, weight, A, B, S, scaling, case.p, seed, *needs)
-    out = {"Y": y, **dict(zip(("dX", "dA", "dB"), gradients, strict=True))}
+        if kernel == "backward":
+            S = dropped(inputs) @ inputs.lora_A.to(case.dtype).float().t() * inputs.scaling
+            S = S.to(case.dtype)
+        else:
+            S = cuda.forward(x, weight, inputs.bias, A, B, scaling, case.p, seed, y)
+            out["Y"] = y
+        if kernel != "forward":
+            needed = (x if "A" in case.need else None), (weight if "X" in case.need else None)
+            gradients = cuda.backward(dy, *needed, A, B, S, scaling, case.p, seed, "B" in case.need)
+            out |= dict(zip(("dX", "dA", "dB"), gradients, strict=True))
     return {name: t for name, t in out.items() if t is not None}, inputs
+
+
+def dropped(inputs: accuracy.Inputs) -> torch.Tensor:
+    x = inputs.x.float()
+    return x if inputs.mask is None else x * inputs.mask / (1.0 - inputs.dropout_p)
 
 
 def violations(case: Case, **options) -> list[str]:

@@ -1,4 +1,4 @@
-"""Broken copies of the kernels: each changes one place of the PTX. A copy that nobody notices is a check that is missing.
+"""Broken copies of the kernels, one place of the PTX each. One that nobody notices is a check that is missing.
 
 A mutant is (kernel, kind, n): the n-th place of its kind, among those that the kernel has.
 """
@@ -65,10 +65,11 @@ def notice(mutant: Mutant) -> str | None:
     from tests.cuda.gpu import Emulated
     from tests.ptx.launch import Options
 
-    case = Case(264, 264, 136, 8, p=0.25, sms=4)
+    sizes = (264, 520, 136) if mutant.kernel == "forward" else (264, 136, 520)
+    case = Case(*sizes, 8, p=0.25, sms=5)  # two CTAs that stream, three that multiply, each several tiles
     for options in (Options(), Options(late=False), *(Options(seed=seed) for seed in range(4))):
         try:
-            found = accuracy.violations(*call(case, Emulated(case.sms, options, mutant)))
+            found = accuracy.violations(*call(case, Emulated(case.sms, options, mutant), mutant.kernel))
         except Exception as error:
             return f"{type(error).__name__}: {str(error)[:160]}"
         if found:
