@@ -138,14 +138,6 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
     }
 }
 
-// A row block of S by columns, for dB.
-template <typename T> DEVICE void transpose_S(const Consumer& me, const BackwardArgs& p, int row) {
-    const int rows = p.M - row < TILE_M ? p.M - row : TILE_M;
-    for (int i = me.thread; i < rows * p.R; i += 256)
-        static_cast<T*>(p.S_columns)[static_cast<int64_t>(i % p.R) * p.stride_t + row + i / p.R] =
-            static_cast<const T*>(p.S)[static_cast<int64_t>(row) * p.R + i];
-}
-
 // The bits of a tile's mask, by the three warps beside the producer: bit c % 8 of kept[row][c / 8] for column c.
 DEVICE void make_kept(Shared& sm, int tile, int row, int column, uint64_t seed, uint32_t threshold) {
     const int buffer = tile % 2;
@@ -225,7 +217,6 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
     Ring ring(sm);
     const bool streams = cta() < p.streamers, sums = streams && p.sums;
     constexpr int TAIL = RP > 64 ? 2 : 1, SIXTEENS = RP < 64 ? RP / 16 : 4;
-    if (sums) pack_adapters<T>(p.adapters, p.N, p.K, p.R, 0, true, p.streamers, p.flags);
 
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
@@ -238,7 +229,7 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
         }
         if (threadIdx.x) return;
         if (sums) {
-            wait_packed(p.streamers, p.flags);
+            wait_packed(p.streamers + p.others, p.streamers, p.flags);
             for (int row = cta(); row < p.rows; row += p.streamers) load_sum<RP>(ring, dy, b, row * TILE_M, p.N);
         }
         for (int i = streams ? p.tiles : cta() - p.streamers; i < p.tiles; i += p.others) {
@@ -258,9 +249,12 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     const Consumer me;
+    if (p.sums) pack_adapters<T>(me, p.adapters, p.N, p.K, p.R, 0, p.streamers + p.others, p.flags);
     for (int row = cta(); streams && row < p.rows; row += p.streamers) {
         if (p.sums) sum_rows<T, RP>(ring, me, p.dS, row * TILE_M, p.M, p.N, p.R, nullptr, 0);
-        transpose_S<T>(me, p, row * TILE_M);
+        const int m = row * TILE_M, high = p.M - m < TILE_M ? p.M - m : TILE_M;
+        pack<T>(static_cast<T*>(p.S_columns) + m, p.stride_t, static_cast<const T*>(p.S) + static_cast<int64_t>(m) * p.R,
+                false, p.R, high, 1, p.R, me.thread, 256);
         me.sync_both();
         if (me.thread == 0) flag_set(&p.flags[ROWS + row], p.readers);
     }

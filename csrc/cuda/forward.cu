@@ -38,13 +38,12 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
     Ring ring(sm);
     const bool streams = cta() < p.streamers;
     constexpr int TAIL = cdiv(RP, TILE_K), SIXTEENS = RP < 64 ? RP / 16 : 4;  // stages of the tail, and what each holds
-    if (streams) pack_adapters<T>(p.adapters, p.N, p.K, p.R, p.S.stride_s, false, p.streamers, p.flags);
 
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
         if (threadIdx.x) return;
         if (streams) {
-            wait_packed(p.streamers, p.flags);
+            wait_packed(p.streamers + p.others, p.streamers, p.flags);
             for (int row = cta(); row < p.rows; row += p.streamers) load_sum<RP>(ring, x, a, row * TILE_M, p.K);
             return;
         }
@@ -64,6 +63,7 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     const Consumer me;
+    pack_adapters<T>(me, p.adapters, p.N, p.K, p.R, p.S.stride_s, p.streamers + p.others, p.flags);
     if (streams) {
         for (int row = cta(); row < p.rows; row += p.streamers) {
             sum_rows<T, RP>(ring, me, p.S, row * TILE_M, p.M, p.K, p.R, p.seed, p.threshold);

@@ -124,6 +124,7 @@ template <typename Call> int check(const Call& c) {
     const int most = 1 << 30;
     if (c.M < 1 || c.N < 1 || c.K < 1 || c.M > most || c.N > most || c.K > most) return SIZE;
     if (static_cast<int64_t>(cdiv(c.M, TILE_M)) * (cdiv(c.N, TILE_N) + cdiv(c.K, TILE_N)) > most) return SIZE;
+    if (static_cast<int64_t>(c.R) * (c.N > c.K ? c.N : c.K) > most) return SIZE;
     return c.N % 8 || c.K % 8 ? ALIGNMENT : 0;
 }
 

@@ -114,29 +114,45 @@ struct Tile {
     }
 };
 
-// ---- the adapters, whatever their strides and dtype, made fit for TMA: A (R, K), B (N, stride) or Bᵀ (R, N)
+// ---- packing: what TMA cannot read as it lies (the adapters, of any strides and dtype) copied to where it can
 
-template <typename T> DEVICE T adapter(const void* p, int64_t i, bool is_float) {
-    return is_float ? T(static_cast<const float*>(p)[i]) : static_cast<const T*>(p)[i];
-}
-
-template <typename T> DEVICE void pack_adapters(const Adapters& a, int N, int K, int R, int stride, bool transposed,
-                                                int streamers, int32_t* flags) {
-    const int64_t step = static_cast<int64_t>(streamers) * THREADS, first = cta() * THREADS + threadIdx.x;
-    T *A = static_cast<T*>(a.packed_A), *B = static_cast<T*>(a.packed_B);
-    for (int64_t i = first; i < static_cast<int64_t>(R) * K; i += step)
-        A[i] = adapter<T>(a.lora_A, i / K * a.stride_ar + i % K * a.stride_ak, a.is_float);
-    for (int64_t i = first; i < static_cast<int64_t>(R) * N; i += step) {
-        const int64_t r = transposed ? i / N : i % R, n = transposed ? i % N : i / R;
-        B[transposed ? i : n * stride + r] = adapter<T>(a.lora_B, n * a.stride_bn + r * a.stride_br, a.is_float);
+// (rows, columns) elements from strides (s0, s1) to strides (d0, 1), by threads first, first + step, ... ; four loads of a
+// thread are under way at a time.
+template <typename T> DEVICE void pack(T* to, int64_t d0, const void* from, bool is_float, unsigned rows, unsigned columns,
+                                       int64_t s0, int64_t s1, unsigned first, unsigned step) {
+    const unsigned count = rows * columns;
+    for (unsigned i = first; i < count; i += 4 * step) {
+        T x[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const unsigned at = i + j * step;
+            if (at >= count) break;
+            const int64_t source = at / columns * s0 + at % columns * s1;
+            x[j] = is_float ? T(static_cast<const float*>(from)[source]) : static_cast<const T*>(from)[source];
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const unsigned at = i + j * step;
+            if (at < count) to[at / columns * d0 + at % columns] = x[j];
+        }
     }
-    __syncthreads();
-    if (threadIdx.x == 0) flag_add(&flags[PACKED], 1);
 }
 
-DEVICE void wait_packed(int streamers, int32_t* flags) {  // one thread of each streaming CTA
-    while (flag_read(&flags[PACKED]) < streamers);
-    if (flag_count(&flags[PACKED], 1) == 2 * streamers - 1) flag_count(&flags[PACKED], -2 * streamers);
+// All CTAs pack, while their first tiles are on the way: A to (R, K), B to (N, stride) or, for a stride of 0, Bᵀ (R, N).
+template <typename T>
+DEVICE void pack_adapters(const Consumer& me, const Adapters& a, int N, int K, int R, int stride, int ctas, int32_t* flags) {
+    const unsigned first = cta() * 256 + me.thread, step = ctas * 256;
+    T *A = static_cast<T*>(a.packed_A), *B = static_cast<T*>(a.packed_B);
+    pack<T>(A, K, a.lora_A, a.is_float, R, K, a.stride_ar, a.stride_ak, first, step);
+    if (stride) pack<T>(B, stride, a.lora_B, a.is_float, N, R, a.stride_bn, a.stride_br, first, step);
+    else pack<T>(B, N, a.lora_B, a.is_float, R, N, a.stride_br, a.stride_bn, first, step);
+    me.sync_both();
+    if (me.thread == 0) flag_add(&flags[PACKED], 1);
+}
+
+DEVICE void wait_packed(int ctas, int streamers, int32_t* flags) {  // one thread of each streaming CTA
+    while (flag_read(&flags[PACKED]) < ctas);
+    if (flag_count(&flags[PACKED], 1) == ctas + streamers - 1) flag_count(&flags[PACKED], -ctas - streamers);
     fence_async_proxy();
 }
 
@@ -207,7 +223,7 @@ DEVICE void sum_rows(Ring& ring, const Consumer& me, const Rank& S, int row, int
 #pragma unroll
     for (int i = 0; i < RP / 2; i += 2) {
         const int m = row + BOX * me.half + me.row + 8 * (i / 2 % 2), r = 8 * (i / 4) + me.column;
-        const uint32_t two = pack(T(), d[i] * factor, d[i + 1] * factor);
+        const uint32_t two = pack_two(T(), d[i] * factor, d[i + 1] * factor);
         if (m >= M || r >= R) continue;
         *reinterpret_cast<uint32_t*>(static_cast<T*>(S.rows) + static_cast<int64_t>(m) * S.stride_s + r) = two;
         if (!S.again) continue;
@@ -233,15 +249,19 @@ template <typename T> struct Exit {
             const int n = column + CUT * cut;
             if (n >= columns) return;
             uint8_t* piece = sm.out[me.half][pieces % CUTS];
+            float2 b[4] = {};
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int c = n + 8 * j + me.column;
+                if (bias && c < columns) b[j] = {to_float(bias[c]), to_float(bias[c + 1])};
+            }
             if (me.leads_half()) tma_store_wait<CUTS - 1>();
             me.sync_half();
 #pragma unroll
             for (int i = 0; i < 16; i += 2) {  // rows of 64 bytes, swizzled by 64
                 const int r = me.row + 8 * (i / 2 % 2), c = 8 * (i / 4) + me.column;
-                float low = 0, high = 0;
-                if (bias && n + c < columns) low = to_float(bias[n + c]), high = to_float(bias[n + c + 1]);
                 *reinterpret_cast<uint32_t*>(piece + 64 * r + (2 * c ^ (r / 2 % 4 * 16))) =
-                    pack(T(), d[16 * cut + i] + low, d[16 * cut + i + 1] + high);
+                    pack_two(T(), d[16 * cut + i] + b[i / 4].x, d[16 * cut + i + 1] + b[i / 4].y);
             }
             fence_async_proxy();
             me.sync_half();

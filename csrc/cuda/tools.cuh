@@ -146,11 +146,11 @@ DEVICE void wgmma(float (&d)[COUNT], uint32_t a, uint32_t b, int more) {
 
 // ---- numbers
 
-DEVICE uint32_t pack(__nv_bfloat16, float low, float high) {
+DEVICE uint32_t pack_two(__nv_bfloat16, float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
-DEVICE uint32_t pack(__half, float low, float high) {
+DEVICE uint32_t pack_two(__half, float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
 }

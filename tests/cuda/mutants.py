@@ -65,7 +65,7 @@ def notice(mutant: Mutant) -> str | None:
     from tests.cuda.gpu import Emulated
     from tests.ptx.launch import Options
 
-    sizes = (264, 520, 136) if mutant.kernel == "forward" else (264, 136, 520)
+    sizes = (264, 520, 264) if mutant.kernel == "forward" else (264, 136, 520)
     case = Case(*sizes, 8, p=0.25, sms=5)  # two CTAs that stream, three that multiply, each several tiles
     for options in (Options(), Options(late=False), *(Options(seed=seed) for seed in range(4))):
         try:
