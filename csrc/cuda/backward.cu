@@ -1,10 +1,10 @@
 // dX = dY W + drop'(dS A), dA = dSᵀ drop(X), dB = dYᵀ S with dS = s · dY B, for sm_90a in one launch.
 //
 // The plan
-//   CTAs 0 .. streamers - 1 pack the adapters and sum dS [128, R] row block by row block, as the forward launch sums S.
-//   The others run the GEMM of dX: N in steps of 64 over (dY, W), then the tail over (dS, A) once the row block's flag is
-//   set. Whoever is done, the streaming CTAs first, takes items from a queue: dB, then dA, in slabs of 256 columns of dY
-//   or x and parts of its rows; S and dS lie by columns for this. Parts are summed in order by whoever finishes a slab's
+//   CTAs 0 .. streamers - 1 sum dS [128, R] row block by row block, as the forward launch sums S. The others run the
+//   GEMM of dX: N in steps of 64 over (dY, W), then the tail over (dS, A) once the row block's flag is set. Whoever
+//   is done, the streaming CTAs first, takes items from a queue: dB, then dA, in slabs of 256 columns of dY or x and
+//   parts of its rows. For this S and dS also lie by columns. Parts are summed in order by whoever finishes a slab's
 //   last: the sum is the same whoever that is, and no float is added atomically.
 //   With dropout the tail cannot share the accumulator: three warps that have nothing else to do make the tile's mask
 //   bits while the K loop runs, 4 KiB in shared memory; the tail is multiplied 64 columns at a time and added where
@@ -12,20 +12,21 @@
 //   Not needed: without dX there are no tiles, without dA or dB none of its items, without both dX and dA no dS.
 //
 // Why nothing waits for ever
-//   As forward: the grid is resident; packing waits for nothing, dS for packing, tiles and items for dS. All streaming
+//   As forward: the grid is resident; packing waits for nothing, dS for packing, tiles and items for dS. Streaming
 //   CTAs finish dS before they take an item, so an item waits only for what is running. Counters end at 0: a flag's
 //   readers, the queue's takers (items + CTAs), a slab's parts.
 //
-// The floor and the model's prediction: H100, bf16, M = 8192, K = N = 4096, R = 16 (798 TFLOP/s, 3 TB/s). Never measured.
-//   floor       275 GFLOP, 344 µs; bytes 67 (dY) + 34 (W) + 67 (x) + 67 (dX) MB, 78 µs, lie beneath it
-//   GEMM        8 waves of 33.2 k cycles, as forward; + 5 to 8 % if no result leaves beneath the next tile
-//   dS          4 SMs of 100 GB/s read 67 MB in 168 µs: 17 row blocks a wave, the GEMM wants 8
-//   dB, dA      134 MB. The 4 SMs take 70 MB of it while the GEMM runs; the rest, 64 MB, costs all SMs 21 µs after it
-//   partials    9 parts of 8192 x 16 float32 and back, 10 MB in L2, within that
-//   the mask    4,096 Philox calls a tile on three warps, 8 k of the tile's 33 k cycles; in the tail of R = 16 four waits
-//               of some 100 cycles; dA's own 75 cycles a call of a warp, 10 µs on all SMs, beside its 21 µs of bytes
-//   in all      370 to 395 µs, with dropout 5 to 10 more
-// Where to look if it misses: as forward; then the queue's 21 µs: one read of dY for dS and dB both would save half.
+// The floor and the model's prediction: H100, bf16, M = 8192, K = N = 4096, R = 16 (798 TFLOP/s, 3 TB/s).
+// Never measured.
+//   floor     275 GFLOP, 344 µs; 67 (dY) + 34 (W) + 67 (x) + 67 (dX) MB, 78 µs, lie beneath it
+//   GEMM      8 waves of 65.8 k cycles; + 8 µs for what leaves, as forward
+//   dS        4 SMs of 100 GB/s read 67 MB in 168 µs, 16 row blocks a wave; the GEMM wants 8
+//   dB, dA    134 MB. The 4 SMs take 70 MB of it while the GEMM runs; the rest, 64 MB, costs all SMs 21 µs after it
+//   partials  9 parts of 8192 x 16 float32 and back, 10 MB in L2, within that
+//   the mask  4,096 Philox calls a tile on three warps, 8 k of the tile's 66 k cycles; the tail's four waits, 1 k a
+//             tile; dA's own 75 cycles a call of a warp, 10 µs on all SMs, beside its 21 µs of bytes
+//   in all    365 to 385 µs, with dropout 5 to 10 more
+// Where to look if it misses: as forward; then the queue's 21 µs: one read of dY for dS and dB both would halve it.
 
 #include "roles.cuh"
 
@@ -48,7 +49,6 @@ struct Item {
 template <int RP>
 DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, const TensorMap& x, const TensorMap& ds,
                        const BackwardArgs& p) {
-    constexpr int HIGH = RP > 64 ? 2 : 1;
     while (true) {
         const int taken = flag_count(&p.flags[QUEUE], 1), last = p.items + p.streamers + p.others - 1;
         if (taken == last) flag_count(&p.flags[QUEUE], -1 - last);
@@ -57,9 +57,9 @@ DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, cons
         for (int m = 0; m < item.rows; m += BOX) {
             const int row = item.row + m;
             if (row % TILE_M == 0) wait_row(row / TILE_M, p.flags);
-            ring.fill(4 + HIGH, taken);
+            ring.fill(4 + TAIL<RP>, taken);
             for (int j = 0; j < 4; j++) ring.load(j, item.of_A ? x : dy, item.slab * TILE_N + BOX * j, row);
-            for (int j = 0; j < HIGH; j++) ring.load(4 + j, item.of_A ? ds : s, row, BOX * j);
+            for (int j = 0; j < TAIL<RP>; j++) ring.load(4 + j, item.of_A ? ds : s, row, BOX * j);
             ring.next();
         }
     }
@@ -82,16 +82,14 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
             ring.wait();
             if (drops) {
                 for (int j = 2 * me.half; j < 2 * me.half + 2; j++)
-                    drop_box(ring.box(j), item.row + m, item.slab * TILE_N + BOX * j, seed, p.threshold, me.thread % 128);
+                    drop_box(ring.box(j), item.row + m, item.slab * TILE_N + BOX * j, seed, p.threshold, me.thread);
                 fence_async_proxy();
                 me.sync_half();
             }
             wgmma_fence();
-#pragma unroll
-            for (int j = 0; j < 2; j++)
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    wgmma<T, true, false>(d[j], mn_major(ring.box(2 * me.half + j)) + 128 * k, k_major(ring.box(4)) + 2 * k, m + k);
+            UNROLL for (int i = 0; i < 8; i++)
+                wgmma<T, true, false>(d[i / 4], mn_major(ring.box(2 * me.half + i / 4)) + i % 4 * 128,
+                                      k_major(ring.box(4)) + i % 4 * 2, m + i % 4);
             wgmma_commit();
             wgmma_wait<0>();
             settle(d[0]);
@@ -100,12 +98,11 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
             ring.next();
         }
 
-        if (p.parts > 1) {  // partial sums, each thread's where it finds them again; the last to come adds them in order
+        if (p.parts > 1) {  // each thread's sums where it finds them again; the last to come adds them in order
             const int number = (item.of_A ? cdiv(p.N, TILE_N) : 0) + item.slab;
             float* slab = p.partials + static_cast<int64_t>(number) * p.parts * (TILE_N * RP) + me.thread;
             float* mine = slab + static_cast<int64_t>(item.part) * (TILE_N * RP);
-#pragma unroll
-            for (int i = 0; i < RP; i++) mine[256 * i] = d[i / (RP / 2)][i % (RP / 2)];
+            UNROLL for (int i = 0; i < RP; i++) mine[256 * i] = d[i / (RP / 2)][i % (RP / 2)];
             me.sync_both();
             if (me.thread == 0) {
                 sm.last = flag_add(&slabs_done[number], 1) == p.parts - 1;
@@ -113,21 +110,17 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
             }
             me.sync_both();
             if (!sm.last) continue;
-#pragma unroll
-            for (int i = 0; i < RP; i++) d[i / (RP / 2)][i % (RP / 2)] = 0;
+            UNROLL for (int i = 0; i < RP; i++) d[i / (RP / 2)][i % (RP / 2)] = 0;
             for (int part = 0; part < p.parts; part++, slab += TILE_N * RP)
-#pragma unroll
-                for (int i = 0; i < RP; i++) d[i / (RP / 2)][i % (RP / 2)] += slab[256 * i];
+                UNROLL for (int i = 0; i < RP; i++) d[i / (RP / 2)][i % (RP / 2)] += slab[256 * i];
         }
         const float scale = drops ? keep_scale(p.threshold) : 1.0f;
         const int64_t stride_c = item.of_A ? 1 : p.R, stride_r = item.of_A ? p.K : 1;
-#pragma unroll
-        for (int rows = 0; rows < 4; rows++) {  // of D: columns of P
+        UNROLL for (int rows = 0; rows < 4; rows++) {  // of D: columns of P
             const int c = item.slab * TILE_N + 128 * me.half + 64 * (rows / 2) + me.row + 8 * (rows % 2);
             if (c >= (item.of_A ? p.K : p.N)) continue;
             int64_t at = c * stride_c + me.column * stride_r;
-#pragma unroll
-            for (int i = 0; i < RP / 4; at += (i % 2 ? 7 : 1) * stride_r, i++) {
+            UNROLL for (int i = 0; i < RP / 4; at += (i % 2 ? 7 : 1) * stride_r, i++) {
                 if (8 * (i / 2) + me.column + i % 2 >= p.R) continue;
                 const float value = d[rows / 2][i / 2 * 4 + 2 * (rows % 2) + i % 2] * scale;
                 void* out = item.of_A ? p.dA : p.dB;
@@ -149,8 +142,7 @@ DEVICE void make_kept(Shared& sm, int tile, int row, int column, uint64_t seed, 
         for (int j = 0; j < 4; j++) {
             uint32_t w[4];
             philox(seed, column / 8 + 4 * c + j, row + r, w);
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
+            UNROLL for (int k = 0; k < 4; k++) {
                 const uint32_t pair = keep_pair(w[k], threshold);
                 bits |= (pair & 1 | pair >> 16 & 2) << (8 * j + 2 * k);
             }
@@ -164,59 +156,54 @@ DEVICE void make_kept(Shared& sm, int tile, int row, int column, uint64_t seed, 
 // The tail where the mask drops: U = dS A, 64 columns at a time, added to D where kept.
 template <typename T, int RP>
 DEVICE void add_kept(float (&d)[128], Ring& ring, const Consumer& me, int tile, uint32_t threshold) {
-    constexpr int TAIL = RP > 64 ? 2 : 1, SIXTEENS = RP < 64 ? RP / 16 : 4;
+    constexpr int EACH = SIXTEENS<RP>;
     Shared& sm = ring.sm;
     const int buffer = tile % 2, first = ring.stage, second = (ring.stage + 1) % STAGES;
     const float scale = keep_scale(threshold);
     ring.wait();
     ring.next();
-    if (TAIL == 2) {
+    if (TAIL<RP> == 2) {
         ring.wait();
         ring.next();
     }
     barrier_wait(&sm.kept_full[buffer], tile / 2 % 2);
-#pragma unroll
-    for (int c = 0; c < TILE_N / BOX; c++) {
+    UNROLL for (int c = 0; c < TILE_N / BOX; c++) {
         float u[32];
         wgmma_fence();
 #pragma unroll 1  // or the descriptors of all four pieces are kept in registers
-        for (int k = 0; k < TAIL * SIXTEENS; k++) {
-            const uint8_t* stage = sm.stages[k < SIXTEENS ? first : second];
-            wgmma<T, false, true>(u, k_major(stage + me.half * BOX_BYTES) + k % SIXTEENS * 2,
-                                  mn_major(stage + (2 + c) * BOX_BYTES) + k % SIXTEENS * 128, k);
+        for (int k = 0; k < TAIL<RP> * EACH; k++) {
+            const uint8_t* stage = sm.stages[k < EACH ? first : second];
+            wgmma<T, false, true>(u, k_major(stage + me.half * BOX_BYTES) + k % EACH * 2,
+                                  mn_major(stage + (2 + c) * BOX_BYTES) + k % EACH * 128, k);
         }
         wgmma_commit();
         wgmma_wait<0>();
         settle(u);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
+        UNROLL for (int h = 0; h < 2; h++) {
             const int row = BOX * me.half + me.row + 8 * h;
             const uint2 kept = *reinterpret_cast<const uint2*>(&sm.kept[buffer][row][8 * c]);
             const uint32_t low = kept.x >> me.column, high = kept.y >> me.column;
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
+            UNROLL for (int j = 0; j < 8; j++)
+                UNROLL for (int e = 0; e < 2; e++) {
                     const int i = 4 * j + 2 * h + e;
                     add_if((j < 4 ? low : high) & 1u << (8 * (j % 4) + e), d[32 * c + i], u[i], scale);
                 }
         }
     }
     ring.give_back(first);
-    if (TAIL == 2) ring.give_back(second);
+    if (TAIL<RP> == 2) ring.give_back(second);
     __syncwarp();
     if (me.lane == 0) barrier_arrive(&sm.kept_empty[buffer]);
 }
 
 template <typename T, int RP>
-DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& ds, const TensorMap& a, const TensorMap& b,
-                     const TensorMap& x, const TensorMap& s, const TensorMap& ds_columns, const TensorMap& dx,
-                     const BackwardArgs& p) {
+DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& ds, const TensorMap& a,
+                     const TensorMap& b, const TensorMap& x, const TensorMap& s, const TensorMap& ds_columns,
+                     const TensorMap& dx, const BackwardArgs& p) {
     extern __shared__ __align__(1024) uint8_t raw[];
     Shared& sm = start(raw);
     Ring ring(sm);
     const bool streams = cta() < p.streamers, sums = streams && p.sums;
-    constexpr int TAIL = RP > 64 ? 2 : 1, SIXTEENS = RP < 64 ? RP / 16 : 4;
 
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
@@ -232,17 +219,8 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
             wait_packed(p.streamers + p.others, p.streamers, p.flags);
             for (int row = cta(); row < p.rows; row += p.streamers) load_sum<RP>(ring, dy, b, row * TILE_M, p.N);
         }
-        for (int i = streams ? p.tiles : cta() - p.streamers; i < p.tiles; i += p.others) {
-            const Tile tile(i, p.rows, p.columns);
-            for (int step = 0; step < cdiv(p.N, TILE_K) + TAIL; step++) {
-                const int tail = step - cdiv(p.N, TILE_K), n = TILE_K * (tail < 0 ? step : tail);
-                if (tail == 0) wait_row(tile.row, p.flags);
-                ring.fill(6);
-                for (int j = 0; j < 2; j++) ring.load(j, tail < 0 ? dy : ds, n, tile.row * TILE_M + BOX * j);
-                for (int j = 0; j < 4; j++) ring.load(2 + j, tail < 0 ? w : a, tile.column * TILE_N + BOX * j, n);
-                ring.next();
-            }
-        }
+        for (int i = streams ? p.tiles : cta() - p.streamers; i < p.tiles; i += p.others)
+            load_tile<RP, true>(ring, Tile(i, p.rows, p.columns), dy, w, ds, a, p.N, p.flags);
         load_items<RP>(ring, dy, s, x, ds_columns, p);
         return;
     }
@@ -253,8 +231,8 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
     for (int row = cta(); streams && row < p.rows; row += p.streamers) {
         if (p.sums) sum_rows<T, RP>(ring, me, p.dS, row * TILE_M, p.M, p.N, p.R, nullptr, 0);
         const int m = row * TILE_M, high = p.M - m < TILE_M ? p.M - m : TILE_M;
-        pack<T>(static_cast<T*>(p.S_columns) + m, p.stride_t, static_cast<const T*>(p.S) + static_cast<int64_t>(m) * p.R,
-                false, p.R, high, 1, p.R, me.thread, 256);
+        const T* S = static_cast<const T*>(p.S) + static_cast<int64_t>(m) * p.R;
+        pack<T>(static_cast<T*>(p.S_columns) + m, p.stride_t, S, false, p.R, high, 1, p.R, me.thread, 256);
         me.sync_both();
         if (me.thread == 0) flag_set(&p.flags[ROWS + row], p.readers);
     }
@@ -262,14 +240,12 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
     for (int i = streams ? p.tiles : cta() - p.streamers, n = 0; i < p.tiles; i += p.others, n++) {
         float d[128];
         Product<T, 128> product(d, ring);
-        int left = cdiv(p.N, TILE_K);
-        do product.template step<true, 4>(me.half);
-        while (--left);
+        product.template run<true>(cdiv(p.N, TILE_K), me.half);
         if (p.threshold) {
             product.finish();
             add_kept<T, RP>(d, ring, me, n, p.threshold);
         } else {
-            for (int step = 0; step < TAIL; step++) product.template step<true, SIXTEENS>(me.half);
+            for (int step = 0; step < TAIL<RP>; step++) product.template step<true, SIXTEENS<RP>>(me.half);
             product.finish();
         }
         const Tile tile(i, p.rows, p.columns);
@@ -281,11 +257,8 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
 
 #define KERNEL(NAME, T, RP)                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                          \
-        NAME##_r##RP(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap w,                       \
-                     const __grid_constant__ TensorMap ds, const __grid_constant__ TensorMap a,                       \
-                     const __grid_constant__ TensorMap b, const __grid_constant__ TensorMap x,                        \
-                     const __grid_constant__ TensorMap s, const __grid_constant__ TensorMap ds_columns,               \
-                     const __grid_constant__ TensorMap dx, const __grid_constant__ BackwardArgs p) {                  \
+        NAME##_r##RP(MAP dy, MAP w, MAP ds, MAP a, MAP b, MAP x, MAP s, MAP ds_columns, MAP dx,                       \
+                     const __grid_constant__ BackwardArgs p) {                                                        \
         backward<T, RP>(dy, w, ds, a, b, x, s, ds_columns, dx, p);                                                    \
     }
 #define KERNELS(NAME, T) KERNEL(NAME, T, 16) KERNEL(NAME, T, 32) KERNEL(NAME, T, 64) KERNEL(NAME, T, 128)

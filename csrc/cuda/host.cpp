@@ -3,8 +3,6 @@
 
 #include <cuda.h>
 #include <dlfcn.h>
-#include <stdio.h>
-#include <stdlib.h>
 
 #include <map>
 #include <mutex>
@@ -56,36 +54,25 @@ namespace {
 
 enum Refusal { NO_DRIVER = -1, OLD_DRIVER = -2, RANK = -3, SIZE = -4, ALIGNMENT = -5, OVERLAP = -6, RESIDENT = -7 };
 
-struct Driver {
-    decltype(&cuTensorMapEncodeTiled) encode;
-    decltype(&cuLaunchKernelEx) launch;
-    decltype(&cuLibraryLoadData) load;
-    decltype(&cuLibraryGetKernel) kernel;
-    decltype(&cuKernelSetAttribute) set_attribute;
-    decltype(&cuOccupancyMaxActiveBlocksPerMultiprocessor) occupancy;
-    decltype(&cuCtxGetDevice) device;
-    decltype(&cuDeviceGetAttribute) attribute;
-    decltype(&cuGetErrorString) error;
-};
+#define OF_DRIVER(F)                                                                                                  \
+    F(cuTensorMapEncodeTiled) F(cuLaunchKernelEx) F(cuLibraryLoadData) F(cuLibraryGetKernel) F(cuKernelSetAttribute)  \
+    F(cuOccupancyMaxActiveBlocksPerMultiprocessor) F(cuCtxGetDevice) F(cuDeviceGetAttribute) F(cuGetErrorString)
+#define MEMBER(name) decltype(&::name) name;
+#define FIND(name) if (!(d.name = reinterpret_cast<decltype(d.name)>(dlsym(library, #name)))) return OLD_DRIVER;
 
-Driver driver;
+#define TRY(call) if (const int failed = (call)) return failed
+
+struct Driver { OF_DRIVER(MEMBER) } driver;
+struct Ready { CUfunction function; int sms; };
 std::mutex mutex;
-
-struct Ready {
-    CUfunction function;
-    int sms;
-};
-
-#define TRY(call)                                                                                                     \
-    if (const int failed = (call)) return failed
 
 // The kernel on the current device, made ready the first time: its shared memory, and whether one fits each SM.
 int ready(bool backward, bool is_half, int R, Ready& out) {
     static CUlibrary libraries[2];
     static std::map<std::pair<std::string, CUdevice>, Ready> known;
-    if (!driver.launch) return NO_DRIVER;
+    if (!driver.cuLaunchKernelEx) return NO_DRIVER;
     CUdevice device;
-    TRY(driver.device(&device));
+    TRY(driver.cuCtxGetDevice(&device));
     const std::string name = std::string(backward ? "backward_" : "forward_") + (is_half ? "f16_r" : "bf16_r") +
                              std::to_string(padded_rank(R));
     const std::lock_guard<std::mutex> lock(mutex);
@@ -93,30 +80,32 @@ int ready(bool backward, bool is_half, int R, Ready& out) {
     if (found != known.end()) return out = found->second, 0;
     CUlibrary& library = libraries[backward];
     const void* image = backward ? fastlora_backward_image : fastlora_forward_image;
-    if (!library) TRY(driver.load(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0));
+    if (!library) TRY(driver.cuLibraryLoadData(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0));
     CUkernel kernel;
-    TRY(driver.kernel(&kernel, library, name.c_str()));
-    TRY(driver.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_BYTES, kernel, device));
+    TRY(driver.cuLibraryGetKernel(&kernel, library, name.c_str()));
+    TRY(driver.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_BYTES, kernel, device));
     out.function = reinterpret_cast<CUfunction>(kernel);
-    TRY(driver.attribute(&out.sms, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device));
+    TRY(driver.cuDeviceGetAttribute(&out.sms, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device));
     int blocks;
-    TRY(driver.occupancy(&blocks, out.function, THREADS, SHARED_BYTES));
+    TRY(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, out.function, THREADS, SHARED_BYTES));
     if (blocks < 1 || out.sms < 2) return RESIDENT;
     known[{name, device}] = out;
     return 0;
 }
 
 // (rows, columns) of 16-bit elements, moved in boxes of 64 x `wide`.
-int encode(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t stride, bool is_half, int wide = BOX) {
+int encode(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t stride, bool is_half,
+           int wide = BOX) {
     if (reinterpret_cast<uintptr_t>(data) % 16 || stride % 8) return ALIGNMENT;
     if (stride < columns) return OVERLAP;
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};
+    const cuuint64_t bytes[] = {static_cast<cuuint64_t>(stride) * 2};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(wide), BOX}, steps[] = {1, 1};
-    return driver.encode(&map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-                         const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                         wide == BOX ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const auto type = is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const auto swizzle = wide == BOX ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+    return driver.cuTensorMapEncodeTiled(&map, type, 2, const_cast<void*>(data), sizes, bytes, box, steps,
+                                         CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 template <typename Call> int check(const Call& c) {
@@ -139,7 +128,7 @@ int launch(const Ready& kernel, int grid, void** arguments, CUstream stream) {
     config.sharedMemBytes = SHARED_BYTES;
     config.hStream = stream;
     config.attrs = &together, config.numAttrs = 1;
-    return driver.launch(&config, kernel.function, arguments, nullptr);
+    return driver.cuLaunchKernelEx(&config, kernel.function, arguments, nullptr);
 }
 
 int smaller(int a, int b) { return a < b ? a : b; }
@@ -153,19 +142,7 @@ int fastlora_cuda_open(const char* path) {
     void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!library) return NO_DRIVER;
     Driver d;
-    const std::pair<void*, const char*> wanted[] = {
-        {&d.encode, "cuTensorMapEncodeTiled"},
-        {&d.launch, "cuLaunchKernelEx"},
-        {&d.load, "cuLibraryLoadData"},
-        {&d.kernel, "cuLibraryGetKernel"},
-        {&d.set_attribute, "cuKernelSetAttribute"},
-        {&d.occupancy, "cuOccupancyMaxActiveBlocksPerMultiprocessor"},
-        {&d.device, "cuCtxGetDevice"},
-        {&d.attribute, "cuDeviceGetAttribute"},
-        {&d.error, "cuGetErrorString"},
-    };
-    for (const auto& [slot, name] : wanted)
-        if (!(*static_cast<void**>(slot) = dlsym(library, name))) return OLD_DRIVER;
+    OF_DRIVER(FIND)
     driver = d;
     return 0;
 }
@@ -181,7 +158,8 @@ const char* fastlora_cuda_error(int code) {
     case RESIDENT: return "the kernel does not fit the GPU's multiprocessors";
     }
     const char* text = nullptr;
-    return driver.error && driver.error(static_cast<CUresult>(code), &text) == CUDA_SUCCESS ? text : "unknown error";
+    if (driver.cuGetErrorString) driver.cuGetErrorString(static_cast<CUresult>(code), &text);
+    return text ? text : "unknown error";
 }
 
 int fastlora_cuda_split(int sms, int M, int L, int tiles, int depth, int mask, double queue) {
@@ -223,8 +201,8 @@ int fastlora_cuda_forward(const ForwardCall* call) {
                   c.stride_br, c.packed_A, c.packed_B, c.adapters_float};
     p.S = {rows_of_S, c.R % 8 ? c.S : nullptr, c.R, 1, sizes.stride_s, c.scaling};
     p.bias = c.bias, p.seed = c.seed, p.flags = c.flags;
-    p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.streamers = streamers, p.others = smaller(tiles, kernel.sms - streamers);
-    p.rows = rows, p.columns = columns, p.threshold = c.threshold;
+    p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.rows = rows, p.columns = columns, p.threshold = c.threshold;
+    p.streamers = streamers, p.others = smaller(tiles, kernel.sms - streamers);
     void* arguments[] = {&x, &w, &s, &a, &b, &y, &p};
     return launch(kernel, streamers + p.others, arguments, c.stream);
 }
@@ -239,8 +217,7 @@ int fastlora_cuda_backward(const BackwardCall* call) {
     BackwardArgs p = {};
     const int slabs_A = cdiv(c.K, TILE_N), slabs_B = cdiv(c.N, TILE_N);
     p.rows = cdiv(c.M, TILE_M), p.columns = slabs_A, p.tiles = c.dX ? p.rows * p.columns : 0;
-    p.sums = c.dX || c.dA;
-    p.readers = slabs_A * ((c.dX != nullptr) + (c.dA != nullptr)) + (c.dB ? slabs_B : 0);
+    p.sums = c.dX || c.dA, p.readers = slabs_A * ((c.dX != nullptr) + (c.dA != nullptr)) + (c.dB ? slabs_B : 0);
     p.part = part_rows(c.M, slabs_A + slabs_B), p.parts = cdiv(c.M, p.part);
     p.items_B = c.dB ? p.parts * slabs_B : 0, p.items = p.items_B + (c.dA ? p.parts * slabs_A : 0);
     const double queue = 2.0 * c.M * ((c.dA ? c.K : 0.0) + (c.dB ? c.N : 0.0));

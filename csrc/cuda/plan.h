@@ -15,12 +15,12 @@ constexpr int STAGES = 4, STAGE_BYTES = 6 * BOX_BYTES;   // a ring of 48 KiB sta
 constexpr int CUT = 32, CUT_BYTES = BOX * CUT * 2;       // results leave in pieces of 64 x 32
 constexpr int CUTS = 3;                                  // pieces of a warp group under way
 constexpr int THREADS = 384;                             // a producer's warp group and two that multiply
-constexpr int FEW = 56, MANY = 224;                      // registers of a thread that does not and one that does multiply
-constexpr int GROUP = 16;                                // columns of tiles that are walked together: they share W in L2
+constexpr int FEW = 56, MANY = 224;                      // registers of a thread that does not, and does multiply
+constexpr int GROUP = 16;                                // columns of tiles walked together: they share W in L2
 constexpr int MAX_RANK = 128;
 constexpr int SHARED_BYTES = 227 * 1024;                 // all that a CTA can have: one CTA an SM
 
-static_assert(FEW + 2 * MANY <= 3 * 168, "a CTA starts with 168 for each thread; a warp group that asks for more waits");
+static_assert(FEW + 2 * MANY <= 3 * 168, "a CTA starts with 168 a thread; a warp group that asks for more waits");
 
 EITHER constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return cdiv(a, b) * b; }
@@ -81,14 +81,14 @@ constexpr double SM_BYTES = 100e3;          // that one SM streams while the oth
 constexpr double SM_MASK = 25e3;            // elements whose mask one SM makes, per µs
 constexpr double ALL_BYTES = 3.0e6;         // that all SMs stream together, per µs
 
-// The time of a launch, and of its parts, if `streamers` of `sms` CTAs stream: the sum S over L, a GEMM of `tiles` tiles
-// that each sum over `depth`, then `queue` bytes of work that whoever is free takes.
+// The time of a launch if `streamers` of `sms` CTAs stream: S, sums over L; a GEMM of `tiles` tiles, sums over `depth`;
+// then `queue` bytes of work that whoever is free takes.
 inline double predicted_us(int streamers, int sms, int M, int L, int tiles, int depth, bool mask, double queue) {
     const double row = 1.0 * TILE_M * L * (2 / SM_BYTES > mask / SM_MASK ? 2 / SM_BYTES : mask / SM_MASK);
     const double stream = cdiv(cdiv(M, TILE_M), streamers) * row;
     const double tile = 2.0 * TILE_M * TILE_N * depth / SM_FLOPS;
     const double gemm = tiles ? cdiv(tiles, sms - streamers) * tile : 0;
-    const double both = gemm > stream + tile * (tiles > 0) / 2 ? gemm : stream + tile * (tiles > 0) / 2;
+    const double last = tiles ? stream + tile / 2 : stream, both = gemm > last ? gemm : last;
     const double aside = streamers * (both - stream) * SM_BYTES;
     return both + (queue > aside ? (queue - aside) / ALL_BYTES : 0);
 }
@@ -97,9 +97,11 @@ inline double predicted_us(int streamers, int sms, int M, int L, int tiles, int 
 inline int split(int sms, int M, int L, int tiles, int depth, bool mask, double queue) {
     const int rows = cdiv(M, TILE_M);
     int best = 1;
-    for (int s = 2; s <= rows && s < sms; s++)
-        if (predicted_us(s, sms, M, L, tiles, depth, mask, queue) <= predicted_us(best, sms, M, L, tiles, depth, mask, queue))
-            best = s;
+    double least = predicted_us(1, sms, M, L, tiles, depth, mask, queue);
+    for (int s = 2; s <= rows && s < sms; s++) {
+        const double us = predicted_us(s, sms, M, L, tiles, depth, mask, queue);
+        if (us <= least) best = s, least = us;
+    }
     return best;
 }
 

@@ -5,6 +5,11 @@
 #include "plan.h"
 #include "tools.cuh"
 
+// Of a padded rank: its boxes, so stages of a tail; their steps of 16; the boxes along the sum in a stage of S.
+template <int RP> constexpr int TAIL = RP > BOX ? 2 : 1;
+template <int RP> constexpr int SIXTEENS = RP < BOX ? RP / 16 : 4;
+template <int RP> constexpr int SPAN = RP > BOX ? 1 : 2;
+
 struct Shared {
     uint8_t stages[STAGES][STAGE_BYTES];
     uint8_t out[2][CUTS][CUT_BYTES];            // of each warp group
@@ -80,12 +85,12 @@ template <typename T, int COUNT> struct Product {
     DEVICE Product(float (&result)[COUNT], Ring& r) : d(result), ring(r) {}
 
     // A's 64 rows are box `half`; B begins at box 2.
-    template <bool B_ACROSS, int SIXTEENS> DEVICE void step(int half) {
+    template <bool B_ACROSS, int EACH> DEVICE void step(int half) {
         ring.wait();
         const uint32_t a = k_major(ring.box(half)), b = B_ACROSS ? mn_major(ring.box(2)) : k_major(ring.box(2));
         wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < SIXTEENS; k++) wgmma<T, false, B_ACROSS>(d, a + 2 * k, b + (B_ACROSS ? 128 : 2) * k, before + k >= 0);
+        UNROLL for (int k = 0; k < EACH; k++)
+            wgmma<T, false, B_ACROSS>(d, a + 2 * k, b + (B_ACROSS ? 128 : 2) * k, before + k >= 0);
         wgmma_commit();
         if (before >= 0) {
             wgmma_wait<1>();
@@ -93,6 +98,11 @@ template <typename T, int COUNT> struct Product {
         }
         before = ring.stage;
         ring.next();
+    }
+
+    template <bool B_ACROSS> DEVICE void run(int steps, int half) {  // at least one: else d would have two beginnings
+        do step<B_ACROSS, 4>(half);
+        while (--steps);
     }
 
     DEVICE void finish() {
@@ -116,31 +126,31 @@ struct Tile {
 
 // ---- packing: what TMA cannot read as it lies (the adapters, of any strides and dtype) copied to where it can
 
-// (rows, columns) elements from strides (s0, s1) to strides (d0, 1), by threads first, first + step, ... ; four loads of a
-// thread are under way at a time.
-template <typename T> DEVICE void pack(T* to, int64_t d0, const void* from, bool is_float, unsigned rows, unsigned columns,
-                                       int64_t s0, int64_t s1, unsigned first, unsigned step) {
+// (rows, columns) elements from strides (s0, s1) to strides (d0, 1), by threads first, first + step, ...; four loads
+// of a thread are under way at a time.
+template <typename T>
+DEVICE void pack(T* to, int64_t d0, const void* from, bool is_float, unsigned rows, unsigned columns, int64_t s0,
+                 int64_t s1, unsigned first, unsigned step) {
     const unsigned count = rows * columns;
     for (unsigned i = first; i < count; i += 4 * step) {
         T x[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
+        UNROLL for (int j = 0; j < 4; j++) {
             const unsigned at = i + j * step;
             if (at >= count) break;
             const int64_t source = at / columns * s0 + at % columns * s1;
             x[j] = is_float ? T(static_cast<const float*>(from)[source]) : static_cast<const T*>(from)[source];
         }
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
+        UNROLL for (int j = 0; j < 4; j++) {
             const unsigned at = i + j * step;
             if (at < count) to[at / columns * d0 + at % columns] = x[j];
         }
     }
 }
 
-// All CTAs pack, while their first tiles are on the way: A to (R, K), B to (N, stride) or, for a stride of 0, Bᵀ (R, N).
+// All CTAs pack, while their first tiles come: A to (R, K), B to (N, stride) or, for a stride of 0, Bᵀ (R, N).
 template <typename T>
-DEVICE void pack_adapters(const Consumer& me, const Adapters& a, int N, int K, int R, int stride, int ctas, int32_t* flags) {
+DEVICE void pack_adapters(const Consumer& me, const Adapters& a, int N, int K, int R, int stride, int ctas,
+                          int32_t* flags) {
     const unsigned first = cta() * 256 + me.thread, step = ctas * 256;
     T *A = static_cast<T*>(a.packed_A), *B = static_cast<T*>(a.packed_B);
     pack<T>(A, K, a.lora_A, a.is_float, R, K, a.stride_ar, a.stride_ak, first, step);
@@ -162,27 +172,40 @@ DEVICE void wait_row(int row, int32_t* flags) {  // one thread of each tile or i
     fence_async_proxy();
 }
 
+// The producer's part of a tile: steps over (P, W), then the tail over (S, Q). ACROSS: their rows run across the sum.
+template <int RP, bool ACROSS>
+DEVICE void load_tile(Ring& ring, Tile tile, const TensorMap& p, const TensorMap& w, const TensorMap& s,
+                      const TensorMap& q, int length, int32_t* flags) {
+    const int steps = cdiv(length, TILE_K);
+    for (int step = 0; step < steps + TAIL<RP>; step++) {
+        const bool tail = step >= steps;
+        const int k = TILE_K * (tail ? step - steps : step), n = tile.column * TILE_N;
+        if (step == steps) wait_row(tile.row, flags);
+        ring.fill(6);
+        for (int j = 0; j < 2; j++) ring.load(j, tail ? s : p, k, tile.row * TILE_M + BOX * j);
+        for (int j = 0; j < 4; j++) ring.load(2 + j, tail ? q : w, ACROSS ? n + BOX * j : k, ACROSS ? k : n + BOX * j);
+        ring.next();
+    }
+}
+
 // ---- S = factor * drop(P) Qᵀ of one row block: P (M, L), Q (R, L). Stages of 64 columns; of 128 where R leaves room.
 
-template <int RP> constexpr int SPAN = RP <= 64 ? 2 : 1;  // boxes along the sum in a stage
-
 template <int RP> DEVICE void load_sum(Ring& ring, const TensorMap& p, const TensorMap& q, int row, int L) {
-    constexpr int HIGH = RP > 64 ? 2 : 1;  // boxes across Q
     for (int l = 0; l < L; l += BOX * SPAN<RP>) {
-        ring.fill(SPAN<RP> * (2 + HIGH));
+        ring.fill(SPAN<RP> * (2 + TAIL<RP>));
         for (int i = 0; i < SPAN<RP>; i++) {
             for (int j = 0; j < 2; j++) ring.load(2 * i + j, p, l + BOX * i, row + BOX * j);
-            for (int j = 0; j < HIGH; j++) ring.load(4 + i + j, q, l + BOX * i, BOX * j);
+            for (int j = 0; j < TAIL<RP>; j++) ring.load(4 + i + j, q, l + BOX * i, BOX * j);
         }
         ring.next();
     }
 }
 
-// Zeros where the mask drops, in a box of x at (row, column), by the 128 threads of a warp group. The eight columns of
-// a Philox call are the 16 bytes that the swizzle keeps together.
+// Zeros where the mask drops, in a box of x at (row, column), by the threads of a warp group. The eight columns of a
+// Philox call are the 16 bytes that the swizzle keeps together.
 DEVICE void drop_box(uint8_t* box, int row, int column, uint64_t seed, uint32_t threshold, int thread) {
 #pragma unroll 2
-    for (int i = thread; i < BOX * 8; i += 128) {
+    for (int i = thread % 128; i < BOX * 8; i += 128) {
         const int r = i / 8, c = i % 8;
         uint4& x = *reinterpret_cast<uint4*>(box + 128 * r + 16 * (c ^ (r & 7)));
         uint32_t w[4];
@@ -195,22 +218,20 @@ DEVICE void drop_box(uint8_t* box, int row, int column, uint64_t seed, uint32_t 
 }
 
 template <typename T, int RP>
-DEVICE void sum_rows(Ring& ring, const Consumer& me, const Rank& S, int row, int M, int L, int R, const int64_t* seed_at,
-                     uint32_t threshold) {
+DEVICE void sum_rows(Ring& ring, const Consumer& me, const Rank& S, int row, int M, int L, int R,
+                     const int64_t* seed_at, uint32_t threshold) {
     float d[RP / 2];
     const uint64_t seed = threshold ? *seed_at : 0;
     for (int l = 0; l < L; l += BOX * SPAN<RP>) {
         ring.wait();
         if (threshold) {
-#pragma unroll
-            for (int i = 0; i < SPAN<RP>; i++)
-                drop_box(ring.box(2 * i + me.half), row + BOX * me.half, l + BOX * i, seed, threshold, me.thread % 128);
+            UNROLL for (int i = 0; i < SPAN<RP>; i++)
+                drop_box(ring.box(2 * i + me.half), row + BOX * me.half, l + BOX * i, seed, threshold, me.thread);
             fence_async_proxy();
             me.sync_half();
         }
         wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < 4 * SPAN<RP>; i++)
+        UNROLL for (int i = 0; i < 4 * SPAN<RP>; i++)
             wgmma<T, false, false>(d, k_major(ring.box(i / 4 * 2 + me.half)) + i % 4 * 2,
                                    k_major(ring.box(4 + i / 4)) + i % 4 * 2, l + i);
         wgmma_commit();
@@ -220,8 +241,7 @@ DEVICE void sum_rows(Ring& ring, const Consumer& me, const Rank& S, int row, int
         ring.next();
     }
     const float factor = S.factor * (threshold ? keep_scale(threshold) : 1.0f);
-#pragma unroll
-    for (int i = 0; i < RP / 2; i += 2) {
+    UNROLL for (int i = 0; i < RP / 2; i += 2) {
         const int m = row + BOX * me.half + me.row + 8 * (i / 2 % 2), r = 8 * (i / 4) + me.column;
         const uint32_t two = pack_two(T(), d[i] * factor, d[i + 1] * factor);
         if (m >= M || r >= R) continue;
@@ -242,23 +262,21 @@ template <typename T> struct Exit {
 
     DEVICE Exit(Shared& shared, const TensorMap& m) : sm(shared), map(m) {}
 
-    DEVICE void store(const float (&d)[128], const Consumer& me, int row, int column, int rows, int columns, const T* bias) {
+    DEVICE void store(const float (&d)[128], const Consumer& me, int row, int column, int rows, int columns,
+                      const T* bias) {
         if (row + BOX * me.half >= rows) return;
-#pragma unroll
-        for (int cut = 0; cut < TILE_N / CUT; cut++) {
+        UNROLL for (int cut = 0; cut < TILE_N / CUT; cut++) {
             const int n = column + CUT * cut;
             if (n >= columns) return;
             uint8_t* piece = sm.out[me.half][pieces % CUTS];
             float2 b[4] = {};
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
+            UNROLL for (int j = 0; j < 4; j++) {
                 const int c = n + 8 * j + me.column;
                 if (bias && c < columns) b[j] = {to_float(bias[c]), to_float(bias[c + 1])};
             }
             if (me.leads_half()) tma_store_wait<CUTS - 1>();
             me.sync_half();
-#pragma unroll
-            for (int i = 0; i < 16; i += 2) {  // rows of 64 bytes, swizzled by 64
+            UNROLL for (int i = 0; i < 16; i += 2) {  // rows of 64 bytes, swizzled by 64
                 const int r = me.row + 8 * (i / 2 % 2), c = 8 * (i / 4) + me.column;
                 *reinterpret_cast<uint32_t*>(piece + 64 * r + (2 * c ^ (r / 2 % 4 * 16))) =
                     pack_two(T(), d[16 * cut + i] + b[i / 4].x, d[16 * cut + i + 1] + b[i / 4].y);

@@ -8,6 +8,8 @@
 #include "plan.h"
 
 #define DEVICE __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define MAP const __grid_constant__ TensorMap
 
 struct alignas(64) TensorMap { char bytes[128]; };
 
@@ -37,8 +39,8 @@ DEVICE void barrier_arrive(uint64_t* bar) {
 DEVICE void barrier_wait(uint64_t* bar, int parity) {  // until the phase of this parity is over
     int done = 0;
     while (!done)
-        asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.b32 %0, 1, 0, p;\n}"
-                     : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
+        asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     " selp.b32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
 }
 
 DEVICE void sync_threads(int id, int count) {  // a named barrier
@@ -48,8 +50,9 @@ DEVICE void sync_threads(int id, int count) {  // a named barrier
 // ---- TMA, and the fence between what threads wrote and what TMA and wgmma read
 
 DEVICE void tma_load(void* to, const TensorMap* map, int column, int row, uint64_t* bar) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-                 ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(bar)) : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row),
+                 "r"(shared_address(bar)) : "memory");
 }
 
 DEVICE void tma_store(const TensorMap* map, int column, int row, const void* from) {
@@ -82,7 +85,7 @@ DEVICE int flag_count(int32_t* flag, int value) {  // adds, orders nothing; what
     return old;
 }
 
-DEVICE int flag_add(int32_t* flag, int value) {  // adds, after all that was written before; sees what others added after
+DEVICE int flag_add(int32_t* flag, int value) {  // adds, after all written before; sees what others wrote before
     int old;
     asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(flag), "r"(value) : "memory");
     return old;
@@ -100,25 +103,27 @@ DEVICE uint32_t mn_major(const void* p) { return shared_address(p) >> 4 | (BOX_B
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int LEFT> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+template <int LEFT> DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
 
 template <int N> DEVICE void settle(float (&d)[N]) {  // nothing that reads d moves up past here
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+    UNROLL for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #define TEN(F, t) F(t##0) F(t##1) F(t##2) F(t##3) F(t##4) F(t##5) F(t##6) F(t##7) F(t##8) F(t##9)
 #define FROM_1_TO_7(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7)
 #define FROM_1_TO_15(F) FROM_1_TO_7(F) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15)
 #define FROM_1_TO_31(F) FROM_1_TO_7(F) F(8) F(9) TEN(F, 1) TEN(F, 2) F(30) F(31)
-#define FROM_1_TO_63(F) FROM_1_TO_7(F) F(8) F(9) TEN(F, 1) TEN(F, 2) TEN(F, 3) TEN(F, 4) TEN(F, 5) F(60) F(61) F(62) F(63)
+#define FROM_1_TO_63(F)                                                                                               \
+    FROM_1_TO_31(F) F(32) F(33) F(34) F(35) F(36) F(37) F(38) F(39) TEN(F, 4) TEN(F, 5) F(60) F(61) F(62) F(63)
 #define FROM_1_TO_127(F)                                                                                              \
-    FROM_1_TO_7(F) F(8) F(9) TEN(F, 1) TEN(F, 2) TEN(F, 3) TEN(F, 4) TEN(F, 5) TEN(F, 6) TEN(F, 7) TEN(F, 8)          \
-    TEN(F, 9) TEN(F, 10) TEN(F, 11) F(120) F(121) F(122) F(123) F(124) F(125) F(126) F(127)
+    FROM_1_TO_63(F) F(64) F(65) F(66) F(67) F(68) F(69) TEN(F, 7) TEN(F, 8) TEN(F, 9) TEN(F, 10) TEN(F, 11)           \
+    F(120) F(121) F(122) F(123) F(124) F(125) F(126) F(127)
 #define NAME(i) ", %" #i
 #define REGISTER(i) , "+f"(d[i])
 
-// `more` = 0: D starts at zero. TRANS: the operand is MN-major. OUTS..: the numbers of the arguments after the OUTS d's.
+// `more` = 0: D starts at zero. TRANS: the operand is MN-major. A, B, ...: which of asm's arguments, after the d's.
 #define WGMMA(TYPE, N, LAST, A, B, MORE, TRANS_A, TRANS_B)                                                            \
     asm volatile("{\n .reg .pred p;\n .reg .b64 a, b;\n setp.ne.b32 p, %" #MORE ", 0;\n"                             \
                  " mov.b64 a, {%" #A ", " UPPER_HALF "};\n mov.b64 b, {%" #B ", " UPPER_HALF "};\n"                    \
@@ -137,11 +142,8 @@ template <int N> DEVICE void settle(float (&d)[N]) {  // nothing that reads d mo
 // columns 2 (t % 4) + 8 (i / 4) + i % 2.
 template <typename T, bool TA, bool TB, int COUNT>
 DEVICE void wgmma(float (&d)[COUNT], uint32_t a, uint32_t b, int more) {
-    if constexpr (sizeof(T) == 2 && __is_same(T, __half)) {
-        WGMMA_OF("f16");
-    } else {
-        WGMMA_OF("bf16");
-    }
+    if constexpr (__is_same(T, __half)) { WGMMA_OF("f16"); }
+    else { WGMMA_OF("bf16"); }
 }
 
 // ---- numbers
@@ -158,8 +160,9 @@ DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 DEVICE float to_float(__half x) { return __half2float(x); }
 DEVICE float to_float(float x) { return x; }
 
-DEVICE void add_if(uint32_t any, float& d, float u, float scale) {  // in place: a select would take a register of its own
-    asm("{\n .reg .pred p;\n setp.ne.u32 p, %1, 0;\n @p fma.rn.f32 %0, %2, %3, %0;\n}" : "+f"(d) : "r"(any), "f"(u), "f"(scale));
+DEVICE void add_if(uint32_t any, float& d, float u, float scale) {  // in place: a select would take a register more
+    asm("{\n .reg .pred p;\n setp.ne.u32 p, %1, 0;\n @p fma.rn.f32 %0, %2, %3, %0;\n}"
+        : "+f"(d) : "r"(any), "f"(u), "f"(scale));
 }
 
 // Philox-4x32 with 7 rounds (Salmon et al. 2011), counter (column / 8, row, 0, 0): 16 bits for each of eight columns,
@@ -167,8 +170,7 @@ DEVICE void add_if(uint32_t any, float& d, float u, float scale) {  // in place:
 DEVICE void philox(uint64_t seed, uint32_t eighth, uint32_t row, uint32_t (&w)[4]) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     uint32_t c0 = eighth, c1 = row, c2 = 0, c3 = 0;
-#pragma unroll
-    for (int i = 0; i < 7; i++) {
+    UNROLL for (int i = 0; i < 7; i++) {
         const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u, b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
         c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
         c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
