@@ -1,13 +1,15 @@
 """Run the kernels' compiled code without a GPU: python -m tests.ptx [--target 80 90] [--kernel s gemm] [--count N]
 
-Each case of `cases.py` runs twice: with asynchronous work as late as it may end, and with that and the warps' turns
-drawn by chance from the seed. Both must hold the error rule, and be equal to the bit. A table of targets and kernels
-comes last; --json keeps a line for each launch, which the compile matrix shows. Exit status 1: a case went wrong.
+A case of `cases.py` for each launch of the compile matrix, or --all. Each runs twice: with asynchronous work as late as
+it may end, and with that and the warps' turns drawn by chance from the seed. Both must hold the error rule, and be
+equal to the bit. A table of targets and kernels comes last; --json keeps a line for each launch, which the compile
+matrix shows. Exit status 1: a case went wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -18,10 +20,13 @@ import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
+from fastlora.kernels import matrix
 from fastlora.kernels.tiles import Target
 
 from .cases import Case, Wrong, cases, run
@@ -58,6 +63,27 @@ def examine(case: Case, seed: int, orders=None) -> tuple[list[str], str, float]:
     return list(labels), verdict, time.perf_counter() - started
 
 
+def labels(case: Case) -> list[str]:
+    """Of the case's launches, without running them."""
+    found: list[str] = []
+    with mock.patch.object(JITFunction, "run", lambda *args, **keywords: None), contextlib.suppress(Wrong):
+        run(case, lambda launch: found.append(launch.label))
+    return found
+
+
+def covering(target: Target) -> list[Case]:
+    """One case for each launch that the compile matrix has on `target`."""
+    left, chosen = {launch.label for _, launch in matrix.launches([target])}, []
+    for case in cases(target):
+        reached = left.intersection(labels(case))
+        if reached:
+            chosen.append(case)
+            left -= reached
+    if left:
+        print(f"{target}: no case reaches {len(left)} launches of the compile matrix: {min(left)}, ...", flush=True)
+    return chosen
+
+
 def _examine(item: tuple[Case, int]):
     return examine(*item)
 
@@ -66,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, nargs="+", default=TARGETS, help="compute capabilities (default: all)")
     parser.add_argument("--kernel", nargs="+", help="s, s_y, da, da_dx, dx, ds_db, onepass, gemm, gemm_dx, mask")
-    parser.add_argument("--count", type=int, help="so many cases of each target, drawn by the seed (default: all)")
+    parser.add_argument("--all", action="store_true", help="every case, not one for each launch of the matrix")
+    parser.add_argument("--count", type=int, help="so many of all cases of each target, drawn by the seed")
     parser.add_argument(
         "--seed", type=int, default=None, help="of schedules and of --count (default: drawn and printed)"
     )
@@ -78,7 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
     chance = random.Random(seed)
     chosen: list[Case] = []
     for arch in args.target:
-        found = [c for c in cases(Target("cuda", arch)) if not args.kernel or c.kernel in args.kernel]
+        target = Target("cuda", arch)
+        found = cases(target) if args.all or args.count else covering(target)
+        found = [c for c in found if not args.kernel or c.kernel in args.kernel]
         chosen += chance.sample(found, min(args.count, len(found))) if args.count else found
     print(f"{len(chosen)} cases, seed {seed}", flush=True)
     rows: dict[tuple[str, str], str] = {}

@@ -55,22 +55,38 @@ MUTATIONS = [
     ("swizzle's xor of another bit", r"(xor\.b32\s+%r\d+, %r\d+, )(\d+)", lambda m: f"{m[1]}{int(m[2]) ^ 16}"),
     ("matrix operands exchanged", r"(mma\.sync[^{]*\{[^}]*\}, \{ )(%r\d+), (%r\d+)", lambda m: f"{m[1]}{m[3]}, {m[2]}"),
 ]  # fmt: skip
-SWIZZLE = "tensor map without its swizzle"
 
 
 def mutants(text: str) -> Iterator[tuple[str, int, str]]:
-    """(mutation, line, mutant)"""
+    """(mutation, line, mutant), one place at a time."""
     for name, pattern, becomes in MUTATIONS:
         for m in re.finditer(pattern, text, flags=re.M):
             yield name, text.count("\n", 0, m.end()) + 1, text[: m.start()] + becomes(m) + text[m.end() :]
 
 
-def original(case: Case) -> str:
-    """The PTX of the case's first launch."""
+def everywhere(text: str, parameters: list[str]) -> Iterator[tuple[str, str]]:
+    """(mutation, mutant), at all places at once; and the kernel's idea of M, N or K one too large."""
+    for name in dict.fromkeys(name for name, _, _ in MUTATIONS):
+        mutant = text
+        for _, pattern, becomes in (mutation for mutation in MUTATIONS if mutation[0] == name):
+            mutant = re.sub(pattern, becomes, mutant, flags=re.M)
+        if mutant != text and name != "mask one too wide":
+            yield name, mutant
+    for name in ("M", "N", "K"):
+        if name in parameters:
+            load = rf"(ld\.param\.[bus]32\s+(%r\d+), \[\w+_param_{parameters.index(name)}\];)"
+            mutant, count = re.subn(load, r"\1 add.s32 \2, \2, 1;", text)
+            if count:
+                yield f"{name} one too large", mutant
+
+
+def original(case: Case) -> tuple[str, list[str]]:
+    """The PTX of the case's first launch, and the names of its parameters."""
     texts: list[str] = []
-    with Emulator(case.target.arch, lambda text: texts.append(text) or text):
+    with Emulator(case.target.arch, lambda text: texts.append(text) or text) as emulator:
         run(case)
-    return texts[0]
+    signature = next(iter(emulator.cache.values())).signature
+    return texts[0], [name for name, kind in signature.items() if kind != "constexpr"]
 
 
 def dies(case: Case, text: str, mutant: str) -> str | None:
@@ -84,21 +100,18 @@ def dies(case: Case, text: str, mutant: str) -> str | None:
     return None
 
 
-def swizzle_dies(case: Case) -> str | None:
+def without_swizzle(case: Case) -> str | None:
+    """As `dies`, with tensor maps that leave rows as they are."""
     right, gpu.tensor_map = gpu.tensor_map, lambda value, meta: replace(right(value, meta), swizzle=0)
     try:
-        with Emulator(case.target.arch):
-            run(case)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return dies(case, "", "")
     finally:
         gpu.tensor_map = right
-    return None
 
 
 def report(case: Case, most: int, verbose: bool) -> int:
     """Runs the case's mutants, `most` of each mutation; how many survive."""
-    text, chance = original(case), random.Random(0)
+    (text, _), chance = original(case), random.Random(0)
     found = defaultdict(list)
     for name, line, mutant in mutants(text):
         found[name].append((line, mutant))
@@ -120,7 +133,7 @@ def report(case: Case, most: int, verbose: bool) -> int:
         lines = f"; survive: lines {alive[name]}" if alive[name] else ""
         print(f"   {name}: {count} of {count + len(alive[name])} killed ({how}){lines}", flush=True)
     if case.tile.tma:
-        print(f"   {SWIZZLE}: {swizzle_dies(case)}"[:160])
+        print(f"   tensor map without its swizzle: {without_swizzle(case)}"[:160])
     return sum(map(len, alive.values()))
 
 
