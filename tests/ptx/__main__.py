@@ -109,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
         found = cases(target) if args.all or args.count else covering(target)
         found = [c for c in found if not args.kernel or c.kernel in args.kernel]
         chosen += chance.sample(found, min(args.count, len(found))) if args.count else found
+    order = [case.dtype for case in chosen]
+    chosen.sort(key=lambda case: order.index(case.dtype))  # what is broken off has seen every kernel of every target
     print(f"{len(chosen)} cases, seed {seed}", flush=True)
     rows: dict[tuple[str, str], str] = {}
     table: dict[tuple[str, str], list[float]] = {}
@@ -124,6 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
             entry[0] += 1
             entry[1] += verdict != "ok"
             entry[2] += seconds
+            if args.json and sum(e[0] for e in table.values()) % 20 == 0:
+                write(args.json, rows, seed)
     print("\n| target | kernel | cases | wrong | seconds |\n| --- | --- | ---: | ---: | ---: |")
     for (target, kernel), (count, wrong, seconds) in table.items():
         print(f"| {target} | {kernel} | {count} | {wrong} | {seconds:.0f} |")
