@@ -471,9 +471,13 @@ class Machine(Hopper):
             self.store_global(ins, lanes, address, width, data, strong=sem is not None)
         else:
             index = self.shared.index(ins, address, width, self.block[S])
-            self.races.writing(ins, index, width, self.block[S], self.warp[S], strong=sem is not None)
-            self.shared.store(index, width, data)
+            self._write_shared(ins, index, width, self.block[S], self.warp[S], data, sem is not None)
         self.progress += 1
+
+    def _write_shared(self, ins, index, width, block, warp, data, strong=False) -> None:
+        same = None if strong else lambda: (self.shared.load(index, width) == data).all(1)
+        self.races.writing(ins, index, width, block, warp, strong=strong, same=same)
+        self.shared.store(index, width, data)
 
     def _split(self, S, address, access, width: int):
         """A generic access: `access(space, lanes, address, which)` for each space that addresses lie in."""
@@ -575,9 +579,9 @@ class Machine(Hopper):
         address = address.reshape(-1, 32)[:, : 8 * count]
         owner = block[::32].repeat(8 * count)
         index = self.shared.index(ins, address.ravel(), 16, owner)
-        self.races.writing(ins, index, 16, owner, warp[::32].repeat(8 * count))
         data = np.stack([fragments.gather_rows(v, trans) for v in values], 1)
-        self.shared.store(index, 16, np.ascontiguousarray(data).reshape(-1, 8).view(np.uint64))
+        data = np.ascontiguousarray(data).reshape(-1, 8).view(np.uint64)
+        self._write_shared(ins, index, 16, owner, warp[::32].repeat(8 * count), data)
 
     def mma(self, ins, S, a, b, c, kind):
         self.aligned(ins, S)
