@@ -2,8 +2,8 @@
 
     python csrc/cuda/build.py fastlora/_cuda.so
 
-Needs nvcc 12.4 or newer (a system's, or the wheels nvidia-cuda-nvcc, nvidia-cuda-runtime and nvidia-cuda-cccl) and a
-C++ compiler; no GPU, no libcuda. Nothing but libstdc++ and libdl is linked.
+Needs nvcc of CUDA 12 or newer (tried: 13.0, 13.5; a system's, or the wheels nvidia-cuda-nvcc, nvidia-cuda-runtime and
+nvidia-cuda-cccl) and a C++ compiler; no GPU, no libcuda. Nothing but libstdc++ and libdl is linked.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastlora import accuracy
+from fastlora import accuracy, autograd
 from fastlora.kernels import cuda
+from fastlora.paths import PATHS
 from fastlora.paths.mask import philox_mask
 from fastlora.paths.problem import Problem
 from tests.cuda.cases import SEED, Case, call, violations
@@ -39,6 +41,22 @@ def test_schedules_change_no_bit():
     first, _ = call(Case(264, 136, 264, 24, p=0.3, sms=3), Emulated(3))
     again, _ = call(Case(264, 136, 264, 24, p=0.3, sms=6), Emulated(6, Options(seed=1)))
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_as_a_path():
+    """By the road of eager calls: x of three dimensions that TMA cannot read, a weight that lies by columns."""
+    inputs = accuracy.draw(40, 24, 16, 4, BRAIN)
+    wide = torch.zeros(2, 20, 17, dtype=BRAIN)
+    inputs = replace(inputs, x=wide[..., 1:], weight=inputs.weight.t().contiguous().t(), dy=inputs.dy.view(2, 20, 24))
+    inputs.x.copy_(accuracy.draw(40, 24, 16, 4, BRAIN).x.view(2, 20, 16))
+
+    def function(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
+        return autograd.run(PATHS["cuda"], x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+
+    with Emulated(2) as gpu:
+        out = accuracy.run(function, inputs)
+    assert accuracy.violations(out, inputs) == []
+    assert [name for name, _ in gpu.launches] == ["forward_bf16_r16", "backward_bf16_r16"]
 
 
 def test_what_is_not_needed_is_not_made():
