@@ -8,6 +8,7 @@ import torch
 
 from fastlora import accuracy
 from fastlora.kernels import cuda
+from fastlora.paths.mask import philox_mask
 from tests.cuda.gpu import Emulated
 
 SEED = 0x1234_5678_9ABC_DEF0
@@ -38,27 +39,6 @@ class Case:
         return f"{self.M}x{self.N}x{self.K}-r{self.R}-{kind}{extra}-sms{self.sms}"
 
 
-def philox_mask(seed: int, M: int, K: int, p: float) -> torch.Tensor:
-    """The project's mask by its definition (fastlora/kernels/dropout.py), in Python's integers as int64 tensors."""
-    eighths = -(-K // 8)
-    word = 0xFFFFFFFF
-    c = [torch.arange(eighths).expand(M, eighths), torch.arange(M)[:, None].expand(M, eighths)]
-    c += [torch.zeros(M, eighths, dtype=torch.int64)] * 2
-    key = [seed & word, seed >> 32]
-
-    def product(a: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:  # high and low halves of a * factor
-        low, high = a * (factor & 0xFFFF), a * (factor >> 16)
-        high = high + (low >> 16)
-        return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
-
-    for _ in range(7):
-        (ah, al), (bh, bl) = product(c[0], 0xD2511F53), product(c[2], 0xCD9E8D57)
-        c = [bh ^ c[1] ^ key[0], bl, ah ^ c[3] ^ key[1], al]
-        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
-    halves = [half for i in (0, 2, 1, 3) for half in (c[i] & 0xFFFF, c[i] >> 16)]
-    return torch.stack(halves, -1).reshape(M, -1)[:, :K] >= round(p * 65536)
-
-
 def spaced(tensor: torch.Tensor, padding: int) -> torch.Tensor:
     """The same values with so many elements that belong to nobody between rows."""
     wide = torch.full((tensor.shape[0], tensor.shape[1] + padding), float("nan"), dtype=tensor.dtype)
@@ -78,7 +58,8 @@ def call(case: Case, gpu: Emulated, kernel: str = "") -> tuple[dict[str, torch.T
         bias=case.bias, seed=case.M + case.N,
     )  # fmt: skip
     if case.p:
-        inputs = replace(inputs, dropout_p=case.p, mask=philox_mask(SEED, case.M, case.K, case.p))
+        mask = philox_mask(torch.tensor(SEED), case.M, case.K, case.p)
+        inputs = replace(inputs, dropout_p=case.p % 1.0, mask=mask)  # where all is dropped the reference divides by 0
     x, weight, dy = (spaced(t, case.padding) for t in (inputs.x, inputs.weight, inputs.dy))
     A, B = inputs.lora_A, inputs.lora_B
     if case.transposed:
