@@ -16,6 +16,7 @@ from typing import NoReturn
 from fastlora import env
 from fastlora._version import __version__
 from fastlora.errors import UserError, WorkError, shown
+from fastlora.files import FULL
 
 PROGRAMS = {
     "imdb": ("fastlora.finetune.imdb", "sentiment of film reviews, on mean word vectors"),
@@ -23,8 +24,17 @@ PROGRAMS = {
     "distilbert": ("fastlora.finetune.distilbert", "sentiment of film reviews, with DistilBERT and PEFT"),
 }
 PREPARE = ("fastlora.finetune.prepare", "a raw SMSSpamCollection file to the balanced split that train reads")
-EXTRAS = {"pandas": "train", "pyarrow": "train", "tiktoken": "train", "tqdm": "train", "matplotlib": "train",
-          "peft": "peft", "transformers": "peft", "accelerate": "peft"}
+EXTRAS = {
+    "pandas": "train",
+    "pyarrow": "train",
+    "tiktoken": "train",
+    "tqdm": "train",
+    "matplotlib": "train",
+    "filelock": "train",
+    "peft": "peft",
+    "transformers": "peft",
+    "accelerate": "peft",
+}
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 MAX_LINE, MAX_INPUT = 500, 100_000_000  # characters of a message, and of standard input
 # what would steer a terminal, or turn its text around
@@ -70,16 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: OSError) -> int:
-    from fastlora.finetune.files import explain_os_error
-
     try:
         if error.filename is None:  # a write's: was it standard output's?
             print(flush=True)
     except OSError as unwritten:
         _abandon_output()
         return _say(f"standard output cannot be written to ({unwritten.strerror})", FAILED)
+    what = error.strerror or error
+    if error.errno in FULL:
+        what = "the disk is full; what was written whole before is kept (make room, then run again with --resume)"
     named_wrongly = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # only users choose such names
-    return _say(explain_os_error(error), MISTAKE if named_wrongly else FAILED)
+    return _say(f"{error.filename}: {what}" if error.filename else what, MISTAKE if named_wrongly else FAILED)
 
 
 def _abandon_output() -> None:
@@ -162,7 +173,7 @@ def _train_parsers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
 
 def _predict(folder: str, texts: list[str]) -> None:
-    from fastlora.finetune.report import read_report
+    from fastlora.finetune.run import read_report
 
     if not folder:
         raise UserError("the name of the run's folder is empty")

@@ -7,8 +7,8 @@ import torch
 import fastlora
 from fastlora import env
 from fastlora.dispatch import cpu
-from fastlora.finetune.locate import found
-from fastlora.finetune.report import versions
+from fastlora.finetune.data import found
+from fastlora.finetune.run import versions
 
 
 def info() -> str:

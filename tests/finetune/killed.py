@@ -21,8 +21,23 @@ import small
 
 RUNS = {
     "spam": ["train", "spam", "--data", "sample", "--model", "nano", "--epochs", "2", "--train-samples", "400"],
-    "distilbert": ["train", "distilbert", "--data", "sample", "--epochs", "3", "--train-samples", "120",
-                   "--test-samples", "20", "--batch-size", "16", "--device", "cpu", "--model"],
+    "distilbert": [
+        "train",
+        "distilbert",
+        "--data",
+        "sample",
+        "--epochs",
+        "3",
+        "--train-samples",
+        "120",
+        "--test-samples",
+        "20",
+        "--batch-size",
+        "16",
+        "--device",
+        "cpu",
+        "--model",
+    ],
 }
 
 
@@ -70,7 +85,7 @@ def campaign(kills: int, seed: int, argv: list[str], folder: Path) -> str:
             _, status = os.waitpid(child, 0)
             killed = os.WIFSIGNALED(status)  # else it had ended before
             done += killed
-            with_checkpoint += killed and (output / "checkpoint.safetensors").exists()
+            with_checkpoint += killed and any(output.glob("checkpoint*"))
         wait(start(command, said), said)
         again = small.left(output)
         other = [part for part in whole if again[part] != whole[part]]
