@@ -150,13 +150,13 @@ def _check_forced_path(device: str) -> None:
     path = env.forced_path()
     if path is None:
         return
-    from fastlora.dispatch import check, registry
+    from fastlora.choice import why_not
     from fastlora.finetune.options import pick_device
 
-    if path not in registry.NAMES:
-        raise UserError(f"FASTLORA_PATH is {path!r}; it needs to be one of {', '.join(registry.NAMES)}, or unset")
-    device = pick_device(device)
-    reason = registry.load(path).unavailable(device) or check.admit(path, device)
+    try:
+        reason = why_not(path, pick_device(device))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if reason:
         raise UserError(f"FASTLORA_PATH={path} cannot run here: {reason}")
 

@@ -1,0 +1,260 @@
+"""The choice of a path: pure, explained, never silent; and the gate that a kernel must pass before a GPU runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import check, choice, tuning
+from fastlora.cache import read_json
+from fastlora.choice import choose
+from fastlora.errors import FastLoRAWarning
+from fastlora.paths import PATHS
+from fastlora.paths.problem import Problem
+
+GPU = torch.device("cuda", 0)
+PROBLEM = Problem(8192, 4096, 4096, 16, torch.bfloat16, torch.bfloat16, GPU, False)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that torch has never seen: what the choice asks of the device, answered; no kernel runs."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary GPU 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(check, "_verdicts", {})
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "time_paths", lambda problem: {"torch": 1.0})
+
+
+def measured(path, **changes):
+    tuning.write(tuning.store(GPU), {tuning.bucket(PROBLEM._replace(**changes)): path}, GPU)
+
+
+def test_names():
+    assert set(fastlora.paths()) == {"torch", "cpu", "hybrid", "onepass", "split", "cuda"}
+    assert fastlora.paths("cpu")["torch"] == "usable"
+    assert "TRITON_INTERPRET=1" in fastlora.paths("cpu")["split"]
+
+
+def test_a_cpu_runs_a_path_of_its_own():
+    chosen = choose(PROBLEM._replace(device=torch.device("cpu")))
+    usable = fastlora.paths("cpu")["cpu"] == "usable"
+    assert chosen.path == ("cpu" if usable else "torch") and "CPU" in chosen.reason
+    chosen = choose(PROBLEM._replace(device=torch.device("cpu"), dtype=torch.float64))
+    assert chosen.path == "torch" and ("float64" in chosen.reason or not usable)
+
+
+def test_an_unknown_shape_is_timed_on_a_gpu_unless_the_user_forbids_it(gpu, monkeypatch):
+    monkeypatch.setattr(check, "examine", lambda path, device: None)
+    monkeypatch.setattr(tuning, "time_paths", lambda problem: {"torch": 2.0, "hybrid": 1.0})
+    monkeypatch.setenv("FASTLORA_AUTOTUNE", "0")
+    assert choose(PROBLEM).path == "torch" and "FASTLORA_AUTOTUNE" in choose(PROBLEM).reason
+    monkeypatch.delenv("FASTLORA_AUTOTUNE")
+    assert choose(PROBLEM).path == "hybrid"
+
+
+def test_a_measured_path_runs_once_it_has_passed_its_check(gpu, monkeypatch):
+    measured("split")
+    examined = []
+    monkeypatch.setattr(check, "examine", lambda path, device: examined.append(path.name))
+    assert choose(PROBLEM).path == choose(PROBLEM).path == "split"
+    assert choose(PROBLEM._replace(M=5000)).path == "split"  # the same bucket
+    assert choose(PROBLEM._replace(M=4096)).path == "torch"  # another
+    assert examined == ["split"]
+
+
+def test_a_path_that_fails_its_check_is_disabled_with_a_warning(gpu, monkeypatch):
+    measured("split")
+    monkeypatch.setattr(check, "examine", lambda path, device: "dA: error 7 in its norm, over the limit of 1")
+    with pytest.warns(FastLoRAWarning, match="failed its self-check"):
+        chosen = choose(PROBLEM)
+    assert chosen.path == "torch" and "dA: error 7" in chosen.reason
+    with pytest.raises(RuntimeError, match="path 'split' cannot run here: dA: error 7"):
+        choice._forced(PROBLEM, "split")
+
+
+def test_the_verdict_is_kept_per_machine_and_a_damaged_one_is_not_trusted(gpu, monkeypatch):
+    examined = []
+    monkeypatch.setattr(check, "examine", lambda path, device: examined.append(path.name))
+    for _ in range(2):  # a second process starts with nothing in memory
+        monkeypatch.setattr(check, "_verdicts", {})
+        assert check.admit(PATHS["onepass"], GPU) is None
+    assert examined == ["onepass"]
+    check._store(PATHS["onepass"], GPU).write_text("{")
+    monkeypatch.setattr(check, "_verdicts", {})
+    assert check.admit(PATHS["onepass"], GPU) is None and examined == ["onepass", "onepass"]
+    before = check._store(PATHS["onepass"], GPU)
+    monkeypatch.setattr(check, "_driver", lambda device: "a newer one")
+    assert check._store(PATHS["onepass"], GPU) != before
+
+
+@pytest.mark.parametrize("kind", ["deep", "20 GB", "escapes", "device", "pipe", "folder"])
+def test_what_is_no_verdict_of_ours_is_not_trusted(gpu, monkeypatch, kind):
+    monkeypatch.setattr(check, "examine", lambda path, device: None)
+    store = check._store(PATHS["onepass"], GPU)
+    store.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(store)
+    elif kind == "device":
+        store.symlink_to("/dev/zero")
+    elif kind == "folder":
+        store.mkdir()
+    else:
+        store.write_text("[" * 60_000 if kind == "deep" else json.dumps({"reason": "\x1b[2J\n"}))
+        if kind == "20 GB":
+            os.truncate(store, 20 << 30)
+    with pytest.warns(FastLoRAWarning, match="not be kept") if kind == "folder" else contextlib.nullcontext():
+        assert check.admit(PATHS["onepass"], GPU) is None
+    assert [path.name for path in store.parent.iterdir()] == [store.name]
+    assert kind == "folder" or read_json(store) == {"path": "onepass", "reason": None}
+
+
+def test_no_check_while_a_graph_is_captured(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "call fastlora.selfcheck()" in check.admit(PATHS["split"], GPU)
+    assert check._verdicts == {}
+
+
+def test_a_read_only_cache_costs_only_time(gpu, monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("FASTLORA_CACHE", str(blocked))
+    monkeypatch.setattr(check, "examine", lambda path, device: None)
+    with pytest.warns(FastLoRAWarning, match="could not be kept"):
+        assert check.admit(PATHS["onepass"], GPU) is None
+
+
+def test_nothing_to_multiply_is_for_aten_on_a_gpu(gpu):
+    assert choose(PROBLEM._replace(M=0)).reason.startswith("M, N or K is 0")
+
+
+def test_selfcheck_runs_the_torch_path_for_real():
+    verdicts = fastlora.selfcheck("cpu")
+    assert verdicts["torch"] == "ok" and "TRITON_INTERPRET" in verdicts["split"]
+
+
+@pytest.mark.parametrize("operation", ["mm", "addmm_"])
+def test_selfcheck_finds_a_broken_torch_path(monkeypatch, operation):
+    owner = torch if operation == "mm" else torch.Tensor
+    real = getattr(owner, operation)
+    monkeypatch.setattr(owner, operation, lambda *a, **k: real(*a, **k).mul_(1.01))
+    assert "error" in check.examine(PATHS["torch"], torch.device("cpu"))
+
+
+def test_forced_by_the_environment(monkeypatch):
+    layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8)
+    monkeypatch.setenv("FASTLORA_PATH", "split")
+    with pytest.raises(RuntimeError, match=r"path 'split' \(named by FASTLORA_PATH\) cannot run here"):
+        layer(x)
+    monkeypatch.setenv("FASTLORA_PATH", "torch")
+    assert layer(x).shape == (3, 6)
+    assert str(fastlora.explain(layer, x)) == "torch: FASTLORA_PATH asks for it"
+    monkeypatch.setenv("FASTLORA_PATH", "warp")
+    with pytest.raises(ValueError, match="'warp'"):
+        layer(x)
+
+
+def test_explain():
+    layer = fastlora.FusedLoRALinear(8, 6, r=2)
+    said = fastlora.explain(layer, torch.randn(3, 8))
+    assert said.path in ("cpu", "torch") and "CPU" in said.reason
+    with pytest.raises(TypeError, match="Linear"):
+        fastlora.explain(torch.nn.Linear(8, 6), torch.randn(3, 8))
+
+
+BROKEN_KERNEL = """
+import torch
+from fastlora import check
+from fastlora.paths import PATHS
+import fastlora.kernels.s as s
+cpu, split = torch.device("cpu"), PATHS["split"]
+assert check.examine(split, cpu) is None, check.examine(split, cpu)
+honest = s.s_forward
+s.s_forward = lambda x, A, scaling, dropout: honest(x, A, scaling * 1.01, dropout)
+print(check.examine(split, cpu))
+check.needs_check = lambda path, device: path.name != "torch"
+try:
+    import fastlora
+    fastlora.lora_linear(*[torch.ones(8, 8)] * 4, path="split")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_kernel_broken_on_purpose_is_found_and_refused(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTLORA_CACHE": str(tmp_path)}
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BROKEN_KERNEL], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found, refused = done.stdout.splitlines()
+    assert "error" in found and "over the limit" in found
+    assert refused.startswith("path 'split' cannot run here") and found in refused
+
+
+LIGHT_IMPORT = """
+import sys, fastlora, torch
+assert not {"triton", "peft", "transformers", "pandas"} & set(sys.modules), "a heavy import"
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_import_asks_no_gpu_and_loads_no_triton():
+    subprocess.run([sys.executable, "-c", LIGHT_IMPORT], check=True)
+
+
+TRITON_PATHS = """
+import sys, torch
+sys.path.insert(0, "tests")
+import accuracy, fastlora
+from dataclasses import replace
+from fastlora.paths import PATHS
+from fastlora.paths.problem import draw_seed
+assert fastlora.paths("cpu")["split"] == "usable"
+assert {fastlora.selfcheck("cpu")[name] for name in ("torch", "hybrid", "onepass", "split")} == {"ok"}
+for name in ("hybrid", "onepass", "split"):
+    for dtype, dropout_p in ((torch.float32, 0.3), (torch.float16, 0.0)):
+        inputs = accuracy.draw(30, 20, 24, 5, dtype)
+        inputs = replace(inputs, x=inputs.x.view(5, 6, 24), dy=inputs.dy.view(5, 6, 20), dropout_p=dropout_p)
+        if dropout_p:
+            torch.manual_seed(1)
+            seed = draw_seed(inputs.x.device)
+            mask = PATHS[name].mask(seed, 30, 24, dropout_p).view(5, 6, 24)
+            inputs = replace(inputs, mask=mask)
+        torch.manual_seed(1)
+        got = accuracy.check(fastlora.lora_linear, inputs, path=name)
+        torch.manual_seed(1)
+        again = accuracy.run(fastlora.lora_linear, inputs, path=name)
+        assert all(torch.equal(got[key], again[key]) for key in got)
+    nothing = torch.zeros(0, 24, dtype=dtype)
+    empty = fastlora.lora_linear(nothing, inputs.weight, inputs.lora_A, inputs.lora_B, path=name)
+    assert empty.shape == (0, 20)
+    y = fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, path=name)
+    assert not y._is_view()
+for bad in (torch.float64, torch.bfloat16):
+    i = accuracy.draw(4, 4, 4, 2, bad)
+    try:
+        fastlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, path="split")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_the_triton_paths_in_the_interpreter(tmp_path):
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTLORA_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", TRITON_PATHS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "path 'split' cannot run here: x is torch.float64; the kernels take float16, bfloat16 and float32",
+        "path 'split' cannot run here: Triton's interpreter computes bfloat16 products wrongly",
+    ]
