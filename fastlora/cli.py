@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KeyboardInterrupt:
-        exec("")  # else an interrupt that came out of an exec() makes `python -m` end by the signal, not by our status
         return _say("interrupted; what was written whole is kept", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left
         _abandon_output()

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from safetensors import SafetensorError
 from torch import nn
@@ -36,13 +35,12 @@ from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import locate, random_split, read_texts
 from fastlora.finetune.hub import LABELS, readable
-from fastlora.finetune.options import pick_device, positive, whole
+from fastlora.finetune.options import chosen, pick_device, positive, whole
 from fastlora.finetune.run import REPORT
 
 MODEL = "distilbert-base-uncased"
 CHECKPOINTS = "checkpoints"  # the Trainer's, in the run's folder until the run is finished
 TARGETS = {"distilbert": ["q_lin"], "bert": ["query", "value"]}  # by model_type; PEFT's own table for the others
-DEFAULTS = {"epochs": 2, "rank": 4, "alpha": 32.0, "batch_size": 32, "lr": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,11 @@ class Recipe:
     target_modules: tuple[str, ...]
     max_length: int
     dropout: float
-    epochs: int
-    rank: int
-    alpha: float
-    batch_size: int
-    lr: float
+    epochs: int = 2
+    rank: int = 4
+    alpha: float = 32.0
+    batch_size: int = 32
+    lr: float = 1e-3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +103,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, first
         raise UserError(f"--target-modules {' '.join(recipe.target_modules)}: {shown(str(error))}") from None
     if args.impl == "fused":
         fastlora.peft.patch(model)
-    counts = parameters(model)
+    counts = runs.counts(model)
     if first:
         print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
     trainer = make_trainer(model, tokenizer, data, folder / CHECKPOINTS, args.seed, recipe, device)
@@ -335,17 +333,6 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     return predict
 
 
-def parameters(model) -> dict[str, int]:
-    """The report's counts: what trains, everything, the adapter's, and its layers' weights."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    return {
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
-        "adapter_parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
-        "full_layer_parameters": sum(layer.get_base_layer().weight.numel() for layer in layers),
-    }
-
-
 def _recipe(args: argparse.Namespace) -> Recipe:
     what = f"--model {args.model}"
     name = hub.located(args.model, what)
@@ -353,8 +340,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     targets = args.target_modules or TARGETS.get(config.model_type) or PEFT_TARGETS.get(config.model_type)
     if not targets:
         raise UserError(f"{what}: no default target modules for a {config.model_type!r}; name them by --target-modules")
-    given = {key: getattr(args, key) if getattr(args, key) is not None else value for key, value in DEFAULTS.items()}
-    return Recipe(name, tuple(targets), min(args.max_length, hub.longest(config)), args.dropout, **given)
+    return chosen(Recipe(name, tuple(targets), min(args.max_length, hub.longest(config)), args.dropout), args)
 
 
 def _lora_config(recipe: Recipe) -> LoraConfig:
@@ -375,23 +361,17 @@ def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str],
     texts, labels = read_texts(folder / "imdb/train.parquet", len(LABELS), args.train_samples)
     if len(texts) < 2:
         raise UserError(f"{folder}/imdb/train.parquet: at least 2 reviews are needed, to train and to validate")
-    parts = zip(("train", "valid"), random_split(len(texts), args.seed), strict=True)
-    chosen = {
-        name: ([texts[i] for i in rows], [labels[i] for i in rows])
-        for name, rows in ((name, rows.tolist()) for name, rows in parts)
-    }
-    return {**chosen, "test": read_texts(folder / "imdb/test.parquet", len(LABELS), args.test_samples)}
+    train, valid = (
+        ([texts[i] for i in rows.tolist()], [labels[i] for i in rows.tolist()])
+        for rows in random_split(len(texts), args.seed)
+    )
+    return {"train": train, "valid": valid, "test": read_texts(folder / "imdb/test.parquet", 2, args.test_samples)}
 
 
 def _show(tokenizer, text: str, max_length: int) -> None:
     encoded = tokenizer(text, truncation=True, max_length=max_length)
-    for name, values in (
-        ("text", text),
-        ("tokens", tokenizer.convert_ids_to_tokens(encoded["input_ids"])),
-        ("input_ids", encoded["input_ids"]),
-        ("attention_mask", encoded["attention_mask"]),
-    ):
-        print(f"{name}: {values}")
+    print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
+    print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
 
 
 def _probability(text: str) -> float:

@@ -7,9 +7,6 @@ Language Model (From Scratch)", appendix E, whose 2,666,528 trainable numbers at
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora.errors import UserError, shown
-from fastlora.files import open_regular, read_regular
+from fastlora.files import open_regular
+from fastlora.finetune.download import SOURCES
 
 
 @dataclass(frozen=True)
@@ -192,10 +190,7 @@ def load_weights(model: GPT2, path: Path) -> None:
 
 PAD = 50256  # GPT-2 has no padding token; <|endoftext|> stands in
 LONGEST = 1024  # tokens; as many as GPT-2 has positions
-CHECKSUMS = {  # of OpenAI's release; tiktoken pins the same two
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 def gpt2_encoding(data: Path):
@@ -209,45 +204,29 @@ def gpt2_encoding(data: Path):
             of reach.
     """
     import tiktoken
+    import tiktoken.load
 
-    contents = vocabulary_files(data)
-    if not contents:
-        try:
+    sums = [remote.sha256 for remote in SOURCES["gpt2"]]
+    encoder, merges = (data / "gpt2" / remote.name for remote in SOURCES["gpt2"])
+    try:
+        if not (encoder.exists() or merges.exists()):
             return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # requests' many, and tiktoken's ValueError on a broken download
-            looked = f"no encoder.json and vocab.bpe in {data / 'gpt2'}, and tiktoken could not fetch it"
-            raise UserError(f"GPT-2's vocabulary: {looked} ({type(error).__name__})") from None
-    # A byte that prints stands for itself in encoder.json, the others for 256, 257, ...; a token's id is its rank.
-    ordered = _bytes_in_order()
-    printing = sum(map(_prints, ordered))
-    byte_of = {chr(b) if i < printing else chr(256 + i - printing): b for i, b in enumerate(ordered)}
-    encoder = json.loads(contents["encoder.json"])
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in encoder.items() if i != PAD}
-    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": PAD})
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder), *reversed(sums))
+    except Exception as error:  # requests' many, and tiktoken's ValueError for a wrong checksum
+        why = shown(str(error))
+        raise UserError(
+            f"GPT-2's vocabulary: {encoder} and {merges.name}, or the network, are needed ({why})"
+        ) from None
+    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": PAD})
 
 
 def byte_encoding():
     """GPT-2's encoding without its merges: its 256 tokens of one byte, under GPT-2's own ids. Needs no file."""
     import tiktoken
 
-    ranks = {bytes([b]): i for i, b in enumerate(_bytes_in_order())}
+    ordered = sorted(range(256), key=lambda byte: not (chr(byte).isprintable() and chr(byte) != " "))
+    ranks = {bytes([byte]): i for i, byte in enumerate(ordered)}  # those that print come first
     return tiktoken.Encoding("gpt2-bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-
-
-def vocabulary_files(data: Path) -> dict[str, bytes]:
-    """The contents of OpenAI's two files in `<data>/gpt2`, by name, their checksums compared; none where none is."""
-    found = {}
-    if any(os.path.lexists(data / "gpt2" / name) for name in CHECKSUMS):
-        for name, want in CHECKSUMS.items():
-            path = data / "gpt2" / name
-            try:
-                found[name] = read_regular(path, 4 << 20)
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}; both {' and '.join(CHECKSUMS)} are needed") from None
-            if (got := hashlib.sha256(found[name]).hexdigest()) != want:
-                raise UserError(f"{path}: sha256 {got[:16]}… is not that of OpenAI's file, {want[:16]}…")
-    return found
 
 
 def encode(texts: Sequence[str], encoding, length: int | None = None) -> Tensor:
@@ -258,12 +237,3 @@ def encode(texts: Sequence[str], encoding, length: int | None = None) -> Tensor:
     ids = encoding.encode_ordinary_batch(list(texts), num_threads=2)
     length = min(LONGEST, max(1, *map(len, ids))) if length is None else length
     return torch.tensor([(tokens + [PAD] * length)[:length] for tokens in ids])
-
-
-def _prints(byte: int) -> bool:
-    return chr(byte).isprintable() and chr(byte) != " "
-
-
-def _bytes_in_order() -> list[int]:
-    """The bytes in the order of their token ids: first those that print."""
-    return sorted(range(256), key=lambda byte: not _prints(byte))

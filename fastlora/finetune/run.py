@@ -185,11 +185,11 @@ def number_in(folder: Path, report: Mapping, name: str, most: int) -> int:
 
 def counts(model: nn.Module) -> dict[str, int]:
     """The report's counts of parameters: what trains, everything, the adapter's, and its layers' weights."""
-    layers = [module for module in model.modules() if isinstance(module, FusedLoRALinear)]
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]  # ours, and PEFT's
     return {
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters()),
-        "adapter_parameters": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
+        "adapter_parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
         "full_layer_parameters": sum(layer.weight.numel() for layer in layers),
     }
 

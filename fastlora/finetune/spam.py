@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,11 +20,11 @@ from torch import Tensor
 import fastlora
 from fastlora import env
 from fastlora.errors import UserError, shown
-from fastlora.files import clear_leftovers, sha256, write_bytes
+from fastlora.files import sha256
 from fastlora.finetune import gpt2, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
-from fastlora.finetune.data import Batches, locate, read_texts
+from fastlora.finetune.data import FILES, Batches, locate, read_texts
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
 from fastlora.finetune.options import MOST_RANK, add_steps, chosen, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL
@@ -114,10 +115,10 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
             return
 
         fastlora.save_adapter(model, folder)
-        for name, content in gpt2.vocabulary_files(data.folder).items():  # so that `predict` finds them
-            (folder / "gpt2").mkdir(exist_ok=True)
-            clear_leftovers(folder / "gpt2")
-            write_bytes(folder / "gpt2" / name, content)
+        for file in FILES["gpt2"]:  # so that `predict` finds them
+            if (data.folder / file).exists():
+                (folder / "gpt2").mkdir(exist_ok=True)
+                shutil.copyfile(data.folder / file, folder / file)
         base = f"random weights of seed {args.seed}, frozen" if weights is None else str(weights)
         tokens = len(data.train) * data.train.batch_size * data.length * recipe.epochs
         total = round(time.perf_counter() - began, 2)

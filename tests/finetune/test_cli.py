@@ -7,24 +7,14 @@ import errno
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from fastlora import cli
 from fastlora.cli import main
 from fastlora.errors import UserError, WorkError
-
-# the command as pip installs it
-SCRIPT = "import sys; sys.argv[0] = '/usr/bin/fastlora'; from fastlora.cli import main; sys.exit(main())"
-
-
-def with_ctrl_c():
-    """Before a program starts: background jobs of a shell, and so all their children, ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def line(capsys):
@@ -129,68 +119,6 @@ def test_standard_output_on_a_full_disk(monkeypatch, tmp_path, capsys, unbuffere
         monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, write_through=unbuffered))
         assert main(["predict", str(tmp_path), "text"]) == 1
     assert line(capsys) == "fastlora: standard output cannot be written to (No space left on device)\n"
-
-
-def found_in(folder):
-    """The environment of a program that imports from `folder`, and this package."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(Path(cli.__file__).parents[1])])}
-
-
-@pytest.mark.parametrize("command", [["-m", "fastlora", "info"], ["-Bmfastlora"], ["-mfastlora", "-m"], ["-c", SCRIPT]])
-def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, command):
-    (tmp_path / "torch").mkdir()  # an import of torch that takes its time
-    (tmp_path / "torch" / "__init__.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(30)\n")
-    program = subprocess.Popen(
-        [sys.executable, *command], env=found_in(tmp_path), stdout=-1, stderr=-1, text=True, preexec_fn=with_ctrl_c
-    )
-    assert program.stdout.readline() == "begun\n"
-    program.send_signal(signal.SIGINT)
-    assert program.communicate(timeout=20)[1] == "fastlora: interrupted; nothing was begun\n"
-    assert program.returncode == 130
-
-
-def test_ctrl_c_inside_an_exec_ends_with_our_status_too(tmp_path):
-    (tmp_path / "late.py").write_text(
-        "import os, sys\nfrom fastlora import cli\n"
-        "cli._run = lambda argv: exec('os.kill(os.getpid(), 2)\\nfor i in range(100): pass', globals())\n"
-        "sys.exit(cli.main())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "late"], env=found_in(tmp_path), capture_output=True, text=True, preexec_fn=with_ctrl_c
-    )
-    assert (done.returncode, done.stderr) == (130, "fastlora: interrupted; what was written whole is kept\n")
-
-
-def test_ctrl_c_is_pythons_own_again_once_torch_is_there():
-    code = (
-        "import signal, sys; sys.argv[0] = 'fastlora'; import fastlora\n"
-        "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, preexec_fn=with_ctrl_c)
-    assert done.stdout == b"True\n"
-
-
-TELLS = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, flush=True)\n"
-
-
-@pytest.mark.parametrize("arguments", [[], ["fastlora"], ["-m", "fastlora"]])
-def test_ctrl_c_of_another_program_is_its_own_while_torch_is_imported(tmp_path, arguments):
-    for package, content in (("torch", TELLS + "raise SystemExit"), ("other", "import fastlora")):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text(content)
-    done = subprocess.run(
-        [sys.executable, "-m", "other", *arguments], env=found_in(tmp_path), capture_output=True, preexec_fn=with_ctrl_c
-    )
-    assert done.stdout == b"True\n"
-
-
-def test_ctrl_c_is_pythons_own_again_where_torch_is_missing(tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError")
-    code = f"import sys; sys.argv[0] = 'fastlora'\ntry: import fastlora\nexcept ImportError: pass\n{TELLS}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=found_in(tmp_path), capture_output=True, preexec_fn=with_ctrl_c
-    )
-    assert done.stdout == b"True\n"
 
 
 def test_data_that_is_not_there(tmp_path, capsys):

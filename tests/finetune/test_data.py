@@ -132,19 +132,6 @@ def test_more_text_than_is_read_is_refused(tmp_path, monkeypatch):
         read_texts(path, 2)
 
 
-@pytest.mark.parametrize("kind", ["cut", "other rows"])
-def test_a_damaged_sample_is_made_anew(tmp_path, kind):
-    path = make_sample(tmp_path) / "spam" / "test.parquet"
-    good, untouched = path.read_bytes(), (tmp_path / "imdb" / "test.parquet").stat().st_mtime_ns
-    if kind == "other rows":
-        pd.DataFrame({"Text": ["a"], "Label": [0]}).to_parquet(path)
-    else:
-        path.write_bytes(good[: len(good) // 2])
-    make_sample(tmp_path)
-    assert path.read_bytes() == good
-    assert (tmp_path / "imdb" / "test.parquet").stat().st_mtime_ns == untouched
-
-
 @pytest.mark.parametrize(("rows", "size"), [(37, 2), (33, 3), (5, 4)])
 def test_processes_share_out_every_batch(rows, size):
     x = torch.arange(rows)

@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, DistilBertConfig, G
 from fastlora.cli import main
 from fastlora.errors import UserError
 from fastlora.finetune import distilbert, hub, sample
+from fastlora.finetune import run as runs
 from fastlora.finetune.distilbert import HubTrainer
 from fastlora.finetune.hub import load_model
 
@@ -274,12 +275,12 @@ def test_batches_are_grouped_by_length(folders, tmp_path):
 
 
 def test_the_tutorials_parameter_count():
-    recipe = distilbert.Recipe("", tuple(distilbert.TARGETS["distilbert"]), 512, 0.01, **distilbert.DEFAULTS)
+    recipe = distilbert.Recipe("", tuple(distilbert.TARGETS["distilbert"]), 512, 0.01)
     config = distilbert._lora_config(recipe)
     assert (config.r, config.lora_alpha, config.lora_dropout, set(config.target_modules)) == (4, 32, 0.01, {"q_lin"})
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(DistilBertConfig(num_labels=2))
-        counts = distilbert.parameters(get_peft_model(model, config))
+        counts = runs.counts(get_peft_model(model, config))
     assert (counts["trainable_parameters"], counts["total_parameters"]) == (628_994, 67_584_004)
 
 

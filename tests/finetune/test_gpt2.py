@@ -142,11 +142,11 @@ def test_vocabulary_of_another_checksum(data_dir, tmp_path):
     folder = tmp_path / "gpt2"
     folder.mkdir()
     (folder / "encoder.json").write_bytes((data_dir / "gpt2" / "encoder.json").read_bytes())
-    with pytest.raises(UserError, match=r"vocab\.bpe"):
+    with pytest.raises(UserError, match=r"encoder\.json and vocab\.bpe.*No such file"):
         gpt2.gpt2_encoding(tmp_path)
     whole = (data_dir / "gpt2" / "vocab.bpe").read_bytes()
     (folder / "vocab.bpe").write_bytes(whole[:-1])
-    with pytest.raises(UserError, match=r"vocab\.bpe: sha256") as told:
+    with pytest.raises(UserError, match=r"Hash mismatch.*vocab\.bpe") as told:
         gpt2.gpt2_encoding(tmp_path)
     assert "\n" not in str(told.value)
 
@@ -156,7 +156,7 @@ def test_no_vocabulary_and_no_network(tmp_path, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", refuse)
-    with pytest.raises(UserError, match=r"no encoder\.json and vocab\.bpe"):
+    with pytest.raises(UserError, match=r"encoder\.json and vocab\.bpe.*no route"):
         gpt2.gpt2_encoding(tmp_path)
 
 

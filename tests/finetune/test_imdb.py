@@ -53,11 +53,11 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_a_run_leaves_everything(run):
+def test_a_run_leaves_everything(run, cpu_path):
     assert {path.name for path in run.iterdir() if path.name[0] != "."} == set(RUN_FILES) - {"gpt2", "checkpoints"}
     made = json.loads((run / "report.json").read_text())
     assert set(FIELDS) <= set(made)
-    assert (made["task"], made["impl"], made["path"], made["dataset"]) == ("imdb", "fused", "torch", "sample")
+    assert (made["task"], made["impl"], made["path"], made["dataset"]) == ("imdb", "fused", cpu_path, "sample")
     assert made["batches"] == {"train": 12, "valid": 1, "test": 4}
     assert made["trainable_parameters"] == 456 + 258
     assert made["adapter_parameters"] == 456 and made["full_layer_parameters"] == 12_800
