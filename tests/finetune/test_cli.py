@@ -99,17 +99,6 @@ def test_predict_takes_and_shows_any_text(monkeypatch, tmp_path, encoding, shown
     assert out.buffer.getvalue().decode(encoding) == f"yes\t1.0000\t{shown}\n"
 
 
-def test_standard_input_that_is_closed_or_too_long(monkeypatch, tmp_path, capsys):
-    stand_in(monkeypatch, tmp_path)
-    monkeypatch.setattr("sys.stdin", None)
-    assert main(["predict", str(tmp_path), "-"]) == 2
-    assert "standard input is closed" in line(capsys)
-    monkeypatch.setattr(cli, "MAX_INPUT", 10)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"x" * 11)))
-    assert main(["predict", str(tmp_path), "-"]) == 2
-    assert "holds more than 10 characters" in line(capsys)
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device here")
 @pytest.mark.parametrize("unbuffered", [True, False])
 def test_standard_output_on_a_full_disk(monkeypatch, tmp_path, capsys, unbuffered):
@@ -203,7 +192,7 @@ def test_a_fault_of_our_own_keeps_its_traceback(tmp_path, monkeypatch):
         main(["train", "imdb", "--output", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize("when", [3, 6, 9])
+@pytest.mark.parametrize("when", [3, 6])
 def test_a_full_disk_loses_nothing_and_the_run_goes_on(tmp_path, capsys, monkeypatch, when):
     """The `when`-th file that the run writes meets a full disk; afterwards there is room again."""
     train = [
@@ -301,7 +290,3 @@ def test_help_imports_no_torch_for_the_command_line_itself():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.rstrip().endswith("NEW []"), done.stdout + done.stderr
-
-
-def test_the_programs_of_the_interface():
-    assert set(cli.PROGRAMS) == {"imdb", "spam", "distilbert"}

@@ -36,66 +36,25 @@ def folders(tmp_path_factory):
     return {kind: small.hub_model(tmp_path_factory.mktemp(kind), kind) for kind in ("bert", "distilbert")}
 
 
-def arguments(model, output, *more):
-    return [
-        "train",
-        "distilbert",
-        "--data",
-        "sample",
-        "--model",
-        str(model),
-        "--output",
-        str(output),
-        "--device",
-        "cpu",
-        "--train-samples",
-        "96",
-        "--test-samples",
-        "40",
-        "--batch-size",
-        "16",
-        "--lr",
-        "0.005",
-        *more,
-    ]
+def arguments(model, output, more=""):
+    command = f"train distilbert --data sample --model {model} --output {output} --device cpu --train-samples 96 "
+    return f"{command} --test-samples 40 --batch-size 16 --lr 0.005 {more}".split()
 
 
-@pytest.mark.parametrize("impl", ["fused", "eager"])
-def test_the_whole_tutorial(folders, tmp_path, capsys, impl, cpu_path):
+def test_the_whole_tutorial(folders, tmp_path, capsys, cpu_path):
     run = tmp_path / "run"
-    assert (
-        main(
-            arguments(
-                folders["bert"],
-                run,
-                "--impl",
-                impl,
-                "--rank",
-                "3",
-                "--show-tokens",
-                "--train-samples",
-                "1200",
-                "--test-samples",
-                "100",
-                "--epochs",
-                "6",
-            )
-        )
-        == 0
-    )
+    more = "--impl fused --rank 3 --show-tokens --train-samples 1200 --test-samples 100 --epochs 6"
+    assert main(arguments(folders["bert"], run, more)) == 0
     said = capsys.readouterr().out
     assert "input_ids: [2, " in said and "attention_mask: [1, 1" in said and "'[CLS]'" in said
     report = json.loads((run / "report.json").read_text())
-    assert report["task"] == "distilbert" and report["impl"] == impl and report["rank"] == 3
+    assert report["task"] == "distilbert" and report["impl"] == "fused" and report["rank"] == 3
     assert report["target_modules"] == ["query", "value"] and report["max_length"] == 64
     assert report["adapter_parameters"] == 2 * 2 * 3 * 64 and report["full_layer_parameters"] == 2 * 64 * 64
     assert report["trainable_parameters"] == report["adapter_parameters"] + 2 * 65
     assert report["test_accuracy"] >= 0.7
-    if impl == "fused":
-        assert report["path"] == cpu_path and report["fused_calls"] > 0 and report["fallback_calls"] == 0
-        assert "0 by PEFT's own forward" in said
-    else:
-        assert report["path"] == "eager" and report["fused_calls"] == 0
+    assert report["path"] == cpu_path and report["fused_calls"] > 0 and report["fallback_calls"] == 0
+    assert "0 by PEFT's own forward" in said
     with open(run / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["epoch"]) for row in rows] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
@@ -112,7 +71,7 @@ def test_the_whole_tutorial(folders, tmp_path, capsys, impl, cpu_path):
 def test_fused_and_eager_learn_alike(folders, tmp_path):
     histories = []
     for impl in ("fused", "eager"):
-        assert main(arguments(folders["distilbert"], tmp_path / impl, "--impl", impl, "--dropout", "0")) == 0
+        assert main(arguments(folders["distilbert"], tmp_path / impl, f"--impl {impl} --dropout 0")) == 0
         with open(tmp_path / impl / "history.csv", newline="") as file:
             histories.append(list(csv.DictReader(file)))
     for mine, theirs in zip(*histories, strict=True):
@@ -123,7 +82,7 @@ def test_fused_and_eager_learn_alike(folders, tmp_path):
 
 def test_a_finished_run_is_kept_and_resume_needs_its_settings(folders, tmp_path, capsys):
     run = tmp_path / "run"
-    command = arguments(folders["bert"], run, "--epochs", "1")
+    command = arguments(folders["bert"], run, "--epochs 1")
     assert main(command) == 0
     before = (run / "adapter_model.safetensors").read_bytes()
     assert main(command) == 2 and "holds a finished run" in capsys.readouterr().err
@@ -136,36 +95,28 @@ def test_a_finished_run_is_kept_and_resume_needs_its_settings(folders, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "more, said",
+    ("more", "said"),
     [
-        (["--model", "no/such-model-anywhere"], "cannot be loaded"),
-        (["--model", "/no/such/model"], "--model /no/such/model: no such folder"),
-        (["--target-modules", "nothing"], "nothing"),
-        (["--target-modules", "query", "quary"], "quary: the model has no such linear layer; names there: classifier"),
-        (["--max-length", "0"], "between 8"),
-        (["--dropout", "1"], "below 1"),
-        (["--data", "/no/such/folder"], "no such folder"),
+        ("--model no/such-model-anywhere", "cannot be loaded"),
+        ("--model /no/such/model", "--model /no/such/model: no such folder"),
+        ("--target-modules nothing", "nothing"),
+        ("--target-modules query quary", "quary: the model has no such linear layer; names there: classifier"),
+        ("--max-length 0", "between 8"),
+        ("--dropout 1", "below 1"),
+        ("--data /no/such/folder", "no such folder"),
     ],
 )
 def test_mistakes_take_one_line(folders, tmp_path, capsys, monkeypatch, more, said):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert main(arguments(folders["bert"], tmp_path / "run", *more)) == 2
+    assert main(arguments(folders["bert"], tmp_path / "run", more)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("fastlora: ") and said in error
-
-
-def test_a_damaged_run_is_refused(folders, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "report.json").write_text(json.dumps({"task": "distilbert"}))
-    with pytest.raises(UserError, match="names no model"):
-        distilbert.load_predictor(run)
 
 
 @pytest.fixture(scope="module")
 def finished(folders, tmp_path_factory):
     run = tmp_path_factory.mktemp("finished") / "run"
-    assert main(arguments(folders["bert"], run, "--epochs", "1")) == 0
+    assert main(arguments(folders["bert"], run, "--epochs 1")) == 0
     return run
 
 
@@ -177,10 +128,7 @@ def _without(weights, part):
     ("damage", "said"),
     [
         (lambda weights: save(weights)[:200], "is damaged"),
-        (lambda weights: save(_without(weights, "lora_B")), "lora_B.weight' is missing (and 1 more)"),
         (lambda weights: save(_without(weights, "classifier")), "classifier.weight' is missing"),
-        (lambda weights: save({**weights, "other": torch.ones(1)}), "'other' has no place"),
-        (lambda weights: save({n: t[:1].clone() for n, t in weights.items()}), "has shape (1,"),
         (lambda weights: save({n: t * float("nan") for n, t in weights.items()}), "not finite"),
         (lambda weights: save({n: t.double() + 1e300 for n, t in weights.items()}), "too large"),
         (lambda weights: save({n: t.long() for n, t in weights.items()}), "is torch.int64"),
@@ -196,35 +144,10 @@ def test_a_damaged_adapter_is_refused(finished, tmp_path, capsys, damage, said):
     assert error.startswith(f"fastlora: {path}") and said in error
 
 
-def test_a_missing_base_model_is_named_with_its_run(folders, finished, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    report = json.loads((run / "report.json").read_text())
-    (run / "report.json").write_text(json.dumps({**report, "model": "/gone"}))
-    assert main(["predict", str(run), "fine"]) == 2
-    assert f"{run}: its base model '/gone': no such folder" in capsys.readouterr().err
-
-
 def test_predict_says_nothing_but_its_answer(finished, capfd):
     assert main(["predict", str(finished), "fine"]) == 0
     said = capfd.readouterr()
     assert len(said.out.splitlines()) == 1 and "MISSING" not in said.err
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda folder: [path.unlink() for name in ("tok*", "voc*") for path in folder.glob(name)], "knows no word"),
-        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "cannot be loaded"),
-    ],
-)
-def test_a_damaged_model_folder_is_refused(folders, tmp_path, capsys, spoil, said):
-    folder = tmp_path / "model"
-    shutil.copytree(folders["bert"], folder)
-    spoil(folder)
-    assert main(arguments(folder, tmp_path / "run")) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"fastlora: --model {folder}") and said in error
 
 
 def test_a_decoder_without_a_padding_token_trains(folders, tmp_path):
@@ -233,13 +156,12 @@ def test_a_decoder_without_a_padding_token_trains(folders, tmp_path):
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    assert main(arguments(folder, tmp_path / "run", "--epochs", "1")) == 0
+    assert main(arguments(folder, tmp_path / "run", "--epochs 1")) == 0
     assert json.loads((tmp_path / "run" / "report.json").read_text())["fallback_calls"] == 0
     assert main(["predict", str(tmp_path / "run"), "a fine film", "bad"]) == 0
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_masks_of_older_files_are_no_weights(folders, tmp_path, prefix):
+def test_masks_of_older_files_are_no_weights(folders, tmp_path):
     """GPT-2 and GPT-NeoX kept causal masks under the name `bias`, as bytes or bools; nothing reads them now."""
     tokenizer, _ = load_model(str(folders["bert"]), "--model")
     config = GPT2Config(
@@ -248,17 +170,12 @@ def test_masks_of_older_files_are_no_weights(folders, tmp_path, prefix):
     model = AutoModelForSequenceClassification.from_config(config)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    held = {name.replace("transformer.", prefix): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    held = {name.replace("transformer.", ""): t for name, t in load_file(tmp_path / "model.safetensors").items()}
     for name, kind in (("bias", torch.uint8), ("mask.bias", torch.bool)):
-        held[f"{prefix}h.0.attn.{name}"] = torch.ones(1, 1, 64, 64, dtype=kind).tril()
+        held[f"h.0.attn.{name}"] = torch.ones(1, 1, 64, 64, dtype=kind).tril()
     (tmp_path / "model.safetensors").write_bytes(save(held, {"format": "pt"}))
     loaded = load_model(str(tmp_path), "--model")[1].state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
-
-
-def test_nothing_to_resume_is_said(folders, tmp_path, capsys):
-    assert main(arguments(folders["bert"], tmp_path / "run", "--epochs", "1", "--resume")) == 0
-    assert "holds no run to go on with; a new one starts" in capsys.readouterr().out
 
 
 def test_batches_are_grouped_by_length(folders, tmp_path):
@@ -284,13 +201,14 @@ def test_the_tutorials_parameter_count():
     assert (counts["trainable_parameters"], counts["total_parameters"]) == (628_994, 67_584_004)
 
 
+@pytest.mark.slow
 def test_two_processes(folders, tmp_path):
     """torchrun with gloo: DDP through the Trainer, one process writes."""
     run = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastlora"]
     done = subprocess.run(
-        [*command, *arguments(folders["bert"], run, "--epochs", "1")],
+        [*command, *arguments(folders["bert"], run, "--epochs 1")],
         env=environment,
         capture_output=True,
         text=True,
@@ -362,6 +280,8 @@ def _weights(edit):
     [
         (_code, "cannot be loaded"),
         (_pickle, "holds no model.safetensors"),
+        (lambda folder: [path.unlink() for name in ("tok*", "voc*") for path in folder.glob(name)], "knows no word"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "cannot be loaded"),
         (_elsewhere, "'../elsewhere.safetensors'"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),
         (lambda folder: (folder / "config.json").write_text('{"a":' * 10**5), "cannot be loaded"),
@@ -384,20 +304,17 @@ def test_a_model_that_is_not_whole_or_not_supported_is_refused(stranger, tmp_pat
     assert not (stranger / "ran").exists() and not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_model_of_the_cache_without_a_head_trains(folders, tmp_path):
+def test_a_model_of_the_cache_without_a_head_trains(folders, tmp_path, monkeypatch, capsys):
     """Offline; and the head alone may be missing, since it is trained and kept."""
     cache = tmp_path / "hub" / "models--some--body"
     shutil.copytree(folders["distilbert"], cache / "snapshots" / "0123")
     weights(cache / "snapshots" / "0123", lambda held: [held.pop(name) for name in list(held) if "classifier" in name])
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("0123")
-    done = subprocess.run(
-        [sys.executable, "-m", "fastlora", *arguments("some/body", tmp_path / "run", "--epochs", "1")], capture_output=True, text=True,
-        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-             "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "loaded and predicted" in done.stdout
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(arguments("some/body", tmp_path / "run", "--epochs 1")) == 0
+    assert "loaded and predicted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -410,7 +327,9 @@ def test_an_adapter_of_another_program_is_refused(finished, tmp_path, capsys, se
     assert str(run) in refused(capsys, ["predict", run, "fine"])
 
 
-@pytest.mark.parametrize("settings", [{"max_length": 0}, {"max_length": 1000}, {"model": None}, {"impl": ["x"]}])
+@pytest.mark.parametrize(
+    "settings", [{"max_length": 0}, {"max_length": 1000}, {"model": None}, {"model": "/gone"}, {"impl": ["x"]}]
+)
 def test_a_damaged_report_is_refused(finished, tmp_path, settings):
     run = shutil.copytree(finished, tmp_path / "run")
     change(run / "report.json", **settings)
@@ -474,7 +393,7 @@ def stopped(monkeypatch, command, owner, name, call, error=Stop) -> None:
 def whole(folders, tmp_path_factory):
     """What a run of three epochs leaves that nothing stopped."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert main(arguments(folders["distilbert"], run, "--epochs", "3")) == 0
+    assert main(arguments(folders["distilbert"], run, "--epochs 3")) == 0
     return small.left(run)
 
 
@@ -485,7 +404,7 @@ def whole(folders, tmp_path_factory):
 )  # fmt: skip
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(folders, whole, tmp_path, monkeypatch, owner, name, call):
     run = tmp_path / "run"
-    command = arguments(folders["distilbert"], run, "--epochs", "3")
+    command = arguments(folders["distilbert"], run, "--epochs 3")
     stopped(monkeypatch, command, owner, name, call)
     torch.manual_seed(999)  # what the new process has drawn does not matter
     assert main([*command, "--resume"]) == 0
@@ -494,7 +413,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(folders, whole, tmp_pat
 
 def test_a_full_disk_is_one_line_and_a_cut_checkpoint_is_passed_over(folders, whole, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    command = arguments(folders["distilbert"], run, "--epochs", "3")
+    command = arguments(folders["distilbert"], run, "--epochs 3")
     with monkeypatch.context() as patched:
 
         def full(self, *_):
@@ -511,7 +430,7 @@ def test_a_full_disk_is_one_line_and_a_cut_checkpoint_is_passed_over(folders, wh
 
 def test_other_data_or_another_base_is_refused(folders, tmp_path, capsys, monkeypatch):
     run, texts = tmp_path / "run", distilbert._texts
-    command = arguments(folders["distilbert"], run, "--epochs", "2")
+    command = arguments(folders["distilbert"], run, "--epochs 2")
     stopped(monkeypatch, command, HubTrainer, "training_step", 8)
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -527,7 +446,7 @@ def test_other_data_or_another_base_is_refused(folders, tmp_path, capsys, monkey
 
 
 def test_a_run_that_diverges_leaves_nothing(folders, tmp_path, capsys):
-    assert main(arguments(folders["bert"], tmp_path / "run", "--lr", "1e30")) == 1
+    assert main(arguments(folders["bert"], tmp_path / "run", "--lr 1e30")) == 1
     assert "training diverged in epoch 1" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".fastlora.lock"]
 
@@ -538,7 +457,7 @@ def test_what_is_the_users_stays(folders, tmp_path):
     (run / "checkpoint-1").mkdir(parents=True)
     for name in ("checkpoint-1/mine.txt", "trainer_state.json", "README.md"):
         (run / name).write_text("mine")
-    assert main(arguments(folders["bert"], run, "--epochs", "1")) == 0
+    assert main(arguments(folders["bert"], run, "--epochs 1")) == 0
     for name in ("checkpoint-1/mine.txt", "trainer_state.json", "README.md"):
         assert (run / name).read_text() == "mine"
     assert not (run / "checkpoints").exists()
@@ -551,36 +470,12 @@ def test_minilm_reaches_82_percent_and_fused_is_within_a_point(data_dir, tmp_pat
     accuracies = {}
     for impl in ("eager", "fused"):
         run = tmp_path / impl
-        command = [
-            "train",
-            "distilbert",
-            "--data",
-            str(data_dir),
-            "--impl",
-            impl,
-            "--output",
-            str(run),
-            "--rank",
-            "8",
-            "--model",
-            str(Path(package.__file__).parent / "model"),
-            "--max-length",
-            "128",
-            "--epochs",
-            "2",
-            "--train-samples",
-            "2000",
-            "--test-samples",
-            "1000",
-            "--device",
-            "cpu",
-            "--batch-size",
-            "8",
-            "--alpha",
-            "8",
-            "--lr",
-            "2e-3",
-        ]
+        command = (
+            f"train distilbert --data {data_dir} --impl {impl} --output {run}"
+            f" --model {Path(package.__file__).parent / 'model'}"
+            " --max-length 128 --train-samples 2000 --test-samples 1000 --device cpu --batch-size 8 --alpha 8 --lr 2e-3"
+            " --rank 8 --epochs 2"
+        ).split()
         assert main(command) == 0
         report = json.loads((run / "report.json").read_text())
         assert report["fallback_calls"] == 0

@@ -9,8 +9,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import fastlora
 from fastlora.cli import main
@@ -66,15 +65,10 @@ def test_a_run_leaves_everything(run, cpu_path):
     assert made["pretrained"]["test_accuracy"] > 0.9
     assert min(made["train_seconds"], made["tokens_per_second"], made["peak_memory_bytes"]) > 0
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_history_has_a_row_per_epoch(run):
     with open(run / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["epoch"]) for row in rows] == [1, 2, 3]
-    rates = [float(row["learning_rate"]) for row in rows]
-    assert rates == pytest.approx([1, 0.1, 0.01])
-    assert all(0 <= float(row[f"{part}_accuracy"]) <= 1 for row in rows for part in ("train", "valid"))
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([1, 0.1, 0.01])
 
 
 def test_the_adapter_is_a_and_b_in_pefts_format(run):
@@ -85,17 +79,6 @@ def test_the_adapter_is_a_and_b_in_pefts_format(run):
     }
     assert all(bool(t.any()) for t in tensors.values())
     assert json.loads((run / "adapter_config.json").read_text())["r"] == 2
-
-
-def test_only_a_b_and_the_new_head_were_trained(run):
-    start = imdb.RECIPES["default"]
-    with safe_open(run / "model.safetensors", "pt") as file:
-        assert set(file.keys()) == {"embedding.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
-        assert file.get_tensor("fc2.weight").shape == (2, 128)
-    with safe_open(run / "checkpoint.safetensors", "pt") as file:
-        trained = {name for name in file.keys() if name.startswith("model.")}  # noqa: SIM118
-    assert trained == {"model.fc1.lora_A", "model.fc1.lora_B", "model.fc2.weight", "model.fc2.bias"}
-    assert (start.rank, start.lr, start.decay, start.batch_size) == (2, 1.0, 0.1, 64)
 
 
 def test_predict_tells_good_from_bad(run, capsys):
@@ -237,15 +220,6 @@ def test_predict_refuses_an_adapter_of_another_rank(run, tmp_path, capsys):
     assert "rank 4" in error and "rank 2" in error and error.count("\n") == 1
 
 
-def test_predict_refuses_an_adapter_that_is_not_finite(run, tmp_path, capsys):
-    folder = shutil.copytree(run, tmp_path / "run")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    assert main(["predict", str(folder), GOOD]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -327,24 +301,6 @@ def test_resuming_with_files_of_another_run_is_refused(run, tmp_path, capsys, na
     assert train(folder, "--resume") == 2
     error = capsys.readouterr().err
     assert name in error and error.count("\n") == 1
-
-
-def test_vectors_that_changed_since_are_refused(tmp_path, capsys):
-    path, folder = tmp_path / "glove.txt", tmp_path / "run"
-    for value, status in ((0.5, 0), (0.25, 2)):
-        path.write_text("film" + f" {value}" * 100 + "\n")
-        flags = ["--vectors", str(path), "--epochs", "1", "--train-samples", "60", "--resume"]
-        assert train(folder, *flags) == status
-        (folder / "report.json").unlink(missing_ok=True)
-    assert "the data is not what the run was started with" in capsys.readouterr().err
-
-
-def test_a_vocabulary_that_has_gone_is_written_again(run, tmp_path):
-    folder = shutil.copytree(run, tmp_path / "run")
-    (folder / "report.json").unlink()
-    (folder / "vocabulary.json").write_text('["a", "b"]')
-    assert train(folder, "--resume") == 0
-    assert (folder / "vocabulary.json").read_bytes() == (run / "vocabulary.json").read_bytes()
 
 
 @pytest.mark.slow

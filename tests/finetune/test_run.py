@@ -101,9 +101,3 @@ def test_strange_settings_are_shown_escaped(tmp_path):
     with pytest.raises(UserError, match="started with") as told, runs.run_folder(tmp_path, {"data": "b"}, True):
         pass
     assert str(told.value).isprintable()
-
-
-def test_an_output_that_is_a_file(tmp_path):
-    (tmp_path / "a").write_text("")
-    with pytest.raises(UserError, match="cannot be used as output folder"), runs.run_folder(tmp_path / "a", {}, False):
-        pass

@@ -76,16 +76,6 @@ def test_float16_skips_a_step_that_overflows():
     assert step.scaler.get_scale() < scale
 
 
-def test_dropout_differs_from_step_to_step():
-    model, optimiser = tiny(dropout=0.5)
-    with torch.no_grad():
-        for layer in (model[0], model[2]):
-            layer.lora_B.normal_()
-    optimiser.param_groups[0]["lr"] = 0.0
-    step = steps.Step(model, optimiser, steps.StepSettings())
-    assert len({step([batch(8)])[0].item() for _ in range(4)}) == 4
-
-
 def test_reasons_for_plain_steps():
     on = steps.StepSettings(graph=True)
     assert "asked for" in steps.why_plain(CUDA, steps.StepSettings(graph=False))
