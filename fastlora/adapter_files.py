@@ -105,8 +105,6 @@ def read_config(directory: str | os.PathLike) -> AdapterConfig:
 def to_json(config: AdapterConfig, fan_in_fan_out: bool, base_model: str | None) -> dict:
     """The contents of adapter_config.json: what PEFT's `LoraConfig` reads."""
     settings = dataclasses.asdict(config)
-    settings["lora_alpha"] = _integral(config.lora_alpha)
-    settings["alpha_pattern"] = {key: _integral(alpha) for key, alpha in config.alpha_pattern.items()}
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         value = settings[name]
         settings[name] = value if isinstance(value, str) else list(value) or None
@@ -232,10 +230,6 @@ def _read_json(path: Path) -> dict:
     if not isinstance(found, dict):
         raise AdapterError(f"{path} is damaged: its JSON is no object")
     return found
-
-
-def _integral(number: float) -> float:
-    return int(number) if float(number).is_integer() else number
 
 
 def _is_rank(value: object) -> bool:

@@ -39,12 +39,10 @@ from fastlora.targets import AdapterConfig, by_pattern, matched, names, plan, sa
 def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save: Iterable[str] | None = None) -> None:
     """Write the LoRA layers of `model`, and its modules that are trained in full, as an adapter that PEFT loads.
 
-    An adapter already in `directory` is replaced; its other files are not touched. Each file is whole or not there at
-    all. Layers put in by hand, without `inject`, are saved as well. A model in DistributedDataParallel or
-    `torch.compile` is saved as the model inside. Merged layers are saved as if unmerged. A `scaling` set outright is
-    saved as the lora_alpha that gives it, to the last bit or, where no alpha does, to the one next to it. Ranks and
-    alphas by pattern are saved under the layers' whole names. Trainable parameters that are not part of the adapter
-    are named in a warning.
+    An adapter already in `directory` is replaced, whole or not at all. Layers put in by hand, without `inject`, are
+    saved as well, merged ones as if unmerged. A model in DistributedDataParallel or `torch.compile` is saved as the
+    model inside. A `scaling` set outright is saved as the lora_alpha that gives it, or the one next to it. Trainable
+    parameters that are not part of the adapter are named in a warning.
 
     Args:
         model: a model with `FusedLoRALinear` layers.
@@ -116,11 +114,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             targets, saved, config, ranks, alphas = todo.targets, todo.saved, todo.config, todo.ranks, todo.alphas
     except AdapterError:
         raise
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise AdapterError(f"{where / CONFIG_NAME} does not fit the model: {error}") from None
     if any(parameter.is_meta for module in (*targets.values(), *saved.values()) for parameter in module.parameters()):
         raise ValueError("model is on the meta device: give its parameters memory first")
-
     held = {f"{PREFIX}{name}.{key}": t for name, module in saved.items() for key, t in module.state_dict().items()}
     wanted = {key: tuple(tensor.shape) for key, tensor in held.items()}
     copies = {}  # PEFT adds the base weight of an adapted output head
@@ -132,7 +129,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         if module.bias is not None:
             copies[f"{PREFIX}{name}.base_layer.bias"] = module.bias
     tensors = read_tensors(where, wanted, copies)
-    dtype = _adapter_dtype(where / WEIGHTS_NAME, tensors, targets, injected=todo is None)
+    dtype = _adapter_dtype(where / WEIGHTS_NAME, tensors, targets)
     tensors |= {key: as_held(where / WEIGHTS_NAME, key, tensors[key], tensor) for key, tensor in held.items()}
 
     if todo is not None:
@@ -150,28 +147,28 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     return outer
 
 
-def _adapter_dtype(
-    path: Path, tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module], injected: bool
-) -> torch.dtype | None:
-    """The dtype for new LoRA layers, None for each weight's own; AdapterError where numbers would be lost."""
-    places = []
+def _adapter_dtype(path: Path, tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module]) -> torch.dtype | None:
+    """The dtype for new LoRA layers, None for each weight's own; AdapterError where numbers would be lost.
+
+    float32 where the file has float32, or more than the weight can hold.
+    """
+    places = {}
     for name, module in targets.items():
         for part in ("lora_A", "lora_B"):
-            key = f"{PREFIX}{name}.{part}.weight"
-            if not tensors[key].is_floating_point():
-                raise AdapterError(f"{path}: {key} has dtype {tensors[key].dtype}, which is not floating point")
-            places.append((key, tensors[key].dtype, getattr(module, part if injected else "weight").dtype))
-    if not injected and all(dtype is torch.float32 for _, dtype, _ in places):
-        return torch.float32
-    lost = [item for item in places if not fits(*item[1:])]
-    if lost and not injected:
-        lost = [(key, dtype, torch.float32) for key, dtype, _ in places if not fits(dtype, torch.float32)]
-        if not lost:
-            return torch.float32
-    if lost:
-        key, dtype, place = lost[0]
-        raise AdapterError(f"{path}: {key} is {dtype}, which the model's {place} adapter cannot hold exactly")
-    return None
+            there = getattr(module, part if isinstance(module, FusedLoRALinear) else "weight")
+            places[f"{PREFIX}{name}.{part}.weight"] = there.dtype
+    dtype = None
+    if not any(isinstance(module, FusedLoRALinear) for module in targets.values()):
+        kinds = {tensors[key].dtype for key in places}
+        if kinds == {torch.float32} or not all(fits(tensors[key].dtype, place) for key, place in places.items()):
+            dtype = torch.float32
+    for key, place in places.items():
+        if not tensors[key].is_floating_point():
+            raise AdapterError(f"{path}: {key} has dtype {tensors[key].dtype}, which is not floating point")
+        if not fits(tensors[key].dtype, dtype or place):
+            what = f"{tensors[key].dtype}, which the model's {dtype or place}"
+            raise AdapterError(f"{path}: {key} is {what} adapter cannot hold exactly")
+    return dtype
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -100,6 +100,8 @@ class TestWeights:
         assert "fc2.lora_A.weight' is missing" in refused(saved, small())
         configure(saved, target_modules=["fc1"])
         assert "is missing" in refused(saved, inject(small(), r=2, target_modules=["fc1", "fc2"]))
+        configure(saved, target_modules="(")
+        assert "does not fit the model" in refused(saved, small())
 
     def test_dtypes_that_would_lose_numbers(self, saved):
         half = inject(small().half(), r=2, target_modules=["fc1"])
