@@ -138,6 +138,8 @@ def download(remote: Remote, folder: Path, pause: float = PAUSE) -> Path:
 def _receive(remote: Remote, part: Path, bar) -> None:
     """Append to `part` what one request gives; a byte more than the remote's size at most."""
     have = part.stat().st_size if part.exists() else 0
+    if have >= remote.size:  # a killed run had all of it
+        return
     request = urllib.request.Request(remote.url, headers={"User-Agent": "fastlora", "Accept-Encoding": "identity"})
     if have:
         request.add_header("Range", f"bytes={have}-")

@@ -20,24 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout t
 import small
 
 RUNS = {
-    "spam": ["train", "spam", "--data", "sample", "--model", "nano", "--epochs", "2", "--train-samples", "400"],
-    "distilbert": [
-        "train",
-        "distilbert",
-        "--data",
-        "sample",
-        "--epochs",
-        "3",
-        "--train-samples",
-        "120",
-        "--test-samples",
-        "20",
-        "--batch-size",
-        "16",
-        "--device",
-        "cpu",
-        "--model",
-    ],
+    "spam": "train spam --data sample --model nano --epochs 2 --train-samples 400",
+    "imdb": "train imdb --data sample --epochs 8",
+    "distilbert": "train distilbert --data sample --epochs 3 --train-samples 120 --test-samples 20 --batch-size 16"
+    " --device cpu --model",
 }
 
 
@@ -106,7 +92,7 @@ if __name__ == "__main__":
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     for module in ("matplotlib.figure", "pandas", "tqdm", "fastlora.finetune.spam", "fastlora.finetune.imdb"):
         importlib.import_module(module)
-    command = args.command or list(RUNS[args.program])
+    command = args.command or RUNS[args.program].split()
     hub = "distilbert" in command[:2]
     if hub:
         importlib.import_module("fastlora.finetune.distilbert")

@@ -142,6 +142,15 @@ def test_replaced_between_two_transfers_starts_again(server, tmp_path):
     assert server.ranges == [60_000, 0]
 
 
+def test_what_a_killed_call_left_is_used(server, tmp_path):
+    for left, ranges in ((123_456, [123_456]), (300_000, [])):
+        (tmp_path / "file.bin").unlink(missing_ok=True)
+        (tmp_path / "file.bin.part").write_bytes(CONTENT[:left])
+        assert fetch(server, tmp_path).read_bytes() == CONTENT
+        assert server.ranges == ranges
+        server.ranges.clear()
+
+
 @pytest.mark.parametrize("left", [bytes(len(CONTENT)), CONTENT + b"xx", CONTENT[:-1] + b"x", bytes(100)])
 def test_what_was_left_damaged_or_too_long_is_fetched_afresh(server, tmp_path, left):
     (tmp_path / "file.bin.part").write_bytes(left)

@@ -46,12 +46,9 @@ def test_killed_and_resumed_ends_in_the_same_bits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["spam", "imdb"])
+@pytest.mark.parametrize("program", ["spam", "imdb", "distilbert"])
 def test_killed_twenty_times(program):
-    if program == "spam":
-        campaign(20)
-    else:
-        campaign(20, "--", "train", "imdb", "--data", "sample", "--epochs", "8")
+    campaign(20, "--program", program)
 
 
 class Stop(Exception):
