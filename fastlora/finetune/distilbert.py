@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora.peft
 from fastlora.errors import UserError, WorkError, shown
+from fastlora.files import write_json
 from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import locate, random_split, read_texts
@@ -193,8 +194,12 @@ class HubTrainer(Trainer):
         folder, last = Path(self.args.output_dir), None
         for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])):
             with contextlib.suppress(OSError, ValueError):  # cut while it was written: the state comes last
-                then = json.loads((path / "trainer_state.json").read_text())["log_history"][-1]["row"]
-                last, self.seconds, before = path, then["seconds"], then["started"]
+                then = json.loads((path / "trainer_state.json").read_text())
+                last, row = path, then["log_history"][-1]["row"]
+                self.seconds, before = row["seconds"], row["started"]
+        if last:  # the run's folder may have another name by now
+            then["best_model_checkpoint"] = str(folder / Path(then["best_model_checkpoint"]).name)
+            write_json(last / "trainer_state.json", then)
         for what, digest in started.items() if last else ():
             if before[what] != digest:
                 raise UserError(f"{folder.parent}: the {what} is not what the run was started with")

@@ -404,10 +404,10 @@ def whole(folders, tmp_path_factory):
 )  # fmt: skip
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(folders, whole, tmp_path, monkeypatch, owner, name, call):
     run = tmp_path / "run"
-    command = arguments(folders["distilbert"], run, "--epochs 3")
-    stopped(monkeypatch, command, owner, name, call)
-    torch.manual_seed(999)  # what the new process has drawn does not matter
-    assert main([*command, "--resume"]) == 0
+    stopped(monkeypatch, arguments(folders["distilbert"], run, "--epochs 3"), owner, name, call)
+    torch.manual_seed(999)  # neither what the new process has drawn matters, nor where the run is by now
+    run = run.rename(tmp_path / "elsewhere")
+    assert main(arguments(folders["distilbert"], run, "--epochs 3 --resume")) == 0
     assert small.left(run) == whole
 
 
