@@ -134,6 +134,7 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
 // The bits of a tile's mask, by the three warps beside the producer: bit c % 8 of kept[row][c / 8] for column c.
 DEVICE void make_kept(Shared& sm, int tile, int row, int column, uint64_t seed, uint32_t threshold) {
     const int buffer = tile % 2;
+    const uint32_t limit = keep_limit(threshold);
     barrier_wait(&sm.kept_empty[buffer], tile / 2 % 2 ^ 1);
     for (int i = threadIdx.x - 32; i < TILE_M * TILE_N / 32; i += 96) {
         const int r = i / (TILE_N / 32), c = i % (TILE_N / 32);
@@ -142,10 +143,8 @@ DEVICE void make_kept(Shared& sm, int tile, int row, int column, uint64_t seed, 
         for (int j = 0; j < 4; j++) {
             uint32_t w[4];
             philox(seed, column / 8 + 4 * c + j, row + r, w);
-            UNROLL for (int k = 0; k < 4; k++) {
-                const uint32_t pair = keep_pair(w[k], threshold);
-                bits |= (pair & 1 | pair >> 16 & 2) << (8 * j + 2 * k);
-            }
+            UNROLL for (int k = 0; k < 4; k++)
+                bits |= (keep_low(w[k], limit) | keep_high(w[k], limit) << 1) << (8 * j + 2 * k);
         }
         reinterpret_cast<uint32_t*>(sm.kept[buffer][r])[c] = bits;
     }

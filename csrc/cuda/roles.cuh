@@ -204,16 +204,19 @@ template <int RP> DEVICE void load_sum(Ring& ring, const TensorMap& p, const Ten
 // Zeros where the mask drops, in a box of x at (row, column), by the threads of a warp group. The eight columns of a
 // Philox call are the 16 bytes that the swizzle keeps together.
 DEVICE void drop_box(uint8_t* box, int row, int column, uint64_t seed, uint32_t threshold, int thread) {
+    const uint32_t limit = keep_limit(threshold);
 #pragma unroll 2
     for (int i = thread % 128; i < BOX * 8; i += 128) {
         const int r = i / 8, c = i % 8;
         uint4& x = *reinterpret_cast<uint4*>(box + 128 * r + 16 * (c ^ (r & 7)));
         uint32_t w[4];
         philox(seed, column / 8 + c, row + r, w);
-        uint4 y = x;
-        y.x &= keep_pair(w[0], threshold), y.y &= keep_pair(w[1], threshold);
-        y.z &= keep_pair(w[2], threshold), y.w &= keep_pair(w[3], threshold);
-        x = y;
+        uint32_t y[4] = {x.x, x.y, x.z, x.w};
+        UNROLL for (int k = 0; k < 4; k++) {
+            if (!keep_low(w[k], limit)) y[k] &= 0xFFFF0000;
+            if (!keep_high(w[k], limit)) y[k] &= 0xFFFF;
+        }
+        x = {y[0], y[1], y[2], y[3]};
     }
 }
 

@@ -182,9 +182,10 @@ DEVICE void philox(uint64_t seed, uint32_t eighth, uint32_t row, uint32_t (&w)[4
     w[0] = c0, w[1] = c2, w[2] = c1, w[3] = c3;  // in the order of their columns
 }
 
-DEVICE uint32_t keep_pair(uint32_t word, uint32_t threshold) {  // all ones in each half that is kept
-    return ((word & 0xFFFF) >= threshold ? 0xFFFFu : 0) | ((word >> 16) >= threshold ? 0xFFFF0000u : 0);
-}
+// A word's 16 bits reach the threshold, t, where they stand above t * 65536 - 1 in the upper half of 32 bits.
+DEVICE uint32_t keep_limit(uint32_t threshold) { return (threshold << 16) - 1; }
+DEVICE bool keep_low(uint32_t word, uint32_t limit) { return word << 16 > limit; }
+DEVICE bool keep_high(uint32_t word, uint32_t limit) { return word > limit; }
 
 DEVICE float keep_scale(uint32_t threshold) {  // of what is kept; finite at p = 1, where nothing is
     return 65536.0f / static_cast<float>(threshold < 65536 ? 65536 - threshold : 1);
