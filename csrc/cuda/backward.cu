@@ -48,7 +48,7 @@ struct Item {
 // The producer's part of the queue. A stage: 64 rows of four boxes of P, and their R columns of Qᵀ.
 template <int RP>
 DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, const TensorMap& x, const TensorMap& ds,
-                       const BackwardArgs& p) {
+                       const TensorMap& mask, const BackwardArgs& p) {
     while (true) {
         const int taken = flag_count(&p.flags[QUEUE], 1), last = p.items + p.streamers + p.others - 1;
         if (taken == last) flag_count(&p.flags[QUEUE], -1 - last);
@@ -57,32 +57,33 @@ DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, cons
         for (int m = 0; m < item.rows; m += BOX) {
             const int row = item.row + m;
             if (row % TILE_M == 0) wait_row(row / TILE_M, p.flags);
-            ring.fill(4 + TAIL<RP>, taken);
+            const bool bits = item.of_A && p.mask.threshold;
+            ring.fill(4 + TAIL<RP>, bits ? 2 : 0, taken);
+            for (int j = 0; j < 2 && bits; j++) ring.load_piece(j, mask, item.slab * TILE_N / 8 + PIECE * j, row);
             for (int j = 0; j < 4; j++) ring.load(j, item.of_A ? x : dy, item.slab * TILE_N + BOX * j, row);
             for (int j = 0; j < TAIL<RP>; j++) ring.load(4 + j, item.of_A ? ds : s, row, BOX * j);
             ring.next();
         }
     }
-    ring.fill(0, -1);
+    ring.fill(0, 0, -1);
 }
 
 // What is done with the items: D [columns of P, R] = drop(P)ᵀ Q, 64 x R twice for each warp group.
 template <typename T, int RP>
 DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p) {
     Shared& sm = ring.sm;
-    int32_t* slabs_done = p.flags + ROWS + p.rows;
-    const uint64_t seed = p.threshold ? *p.seed : 0;
+    int32_t* slabs_done = p.flags + ROWS + 2 * p.rows;
     while (true) {
         ring.wait();
         if (sm.note[ring.stage] < 0) break;
         const Item item(sm.note[ring.stage], p);
-        const bool drops = item.of_A && p.threshold;
+        const bool drops = item.of_A && p.mask.threshold;
         float d[2][RP / 2];
         for (int m = 0; m < item.rows; m += BOX) {
             ring.wait();
             if (drops) {
-                for (int j = 2 * me.half; j < 2 * me.half + 2; j++)
-                    drop_box(ring.box(j), item.row + m, item.slab * TILE_N + BOX * j, seed, p.threshold, me.thread);
+                for (int j = 0; j < 2; j++)
+                    drop_box(ring.box(2 * me.half + j), sm.kept[ring.stage][me.half], j, me.thread);
                 fence_async_proxy();
                 me.sync_half();
             }
@@ -114,7 +115,7 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
             for (int part = 0; part < p.parts; part++, slab += TILE_N * RP)
                 UNROLL for (int i = 0; i < RP; i++) d[i / (RP / 2)][i % (RP / 2)] += slab[256 * i];
         }
-        const float scale = drops ? keep_scale(p.threshold) : 1.0f;
+        const float scale = drops ? keep_scale(p.mask.threshold) : 1.0f;
         const int64_t stride_c = item.of_A ? 1 : p.R, stride_r = item.of_A ? p.K : 1;
         UNROLL for (int rows = 0; rows < 4; rows++) {  // of D: columns of P
             const int c = item.slab * TILE_N + 128 * me.half + 64 * (rows / 2) + me.row + 8 * (rows % 2);
@@ -131,41 +132,17 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
     }
 }
 
-// The bits of a tile's mask, by the three warps beside the producer: bit c % 8 of kept[row][c / 8] for column c.
-DEVICE void make_kept(Shared& sm, int tile, int row, int column, uint64_t seed, uint32_t threshold) {
-    const int buffer = tile % 2;
-    const uint32_t limit = keep_limit(threshold);
-    barrier_wait(&sm.kept_empty[buffer], tile / 2 % 2 ^ 1);
-    for (int i = threadIdx.x - 32; i < TILE_M * TILE_N / 32; i += 96) {
-        const int r = i / (TILE_N / 32), c = i % (TILE_N / 32);
-        uint32_t bits = 0;
-#pragma unroll 1
-        for (int j = 0; j < 4; j++) {
-            uint32_t w[4];
-            philox(seed, column / 8 + 4 * c + j, row + r, w);
-            UNROLL for (int k = 0; k < 4; k++)
-                bits |= (keep_low(w[k], limit) | keep_high(w[k], limit) << 1) << (8 * j + 2 * k);
-        }
-        reinterpret_cast<uint32_t*>(sm.kept[buffer][r])[c] = bits;
-    }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&sm.kept_full[buffer]);
-}
-
 // The tail where the mask drops: U = dS A, 64 columns at a time, added to D where kept.
 template <typename T, int RP>
-DEVICE void add_kept(float (&d)[128], Ring& ring, const Consumer& me, int tile, uint32_t threshold) {
+DEVICE void add_kept(float (&d)[128], Ring& ring, const Consumer& me, uint32_t threshold) {
     constexpr int EACH = SIXTEENS<RP>;
     Shared& sm = ring.sm;
-    const int buffer = tile % 2, first = ring.stage, second = (ring.stage + 1) % STAGES;
+    const int first = ring.stage, second = (ring.stage + 1) % STAGES;
     const float scale = keep_scale(threshold);
-    ring.wait();
-    ring.next();
-    if (TAIL<RP> == 2) {
+    for (int i = 0; i < 2; i++) {
         ring.wait();
         ring.next();
     }
-    barrier_wait(&sm.kept_full[buffer], tile / 2 % 2);
     UNROLL for (int c = 0; c < TILE_N / BOX; c++) {
         float u[32];
         wgmma_fence();
@@ -179,8 +156,8 @@ DEVICE void add_kept(float (&d)[128], Ring& ring, const Consumer& me, int tile, 
         wgmma_wait<0>();
         settle(u);
         UNROLL for (int h = 0; h < 2; h++) {
-            const int row = BOX * me.half + me.row + 8 * h;
-            const uint2 kept = *reinterpret_cast<const uint2*>(&sm.kept[buffer][row][8 * c]);
+            const uint8_t* bits = &sm.kept[c < 2 ? first : second][me.half][me.row + 8 * h][8 * (c % 2)];
+            const uint2 kept = *reinterpret_cast<const uint2*>(bits);
             const uint32_t low = kept.x >> me.column, high = kept.y >> me.column;
             UNROLL for (int j = 0; j < 8; j++)
                 UNROLL for (int e = 0; e < 2; e++) {
@@ -190,59 +167,56 @@ DEVICE void add_kept(float (&d)[128], Ring& ring, const Consumer& me, int tile, 
         }
     }
     ring.give_back(first);
-    if (TAIL<RP> == 2) ring.give_back(second);
-    __syncwarp();
-    if (me.lane == 0) barrier_arrive(&sm.kept_empty[buffer]);
+    ring.give_back(second);
 }
 
 template <typename T, int RP>
 DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& ds, const TensorMap& a,
                      const TensorMap& b, const TensorMap& x, const TensorMap& s, const TensorMap& ds_columns,
-                     const TensorMap& dx, const BackwardArgs& p) {
+                     const TensorMap& dx, const TensorMap& mask, const BackwardArgs& p) {
     extern __shared__ __align__(1024) uint8_t raw[];
     Shared& sm = start(raw);
     Ring ring(sm);
-    const bool streams = cta() < p.streamers, sums = streams && p.sums;
+    const bool streams = cta() < p.streamers, sums = streams && p.sums, masks = p.sums && p.mask.threshold;
+    const int ctas = p.streamers + p.others;
+    int32_t* made = p.flags + ROWS + p.rows;
 
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
-        if (threadIdx.x >= 32 && p.threshold) {
-            const uint64_t seed = *p.seed;
-            for (int i = streams ? p.tiles : cta() - p.streamers, n = 0; i < p.tiles; i += p.others, n++) {
-                const Tile tile(i, p.rows, p.columns);
-                make_kept(sm, n, tile.row * TILE_M, tile.column * TILE_N, seed, p.threshold);
-            }
-        }
+        if (threadIdx.x >= 32 && masks) make_mask(p.mask, p.rows, ctas, made);
         if (threadIdx.x) return;
         if (sums) {
-            wait_packed(p.streamers + p.others, p.streamers, p.flags);
-            for (int row = cta(); row < p.rows; row += p.streamers) load_sum<RP>(ring, dy, b, row * TILE_M, p.N);
+            wait_packed(ctas, p.streamers, p.flags);
+            for (int row = cta(); row < p.rows; row += p.streamers) load_sum<RP>(ring, dy, b, nullptr, row * TILE_M, p.N);
         }
         for (int i = streams ? p.tiles : cta() - p.streamers; i < p.tiles; i += p.others)
-            load_tile<RP, true>(ring, Tile(i, p.rows, p.columns), dy, w, ds, a, p.N, p.flags);
-        load_items<RP>(ring, dy, s, x, ds_columns, p);
+            load_tile<RP, true>(ring, Tile(i, p.rows, p.columns), dy, w, ds, a, masks ? &mask : nullptr, p.N, p.flags);
+        load_items<RP>(ring, dy, s, x, ds_columns, mask, p);
         return;
     }
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     const Consumer me;
-    if (p.sums) pack_adapters<T>(me, p.adapters, p.N, p.K, p.R, 0, p.streamers + p.others, p.flags);
+    if (p.sums) pack_adapters<T>(me, p.adapters, p.N, p.K, p.R, 0, ctas, p.flags);
     for (int row = cta(); streams && row < p.rows; row += p.streamers) {
-        if (p.sums) sum_rows<T, RP>(ring, me, p.dS, row * TILE_M, p.M, p.N, p.R, nullptr, 0);
+        if (p.sums) sum_rows<T, RP>(ring, me, p.dS, row * TILE_M, p.M, p.N, p.R, 0);
         const int m = row * TILE_M, high = p.M - m < TILE_M ? p.M - m : TILE_M;
         const T* S = static_cast<const T*>(p.S) + static_cast<int64_t>(m) * p.R;
         pack<T>(static_cast<T*>(p.S_columns) + m, p.stride_t, S, false, p.R, high, 1, p.R, me.thread, 256);
         me.sync_both();
-        if (me.thread == 0) flag_set(&p.flags[ROWS + row], p.readers);
+        if (me.thread == 0) {
+            if (masks) wait_mask(ctas, &made[row]);  // so that the flag speaks for the mask too
+            flag_set(&p.flags[ROWS + row], p.readers);
+        }
     }
     Exit<T> exit(sm, dx);
-    for (int i = streams ? p.tiles : cta() - p.streamers, n = 0; i < p.tiles; i += p.others, n++) {
+    for (int i = streams ? p.tiles : cta() - p.streamers; i < p.tiles; i += p.others) {
         float d[128];
         Product<T, 128> product(d, ring);
         product.template run<true>(cdiv(p.N, TILE_K), me.half);
-        if (p.threshold) {
+        if (p.mask.threshold) {
             product.finish();
-            add_kept<T, RP>(d, ring, me, n, p.threshold);
+            add_kept<T, RP>(d, ring, me, p.mask.threshold);
         } else {
             for (int step = 0; step < TAIL<RP>; step++) product.template step<true, SIXTEENS<RP>>(me.half);
             product.finish();
@@ -257,8 +231,8 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
 #define KERNEL(NAME, T, RP)                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                          \
         NAME##_r##RP(MAP dy, MAP w, MAP ds, MAP a, MAP b, MAP x, MAP s, MAP ds_columns, MAP dx,                       \
-                     const __grid_constant__ BackwardArgs p) {                                                        \
-        backward<T, RP>(dy, w, ds, a, b, x, s, ds_columns, dx, p);                                                    \
+                     MAP mask, const __grid_constant__ BackwardArgs p) {                                              \
+        backward<T, RP>(dy, w, ds, a, b, x, s, ds_columns, dx, mask, p);                                              \
     }
 #define KERNELS(NAME, T) KERNEL(NAME, T, 16) KERNEL(NAME, T, 32) KERNEL(NAME, T, 64) KERNEL(NAME, T, 128)
 KERNELS(backward_bf16, __nv_bfloat16)

@@ -34,31 +34,40 @@
 
 template <typename T, int RP>
 DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, const TensorMap& a, const TensorMap& b,
-                    const TensorMap& y, const ForwardArgs& p) {
+                    const TensorMap& y, const TensorMap& mask, const ForwardArgs& p) {
     extern __shared__ __align__(1024) uint8_t raw[];
     Shared& sm = start(raw);
     Ring ring(sm);
     const bool streams = cta() < p.streamers;
+    const int ctas = p.streamers + p.others;
+    int32_t* made = p.flags + ROWS + p.rows;
 
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
+        if (threadIdx.x >= 32 && p.mask.threshold) make_mask(p.mask, p.rows, ctas, made);
         if (threadIdx.x) return;
         if (streams) {
-            wait_packed(p.streamers + p.others, p.streamers, p.flags);
-            for (int row = cta(); row < p.rows; row += p.streamers) load_sum<RP>(ring, x, a, row * TILE_M, p.K);
+            wait_packed(ctas, p.streamers, p.flags);
+            for (int row = cta(); row < p.rows; row += p.streamers) {
+                if (p.mask.threshold) {
+                    wait_mask(ctas, &made[row]);
+                    fence_async_proxy();
+                }
+                load_sum<RP>(ring, x, a, p.mask.threshold ? &mask : nullptr, row * TILE_M, p.K);
+            }
             return;
         }
         for (int i = cta() - p.streamers; i < p.rows * p.columns; i += p.others)
-            load_tile<RP, false>(ring, Tile(i, p.rows, p.columns), x, w, s, b, p.K, p.flags);
+            load_tile<RP, false>(ring, Tile(i, p.rows, p.columns), x, w, s, b, nullptr, p.K, p.flags);
         return;
     }
 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     const Consumer me;
-    pack_adapters<T>(me, p.adapters, p.N, p.K, p.R, p.S.stride_s, p.streamers + p.others, p.flags);
+    pack_adapters<T>(me, p.adapters, p.N, p.K, p.R, p.S.stride_s, ctas, p.flags);
     if (streams) {
         for (int row = cta(); row < p.rows; row += p.streamers) {
-            sum_rows<T, RP>(ring, me, p.S, row * TILE_M, p.M, p.K, p.R, p.seed, p.threshold);
+            sum_rows<T, RP>(ring, me, p.S, row * TILE_M, p.M, p.K, p.R, p.mask.threshold);
             me.sync_both();
             if (me.thread == 0) flag_set(&p.flags[ROWS + row], p.columns);
         }
@@ -79,8 +88,8 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
 
 #define KERNEL(NAME, T, RP)                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                          \
-        NAME##_r##RP(MAP x, MAP w, MAP s, MAP a, MAP b, MAP y, const __grid_constant__ ForwardArgs p) {               \
-        forward<T, RP>(x, w, s, a, b, y, p);                                                                          \
+        NAME##_r##RP(MAP x, MAP w, MAP s, MAP a, MAP b, MAP y, MAP mask, const __grid_constant__ ForwardArgs p) {     \
+        forward<T, RP>(x, w, s, a, b, y, mask, p);                                                                    \
     }
 #define KERNELS(NAME, T) KERNEL(NAME, T, 16) KERNEL(NAME, T, 32) KERNEL(NAME, T, 64) KERNEL(NAME, T, 128)
 KERNELS(forward_bf16, __nv_bfloat16)

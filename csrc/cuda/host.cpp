@@ -22,7 +22,7 @@ struct ForwardCall {
     const void *x, *weight, *bias, *lora_A, *lora_B;  // (M, K), (N, K), (N,) or null, (R, K), (N, R)
     const int64_t* seed;                              // where threshold > 0
     void *y, *S;                                      // (M, N), (M, R)
-    void *S_rows, *packed_A, *packed_B;               // scratch: (M, stride_s) where R % 8, (R, K), (N, stride_s)
+    void *S_rows, *packed_A, *packed_B, *bits;        // scratch: (M, stride_s) where R % 8, (R, K), (N, stride_s), mask
     int32_t* flags;                                   // zero between launches
     int64_t stride_x, stride_w, stride_y, stride_ar, stride_ak, stride_bn, stride_br;
     int32_t M, N, K, R, is_half, adapters_float, threshold;
@@ -36,7 +36,7 @@ struct BackwardCall {
     const int64_t* seed;
     void *dX, *dA, *dB;                                 // (M, K), (R, K), (N, R) or null where not needed
     void *dS_rows, *dS_columns, *S_columns;             // scratch: (M, stride_s), (R, stride_t) twice
-    void *packed_A, *packed_B;                          // scratch: (R, K), (R, N)
+    void *packed_A, *packed_B, *bits;                   // scratch: (R, K), (R, N), mask
     float* partials;                                    // scratch
     int32_t* flags;
     int64_t stride_dy, stride_x, stride_w, stride_dx, stride_ar, stride_ak, stride_bn, stride_br;
@@ -47,6 +47,7 @@ struct BackwardCall {
 
 struct Sizes {
     int32_t stride_s, stride_t, flags;  // elements; words
+    int32_t mask_rows, mask_stride;     // bytes
     int64_t partials;                   // floats
 };
 
@@ -93,19 +94,30 @@ int ready(bool backward, bool is_half, int R, Ready& out) {
     return 0;
 }
 
-// (rows, columns) of 16-bit elements, moved in boxes of 64 x `wide`.
-int encode(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t stride, bool is_half,
+// (rows, columns) elements, moved in boxes of 64 x `wide` of which a row has 128 bytes or fewer.
+int encode(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, int64_t stride, CUtensorMapDataType type,
            int wide = BOX) {
-    if (reinterpret_cast<uintptr_t>(data) % 16 || stride % 8) return ALIGNMENT;
+    const int size = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+    if (reinterpret_cast<uintptr_t>(data) % 16 || stride * size % 16) return ALIGNMENT;
     if (stride < columns) return OVERLAP;
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t bytes[] = {static_cast<cuuint64_t>(stride) * 2};
+    const cuuint64_t bytes[] = {static_cast<cuuint64_t>(stride) * size};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(wide), BOX}, steps[] = {1, 1};
-    const auto type = is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const auto swizzle = wide == BOX ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+    const auto swizzle = wide == BOX   ? CU_TENSOR_MAP_SWIZZLE_128B
+                         : wide == CUT ? CU_TENSOR_MAP_SWIZZLE_64B
+                                       : CU_TENSOR_MAP_SWIZZLE_NONE;
     return driver.cuTensorMapEncodeTiled(&map, type, 2, const_cast<void*>(data), sizes, bytes, box, steps,
                                          CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+int encode_mask(CUtensorMap& map, const void* bits, const void* otherwise, const Sizes& sizes) {
+    return encode(map, bits ? bits : otherwise, bits ? sizes.mask_rows : 1, bits ? sizes.mask_stride : PIECE,
+                  bits ? sizes.mask_stride : PIECE, CU_TENSOR_MAP_DATA_TYPE_UINT8, PIECE);
+}
+
+CUtensorMapDataType type_of(bool is_half) {
+    return is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
 template <typename Call> int check(const Call& c) {
@@ -174,7 +186,8 @@ void fastlora_cuda_sizes(int M, int N, int K, int R, Sizes* out) {
     const int slabs = cdiv(N, TILE_N) + cdiv(K, TILE_N);
     out->stride_s = round_up(R, 8);
     out->stride_t = round_up(M, 8);
-    out->flags = ROWS + cdiv(M, TILE_M) + slabs;
+    out->flags = ROWS + 2 * cdiv(M, TILE_M) + slabs;
+    out->mask_rows = round_up(M, TILE_M), out->mask_stride = round_up(K, TILE_N) / 8;
     out->partials = static_cast<int64_t>(cdiv(M, part_rows(M, slabs))) * slabs * TILE_N * padded_rank(R);
 }
 
@@ -189,21 +202,24 @@ int fastlora_cuda_forward(const ForwardCall* call) {
     const int rows = cdiv(c.M, TILE_M), columns = cdiv(c.N, TILE_N), tiles = rows * columns;
     const int streamers = split(kernel.sms, c.M, c.K, tiles, c.K, c.threshold > 0, 0);
     void* rows_of_S = c.R % 8 ? c.S_rows : c.S;
-    CUtensorMap x, w, s, a, b, y;
-    TRY(encode(x, c.x, c.M, c.K, c.stride_x, c.is_half));
-    TRY(encode(w, c.weight, c.N, c.K, c.stride_w, c.is_half));
-    TRY(encode(s, rows_of_S, c.M, c.R, sizes.stride_s, c.is_half));
-    TRY(encode(a, c.packed_A, c.R, c.K, c.K, c.is_half));
-    TRY(encode(b, c.packed_B, c.N, c.R, sizes.stride_s, c.is_half));
-    TRY(encode(y, c.y, c.M, c.N, c.stride_y, c.is_half, CUT));
+    const auto type = type_of(c.is_half);
+    CUtensorMap x, w, s, a, b, y, mask;
+    TRY(encode(x, c.x, c.M, c.K, c.stride_x, type));
+    TRY(encode(w, c.weight, c.N, c.K, c.stride_w, type));
+    TRY(encode(s, rows_of_S, c.M, c.R, sizes.stride_s, type));
+    TRY(encode(a, c.packed_A, c.R, c.K, c.K, type));
+    TRY(encode(b, c.packed_B, c.N, c.R, sizes.stride_s, type));
+    TRY(encode(y, c.y, c.M, c.N, c.stride_y, type, CUT));
+    TRY(encode_mask(mask, c.bits, c.packed_A, sizes));
     ForwardArgs p = {};
     p.adapters = {c.lora_A,    c.lora_B,    c.stride_ar,  c.stride_ak,      c.stride_bn,
                   c.stride_br, c.packed_A, c.packed_B, c.adapters_float};
     p.S = {rows_of_S, c.R % 8 ? c.S : nullptr, c.R, 1, sizes.stride_s, c.scaling};
-    p.bias = c.bias, p.seed = c.seed, p.flags = c.flags;
-    p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.rows = rows, p.columns = columns, p.threshold = c.threshold;
+    p.mask = {c.seed, static_cast<uint8_t*>(c.bits), sizes.mask_stride, static_cast<uint32_t>(c.threshold)};
+    p.bias = c.bias, p.flags = c.flags;
+    p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.rows = rows, p.columns = columns;
     p.streamers = streamers, p.others = smaller(tiles, kernel.sms - streamers);
-    void* arguments[] = {&x, &w, &s, &a, &b, &y, &p};
+    void* arguments[] = {&x, &w, &s, &a, &b, &y, &mask, &p};
     return launch(kernel, streamers + p.others, arguments, c.stream);
 }
 
@@ -223,24 +239,27 @@ int fastlora_cuda_backward(const BackwardCall* call) {
     const double queue = 2.0 * c.M * ((c.dA ? c.K : 0.0) + (c.dB ? c.N : 0.0));
     p.streamers = split(kernel.sms, c.M, p.sums ? c.N : 1, p.tiles, c.N, false, queue);
     // what a launch does not use is mapped to something that is there
-    CUtensorMap dy, w, ds, a, b, x, s, dst, dx;
-    TRY(encode(dy, c.dy, c.M, c.N, c.stride_dy, c.is_half));
-    TRY(encode(w, c.dX ? c.weight : c.packed_A, c.dX ? c.N : c.R, c.K, c.dX ? c.stride_w : c.K, c.is_half));
-    TRY(encode(ds, c.dS_rows, c.M, c.R, sizes.stride_s, c.is_half));
-    TRY(encode(a, c.packed_A, c.R, c.K, c.K, c.is_half));
-    TRY(encode(b, c.packed_B, c.R, c.N, c.N, c.is_half));
-    TRY(encode(x, c.dA ? c.x : c.packed_A, c.dA ? c.M : c.R, c.K, c.dA ? c.stride_x : c.K, c.is_half));
-    TRY(encode(s, c.S_columns, c.R, c.M, sizes.stride_t, c.is_half));
-    TRY(encode(dst, c.dS_columns, c.R, c.M, sizes.stride_t, c.is_half));
-    TRY(encode(dx, c.dX ? c.dX : c.packed_A, c.dX ? c.M : c.R, c.K, c.dX ? c.stride_dx : c.K, c.is_half, CUT));
+    const auto type = type_of(c.is_half);
+    CUtensorMap dy, w, ds, a, b, x, s, dst, dx, mask;
+    TRY(encode_mask(mask, c.bits, c.packed_A, sizes));
+    TRY(encode(dy, c.dy, c.M, c.N, c.stride_dy, type));
+    TRY(encode(w, c.dX ? c.weight : c.packed_A, c.dX ? c.N : c.R, c.K, c.dX ? c.stride_w : c.K, type));
+    TRY(encode(ds, c.dS_rows, c.M, c.R, sizes.stride_s, type));
+    TRY(encode(a, c.packed_A, c.R, c.K, c.K, type));
+    TRY(encode(b, c.packed_B, c.R, c.N, c.N, type));
+    TRY(encode(x, c.dA ? c.x : c.packed_A, c.dA ? c.M : c.R, c.K, c.dA ? c.stride_x : c.K, type));
+    TRY(encode(s, c.S_columns, c.R, c.M, sizes.stride_t, type));
+    TRY(encode(dst, c.dS_columns, c.R, c.M, sizes.stride_t, type));
+    TRY(encode(dx, c.dX ? c.dX : c.packed_A, c.dX ? c.M : c.R, c.K, c.dX ? c.stride_dx : c.K, type, CUT));
     p.adapters = {c.lora_A,    c.lora_B,    c.stride_ar,  c.stride_ak,      c.stride_bn,
                   c.stride_br, c.packed_A, c.packed_B, c.adapters_float};
     p.dS = {c.dS_rows, c.dS_columns, 1, sizes.stride_t, sizes.stride_s, c.scaling};
     p.S = c.S, p.S_columns = c.S_columns, p.stride_t = sizes.stride_t;
-    p.dA = c.dA, p.dB = c.dB, p.partials = c.partials, p.seed = c.seed, p.flags = c.flags;
-    p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.threshold = c.threshold;
+    p.dA = c.dA, p.dB = c.dB, p.partials = c.partials, p.flags = c.flags;
+    p.mask = {c.seed, static_cast<uint8_t*>(c.bits), sizes.mask_stride, static_cast<uint32_t>(c.threshold)};
+    p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R;
     p.others = smaller(p.tiles > p.items ? p.tiles : p.items, kernel.sms - p.streamers);
-    void* arguments[] = {&dy, &w, &ds, &a, &b, &x, &s, &dst, &dx, &p};
+    void* arguments[] = {&dy, &w, &ds, &a, &b, &x, &s, &dst, &dx, &mask, &p};
     return launch(kernel, p.streamers + p.others, arguments, c.stream);
 }
 }

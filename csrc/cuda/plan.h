@@ -12,6 +12,7 @@
 constexpr int TILE_M = 128, TILE_N = 256, TILE_K = 64;  // of the output, and a step of the sum
 constexpr int BOX = 64, BOX_BYTES = BOX * BOX * 2;       // TMA moves 64 x 64 elements: 64 rows of 128 bytes
 constexpr int STAGES = 4, STAGE_BYTES = 6 * BOX_BYTES;   // a ring of 48 KiB stages
+constexpr int PIECE = 16, PIECE_BYTES = BOX * PIECE;     // mask bits, with a stage's boxes: 64 rows of 128 columns
 constexpr int CUT = 32, CUT_BYTES = BOX * CUT * 2;       // results leave in pieces of 64 x 32
 constexpr int CUTS = 3;                                  // pieces of a warp group under way
 constexpr int THREADS = 384;                             // a producer's warp group and two that multiply
@@ -29,7 +30,8 @@ constexpr int padded_rank(int R) { return R <= 16 ? 16 : R <= 32 ? 32 : R <= 64 
 // Words of the workspace that is zero between launches: every reader or writer of a word counts, the last leaves 0.
 constexpr int PACKED = 0;  // streaming CTAs that have packed their part, then those that have seen it
 constexpr int QUEUE = 1;   // items taken
-constexpr int ROWS = 2;    // from here, one for each row block: readers still to come once its S is there
+constexpr int ROWS = 2;    // from here, one for each row block: readers still to come once its S is there; then one for
+                           // each: warps that have made their part of its mask; then one for each slab: parts that are done
 
 struct Adapters {           // lora_A (R, K) and lora_B (N, R), any strides, T or float; packed by the streaming CTAs
     const void *lora_A, *lora_B;
@@ -46,33 +48,38 @@ struct Rank {              // S forward, dS backward, twice
     float factor;
 };
 
+struct Mask {              // bit k % 8 of byte k / 8 of a row; made by all CTAs where threshold > 0
+    const int64_t* seed;
+    uint8_t* bits;         // (row blocks * TILE_M, stride)
+    int32_t stride;        // bytes, of K rounded up to TILE_N
+    uint32_t threshold;    // an element is kept when its 16 bits reach it
+};
+
 struct ForwardArgs {
     Adapters adapters;
     Rank S;
+    Mask mask;
     const void* bias;          // (N,) or null
-    const int64_t* seed;       // read where threshold > 0
     int32_t* flags;
     int32_t M, N, K, R, streamers, others;  // CTAs that stream, and that do not
     int32_t rows, columns;     // of tiles
-    uint32_t threshold;        // an element is kept when its 16 bits reach it
 };
 
 struct BackwardArgs {
     Adapters adapters;
     Rank dS;
+    Mask mask;
     const void* S;             // (M, R)
     void* S_columns;           // (R, stride_t): S for dB; stride_t is dS's too
     int32_t stride_t;
     void *dA, *dB;             // (R, K), (N, R), contiguous, the adapters' dtype
     float* partials;           // items x TILE_N x padded_rank(R)
-    const int64_t* seed;
     int32_t* flags;
     int32_t M, N, K, R, streamers, others;  // CTAs that stream, and that do not
     int32_t rows, columns, tiles;  // of dX; no tiles where dX is not needed
     int32_t sums, readers;     // whether dS is wanted, and how many tiles and items read each row block of it
     int32_t items_B, items;    // of the queue: dB's, and dA's after them
     int32_t part, parts;       // rows of an item, and how many items make up a slab of dA or dB
-    uint32_t threshold;
 };
 
 // An H100 as the split sees it: microseconds on one of its SMs.

@@ -13,8 +13,8 @@ template <int RP> constexpr int SPAN = RP > BOX ? 1 : 2;
 struct Shared {
     uint8_t stages[STAGES][STAGE_BYTES];
     uint8_t out[2][CUTS][CUT_BYTES];            // of each warp group
-    uint8_t kept[2][TILE_M][TILE_N / 8];        // backward: bits of a tile's mask, and of the next one's
-    uint64_t full[STAGES], empty[STAGES], kept_full[2], kept_empty[2];
+    uint8_t kept[STAGES][2][BOX][PIECE];        // mask bits of the stages
+    uint64_t full[STAGES], empty[STAGES];
     int note[STAGES];                           // which item a stage belongs to
     int last;
 };
@@ -41,11 +41,14 @@ struct Ring {
     }
     DEVICE uint8_t* box(int i) const { return sm.stages[stage] + i * BOX_BYTES; }
 
-    // The producer: waits until the stage is free, announces so many boxes, loads them.
-    DEVICE void fill(int boxes, int note = 0) {
+    // The producer: waits until the stage is free, announces so many boxes and pieces of the mask, loads them.
+    DEVICE void fill(int boxes, int pieces, int note = 0) {
         barrier_wait(&sm.empty[stage], phase ^ 1);
         sm.note[stage] = note;
-        barrier_expect(&sm.full[stage], boxes * BOX_BYTES);
+        barrier_expect(&sm.full[stage], boxes * BOX_BYTES + pieces * PIECE_BYTES);
+    }
+    DEVICE void load_piece(int i, const TensorMap& map, int byte, int row) const {
+        tma_load(sm.kept[stage][i], &map, byte, row, &sm.full[stage]);
     }
     DEVICE void load(int i, const TensorMap& map, int column, int row) const {
         tma_load(box(i), &map, column, row, &sm.full[stage]);
@@ -65,10 +68,6 @@ DEVICE Shared& start(uint8_t* raw) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(&sm.full[i], 1);
             barrier_init(&sm.empty[i], 8);  // warps that multiply
-        }
-        for (int i = 0; i < 2; i++) {
-            barrier_init(&sm.kept_full[i], 3);   // warps that make the mask
-            barrier_init(&sm.kept_empty[i], 8);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -172,27 +171,61 @@ DEVICE void wait_row(int row, int32_t* flags) {  // one thread of each tile or i
     fence_async_proxy();
 }
 
+// ---- the mask, by the three warps beside each producer, row block after row block: the first are soon there
+
+DEVICE void make_mask(const Mask& mask, int rows, int ctas, int32_t* made) {
+    const uint64_t seed = *mask.seed;
+    const uint32_t limit = keep_limit(mask.threshold);
+    const int width = mask.stride / 4;  // words of a row
+    for (int row = 0; row < rows; row++) {
+        for (int i = cta() * 96 + threadIdx.x - 32; i < TILE_M * width; i += ctas * 96) {
+            const int m = row * TILE_M + i / width;
+            uint32_t word = 0;
+#pragma unroll 1
+            for (int j = 0; j < 4; j++) {
+                uint32_t w[4];
+                philox(seed, i % width * 4 + j, m, w);
+                UNROLL for (int k = 0; k < 4; k++)
+                    word |= (keep_low(w[k], limit) | keep_high(w[k], limit) << 1) << (8 * j + 2 * k);
+            }
+            reinterpret_cast<uint32_t*>(mask.bits + static_cast<int64_t>(m) * mask.stride)[i % width] = word;
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) flag_add(&made[row], 1);
+    }
+}
+
+DEVICE void wait_mask(int ctas, int32_t* made) {  // one thread of the CTA that streams the row block
+    while (flag_read(made) < 3 * ctas);
+    flag_count(made, -3 * ctas);
+}
+
 // The producer's part of a tile: steps over (P, W), then the tail over (S, Q). ACROSS: their rows run across the sum.
+// With a mask the tail is two stages, each with the bits of 128 columns.
 template <int RP, bool ACROSS>
 DEVICE void load_tile(Ring& ring, Tile tile, const TensorMap& p, const TensorMap& w, const TensorMap& s,
-                      const TensorMap& q, int length, int32_t* flags) {
-    const int steps = cdiv(length, TILE_K);
-    for (int step = 0; step < steps + TAIL<RP>; step++) {
-        const bool tail = step >= steps;
-        const int k = TILE_K * (tail ? step - steps : step), n = tile.column * TILE_N;
+                      const TensorMap& q, const TensorMap* mask, int length, int32_t* flags) {
+    const int steps = cdiv(length, TILE_K), m = tile.row * TILE_M, n = tile.column * TILE_N;
+    for (int step = 0; step < steps + (mask ? 2 : TAIL<RP>); step++) {
+        const bool tail = step >= steps, boxes = step < steps + TAIL<RP>, bits = tail && mask;
+        const int k = TILE_K * (tail ? step - steps : step);
         if (step == steps) wait_row(tile.row, flags);
-        ring.fill(6);
-        for (int j = 0; j < 2; j++) ring.load(j, tail ? s : p, k, tile.row * TILE_M + BOX * j);
-        for (int j = 0; j < 4; j++) ring.load(2 + j, tail ? q : w, ACROSS ? n + BOX * j : k, ACROSS ? k : n + BOX * j);
+        ring.fill(boxes ? 6 : 0, bits ? 2 : 0);
+        for (int j = 0; j < 2 && boxes; j++) ring.load(j, tail ? s : p, k, m + BOX * j);
+        for (int j = 0; j < 4 && boxes; j++)
+            ring.load(2 + j, tail ? q : w, ACROSS ? n + BOX * j : k, ACROSS ? k : n + BOX * j);
+        for (int j = 0; j < 2 && bits; j++) ring.load_piece(j, *mask, n / 8 + (step - steps) * PIECE, m + BOX * j);
         ring.next();
     }
 }
 
 // ---- S = factor * drop(P) Qᵀ of one row block: P (M, L), Q (R, L). Stages of 64 columns; of 128 where R leaves room.
 
-template <int RP> DEVICE void load_sum(Ring& ring, const TensorMap& p, const TensorMap& q, int row, int L) {
+template <int RP>
+DEVICE void load_sum(Ring& ring, const TensorMap& p, const TensorMap& q, const TensorMap* mask, int row, int L) {
     for (int l = 0; l < L; l += BOX * SPAN<RP>) {
-        ring.fill(SPAN<RP> * (2 + TAIL<RP>));
+        ring.fill(SPAN<RP> * (2 + TAIL<RP>), mask ? 2 : 0);
+        for (int j = 0; j < 2 && mask; j++) ring.load_piece(j, *mask, l / 8, row + BOX * j);
         for (int i = 0; i < SPAN<RP>; i++) {
             for (int j = 0; j < 2; j++) ring.load(2 * i + j, p, l + BOX * i, row + BOX * j);
             for (int j = 0; j < TAIL<RP>; j++) ring.load(4 + i + j, q, l + BOX * i, BOX * j);
@@ -201,20 +234,17 @@ template <int RP> DEVICE void load_sum(Ring& ring, const TensorMap& p, const Ten
     }
 }
 
-// Zeros where the mask drops, in a box of x at (row, column), by the threads of a warp group. The eight columns of a
-// Philox call are the 16 bytes that the swizzle keeps together.
-DEVICE void drop_box(uint8_t* box, int row, int column, uint64_t seed, uint32_t threshold, int thread) {
-    const uint32_t limit = keep_limit(threshold);
-#pragma unroll 2
-    for (int i = thread % 128; i < BOX * 8; i += 128) {
+// Zeros where the mask drops, in a box of x, by the threads of a warp group; the first or second half of a piece has the
+// bits. A byte of them is the 16 bytes that the swizzle keeps together.
+DEVICE void drop_box(uint8_t* box, const uint8_t (&piece)[BOX][PIECE], int half, int thread) {
+    UNROLL for (int i = thread % 128; i < BOX * 8; i += 128) {
         const int r = i / 8, c = i % 8;
         uint4& x = *reinterpret_cast<uint4*>(box + 128 * r + 16 * (c ^ (r & 7)));
-        uint32_t w[4];
-        philox(seed, column / 8 + c, row + r, w);
+        const uint32_t bits = *reinterpret_cast<const uint32_t*>(&piece[r][8 * half + (c & 4)]) >> 8 * (c & 3);
         uint32_t y[4] = {x.x, x.y, x.z, x.w};
         UNROLL for (int k = 0; k < 4; k++) {
-            if (!keep_low(w[k], limit)) y[k] &= 0xFFFF0000;
-            if (!keep_high(w[k], limit)) y[k] &= 0xFFFF;
+            if (!(bits >> 2 * k & 1)) y[k] &= 0xFFFF0000;
+            if (!(bits >> 2 * k & 2)) y[k] &= 0xFFFF;
         }
         x = {y[0], y[1], y[2], y[3]};
     }
@@ -222,14 +252,13 @@ DEVICE void drop_box(uint8_t* box, int row, int column, uint64_t seed, uint32_t 
 
 template <typename T, int RP>
 DEVICE void sum_rows(Ring& ring, const Consumer& me, const Rank& S, int row, int M, int L, int R,
-                     const int64_t* seed_at, uint32_t threshold) {
+                     uint32_t threshold) {
     float d[RP / 2];
-    const uint64_t seed = threshold ? *seed_at : 0;
     for (int l = 0; l < L; l += BOX * SPAN<RP>) {
         ring.wait();
         if (threshold) {
             UNROLL for (int i = 0; i < SPAN<RP>; i++)
-                drop_box(ring.box(2 * i + me.half), row + BOX * me.half, l + BOX * i, seed, threshold, me.thread);
+                drop_box(ring.box(2 * i + me.half), ring.sm.kept[ring.stage][me.half], i, me.thread);
             fence_async_proxy();
             me.sync_half();
         }

@@ -37,11 +37,11 @@ def _call(name: str, pointers: str, strides: str) -> type[ctypes.Structure]:
 
 
 ForwardCall = _call(
-    "ForwardCall", "x weight bias lora_A lora_B seed y S S_rows packed_A packed_B flags", "x w y ar ak bn br"
+    "ForwardCall", "x weight bias lora_A lora_B seed y S S_rows packed_A packed_B bits flags", "x w y ar ak bn br"
 )
 BackwardCall = _call(
     "BackwardCall",
-    "dy x weight lora_A lora_B S seed dX dA dB dS_rows dS_columns S_columns packed_A packed_B partials flags",
+    "dy x weight lora_A lora_B S seed dX dA dB dS_rows dS_columns S_columns packed_A packed_B bits partials flags",
     "dy x w dx ar ak bn br",
 )
 
@@ -49,7 +49,10 @@ BackwardCall = _call(
 class Sizes(ctypes.Structure):
     """csrc/cuda/host.cpp's struct of this name."""
 
-    _fields_ = [("stride_s", _int), ("stride_t", _int), ("flags", _int), ("partials", _long)]
+    _fields_ = [
+        *((n, _int) for n in ("stride_s", "stride_t", "flags", "mask_rows", "mask_stride")),
+        ("partials", _long),
+    ]
 
 
 @cache
@@ -136,6 +139,7 @@ def forward(
         "S_rows": empty(M, sizes.stride_s, dtype=x2.dtype, device=x2.device) if R % 8 else None,
         "packed_A": empty(R, K, dtype=x2.dtype, device=x2.device),
         "packed_B": empty(N, sizes.stride_s, dtype=x2.dtype, device=x2.device),
+        "bits": _bits(sizes, dropout_p, x2.device),
     }
     call = ForwardCall(
         stride_x=x2.stride(0), stride_w=weight.stride(0), stride_y=y2.stride(0), **_of_adapters(lora_A, lora_B),
@@ -174,6 +178,7 @@ def backward(
         "S_columns": empty(R, sizes.stride_t, dtype=dy2.dtype, device=dy2.device),
         "packed_A": empty(R, K, dtype=dy2.dtype, device=dy2.device),
         "packed_B": empty(R, N, dtype=dy2.dtype, device=dy2.device),
+        "bits": _bits(sizes, dropout_p, dy2.device),
         "partials": empty(sizes.partials, dtype=torch.float32, device=dy2.device),
     }
     call = BackwardCall(
@@ -190,6 +195,13 @@ def _sizes(M: int, N: int, K: int, R: int) -> Sizes:
     sizes = Sizes()
     library().fastlora_cuda_sizes(M, N, K, R, ctypes.byref(sizes))
     return sizes
+
+
+def _bits(sizes: Sizes, dropout_p: float, device: torch.device) -> Tensor | None:
+    """Room for the mask, where there is one."""
+    if round(dropout_p * 65536) == 0:
+        return None
+    return torch.empty(sizes.mask_rows, sizes.mask_stride, dtype=torch.uint8, device=device)
 
 
 def _of_adapters(lora_A: Tensor, lora_B: Tensor) -> dict[str, int]:

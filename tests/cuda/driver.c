@@ -19,9 +19,10 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   if (rank != 2 || (unsigned long long)data % 16 || strides[0] % 16 || strides[0] >> 40 || !sizes[0] || !sizes[1] ||
       sizes[0] >> 32 || sizes[1] >> 32 || box[0] > 256 || box[1] > 256 || steps[0] != 1 || steps[1] != 1 ||
       interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE ||
-      (type != CU_TENSOR_MAP_DATA_TYPE_FLOAT16 && type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16))
+      (type != CU_TENSOR_MAP_DATA_TYPE_FLOAT16 && type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 &&
+       type != CU_TENSOR_MAP_DATA_TYPE_UINT8))
     return CUDA_ERROR_INVALID_VALUE;
-  const cuuint64_t kept[] = {(cuuint64_t)data, sizes[0], sizes[1], strides[0], box[0], box[1], swizzle, type};
+  const cuuint64_t kept[] = {(cuuint64_t)data, sizes[0], sizes[1], strides[0], box[0], box[1], swizzle, type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2};
   memcpy(map, kept, sizeof kept);
   return CUDA_SUCCESS;
 }

@@ -121,5 +121,5 @@ class Emulated:
 
 
 def _map(raw: bytes) -> TensorMap:
-    address, columns, rows, stride, wide, high, swizzle, _ = (int(n) for n in np.frombuffer(raw, np.uint64)[:8])
-    return TensorMap(address, 2, (columns, rows), (2, stride), (wide, high), swizzle)
+    address, columns, rows, stride, wide, high, swizzle, size = (int(n) for n in np.frombuffer(raw, np.uint64)[:8])
+    return TensorMap(address, size, (columns, rows), (size, stride), (wide, high), swizzle)
