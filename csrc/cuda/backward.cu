@@ -50,8 +50,8 @@ template <int RP>
 DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, const TensorMap& x, const TensorMap& ds,
                        const TensorMap& mask, const BackwardArgs& p) {
     while (true) {
-        const int taken = flag_count(&p.flags[QUEUE], 1), last = p.items + p.streamers + p.others - 1;
-        if (taken == last) flag_count(&p.flags[QUEUE], -1 - last);
+        const int taken = flag_count(p.flags.queue, 1), last = p.items + p.streamers + p.others - 1;
+        if (taken == last) flag_count(p.flags.queue, -1 - last);
         if (taken >= p.items) break;
         const Item item(taken, p);
         for (int m = 0; m < item.rows; m += BOX) {
@@ -72,7 +72,6 @@ DEVICE void load_items(Ring& ring, const TensorMap& dy, const TensorMap& s, cons
 template <typename T, int RP>
 DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p) {
     Shared& sm = ring.sm;
-    int32_t* slabs_done = p.flags + ROWS + 2 * p.rows;
     while (true) {
         ring.wait();
         if (sm.note[ring.stage] < 0) break;
@@ -106,8 +105,8 @@ DEVICE void multiply_items(Ring& ring, const Consumer& me, const BackwardArgs& p
             UNROLL for (int i = 0; i < RP; i++) mine[256 * i] = d[i / (RP / 2)][i % (RP / 2)];
             me.sync_both();
             if (me.thread == 0) {
-                sm.last = flag_add(&slabs_done[number], 1) == p.parts - 1;
-                if (sm.last) flag_count(&slabs_done[number], -p.parts);
+                sm.last = flag_add(&p.flags.done[number], 1) == p.parts - 1;
+                if (sm.last) flag_count(&p.flags.done[number], -p.parts);
             }
             me.sync_both();
             if (!sm.last) continue;
@@ -170,6 +169,11 @@ DEVICE void add_kept(float (&d)[128], Ring& ring, const Consumer& me, uint32_t t
     ring.give_back(second);
 }
 
+DEVICE int first_tile(const BackwardArgs& p) {  // none for a CTA that streams
+    const int id = cta() - p.streamers;
+    return id < 0 ? p.tiles : id;
+}
+
 template <typename T, int RP>
 DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& ds, const TensorMap& a,
                      const TensorMap& b, const TensorMap& x, const TensorMap& s, const TensorMap& ds_columns,
@@ -179,17 +183,16 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
     Ring ring(sm);
     const bool streams = cta() < p.streamers, sums = streams && p.sums, masks = p.sums && p.mask.threshold;
     const int ctas = p.streamers + p.others;
-    int32_t* made = p.flags + ROWS + p.rows;
 
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
-        if (threadIdx.x >= 32 && masks) make_mask(p.mask, p.rows, ctas, made);
+        if (threadIdx.x >= 32 && masks) make_mask(p.mask, p.rows, ctas, p.flags.made);
         if (threadIdx.x) return;
         if (sums) {
             wait_packed(ctas, p.streamers, p.flags);
             for (int row = cta(); row < p.rows; row += p.streamers) load_sum<RP>(ring, dy, b, nullptr, row * TILE_M, p.N);
         }
-        for (int i = streams ? p.tiles : cta() - p.streamers; i < p.tiles; i += p.others)
+        for (int i = first_tile(p); i < p.tiles; i += p.others)
             load_tile<RP, true>(ring, Tile(i, p.rows, p.columns), dy, w, ds, a, masks ? &mask : nullptr, p.N, p.flags);
         load_items<RP>(ring, dy, s, x, ds_columns, mask, p);
         return;
@@ -205,12 +208,12 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
         pack<T>(static_cast<T*>(p.S_columns) + m, p.stride_t, S, false, p.R, high, 1, p.R, me.thread, 256);
         me.sync_both();
         if (me.thread == 0) {
-            if (masks) wait_mask(ctas, &made[row]);  // so that the flag speaks for the mask too
-            flag_set(&p.flags[ROWS + row], p.readers);
+            if (masks) wait_mask(ctas, &p.flags.made[row]);  // so that the flag speaks for the mask too
+            flag_set(&p.flags.rows[row], p.readers);
         }
     }
     Exit<T> exit(sm, dx);
-    for (int i = streams ? p.tiles : cta() - p.streamers; i < p.tiles; i += p.others) {
+    for (int i = first_tile(p); i < p.tiles; i += p.others) {
         float d[128];
         Product<T, 128> product(d, ring);
         product.template run<true>(cdiv(p.N, TILE_K), me.half);

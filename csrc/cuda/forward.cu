@@ -40,17 +40,16 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
     Ring ring(sm);
     const bool streams = cta() < p.streamers;
     const int ctas = p.streamers + p.others;
-    int32_t* made = p.flags + ROWS + p.rows;
 
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
-        if (threadIdx.x >= 32 && p.mask.threshold) make_mask(p.mask, p.rows, ctas, made);
+        if (threadIdx.x >= 32 && p.mask.threshold) make_mask(p.mask, p.rows, ctas, p.flags.made);
         if (threadIdx.x) return;
         if (streams) {
             wait_packed(ctas, p.streamers, p.flags);
             for (int row = cta(); row < p.rows; row += p.streamers) {
                 if (p.mask.threshold) {
-                    wait_mask(ctas, &made[row]);
+                    wait_mask(ctas, &p.flags.made[row]);
                     fence_async_proxy();
                 }
                 load_sum<RP>(ring, x, a, p.mask.threshold ? &mask : nullptr, row * TILE_M, p.K);
@@ -69,7 +68,7 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
         for (int row = cta(); row < p.rows; row += p.streamers) {
             sum_rows<T, RP>(ring, me, p.S, row * TILE_M, p.M, p.K, p.R, p.mask.threshold);
             me.sync_both();
-            if (me.thread == 0) flag_set(&p.flags[ROWS + row], p.columns);
+            if (me.thread == 0) flag_set(&p.flags.rows[row], p.columns);
         }
         return;
     }

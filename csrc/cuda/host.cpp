@@ -116,6 +116,10 @@ int encode_mask(CUtensorMap& map, const void* bits, const void* otherwise, const
                   bits ? sizes.mask_stride : PIECE, CU_TENSOR_MAP_DATA_TYPE_UINT8, PIECE);
 }
 
+Flags flags_of(int32_t* words, int rows) {
+    return {words, words + 1, words + 2, words + 2 + rows, words + 2 + 2 * rows};
+}
+
 CUtensorMapDataType type_of(bool is_half) {
     return is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
@@ -186,7 +190,7 @@ void fastlora_cuda_sizes(int M, int N, int K, int R, Sizes* out) {
     const int slabs = cdiv(N, TILE_N) + cdiv(K, TILE_N);
     out->stride_s = round_up(R, 8);
     out->stride_t = round_up(M, 8);
-    out->flags = ROWS + 2 * cdiv(M, TILE_M) + slabs;
+    out->flags = 2 + 2 * cdiv(M, TILE_M) + slabs;
     out->mask_rows = round_up(M, TILE_M), out->mask_stride = round_up(K, TILE_N) / 8;
     out->partials = static_cast<int64_t>(cdiv(M, part_rows(M, slabs))) * slabs * TILE_N * padded_rank(R);
 }
@@ -216,7 +220,7 @@ int fastlora_cuda_forward(const ForwardCall* call) {
                   c.stride_br, c.packed_A, c.packed_B, c.adapters_float};
     p.S = {rows_of_S, c.R % 8 ? c.S : nullptr, c.R, 1, sizes.stride_s, c.scaling};
     p.mask = {c.seed, static_cast<uint8_t*>(c.bits), sizes.mask_stride, static_cast<uint32_t>(c.threshold)};
-    p.bias = c.bias, p.flags = c.flags;
+    p.bias = c.bias, p.flags = flags_of(c.flags, rows);
     p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R, p.rows = rows, p.columns = columns;
     p.streamers = streamers, p.others = smaller(tiles, kernel.sms - streamers);
     void* arguments[] = {&x, &w, &s, &a, &b, &y, &mask, &p};
@@ -255,7 +259,7 @@ int fastlora_cuda_backward(const BackwardCall* call) {
                   c.stride_br, c.packed_A, c.packed_B, c.adapters_float};
     p.dS = {c.dS_rows, c.dS_columns, 1, sizes.stride_t, sizes.stride_s, c.scaling};
     p.S = c.S, p.S_columns = c.S_columns, p.stride_t = sizes.stride_t;
-    p.dA = c.dA, p.dB = c.dB, p.partials = c.partials, p.flags = c.flags;
+    p.dA = c.dA, p.dB = c.dB, p.partials = c.partials, p.flags = flags_of(c.flags, p.rows);
     p.mask = {c.seed, static_cast<uint8_t*>(c.bits), sizes.mask_stride, static_cast<uint32_t>(c.threshold)};
     p.M = c.M, p.N = c.N, p.K = c.K, p.R = c.R;
     p.others = smaller(p.tiles > p.items ? p.tiles : p.items, kernel.sms - p.streamers);

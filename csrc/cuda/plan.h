@@ -27,11 +27,12 @@ EITHER constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return cdiv(a, b) * b; }
 constexpr int padded_rank(int R) { return R <= 16 ? 16 : R <= 32 ? 32 : R <= 64 ? 64 : 128; }
 
-// Words of the workspace that is zero between launches: every reader or writer of a word counts, the last leaves 0.
-constexpr int PACKED = 0;  // streaming CTAs that have packed their part, then those that have seen it
-constexpr int QUEUE = 1;   // items taken
-constexpr int ROWS = 2;    // from here, one for each row block: readers still to come once its S is there; then one for
-                           // each: warps that have made their part of its mask; then one for each slab: parts that are done
+// Words that are zero between launches: all who write or read a word count in it, the last leaves 0.
+struct Flags {
+    int32_t *packed, *queue;  // CTAs that have packed their part, then those that stream and have seen it; items taken
+    int32_t *rows, *made;     // of each row block: readers still to come once its S is there; warps that made its mask
+    int32_t* done;            // of each slab of the queue: parts that are summed
+};
 
 struct Adapters {           // lora_A (R, K) and lora_B (N, R), any strides, T or float; packed by the streaming CTAs
     const void *lora_A, *lora_B;
@@ -60,7 +61,7 @@ struct ForwardArgs {
     Rank S;
     Mask mask;
     const void* bias;          // (N,) or null
-    int32_t* flags;
+    Flags flags;
     int32_t M, N, K, R, streamers, others;  // CTAs that stream, and that do not
     int32_t rows, columns;     // of tiles
 };
@@ -74,7 +75,7 @@ struct BackwardArgs {
     int32_t stride_t;
     void *dA, *dB;             // (R, K), (N, R), contiguous, the adapters' dtype
     float* partials;           // items x TILE_N x padded_rank(R)
-    int32_t* flags;
+    Flags flags;
     int32_t M, N, K, R, streamers, others;  // CTAs that stream, and that do not
     int32_t rows, columns, tiles;  // of dX; no tiles where dX is not needed
     int32_t sums, readers;     // whether dS is wanted, and how many tiles and items read each row block of it

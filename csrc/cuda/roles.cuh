@@ -149,25 +149,25 @@ DEVICE void pack(T* to, int64_t d0, const void* from, bool is_float, unsigned ro
 // All CTAs pack, while their first tiles come: A to (R, K), B to (N, stride) or, for a stride of 0, Bᵀ (R, N).
 template <typename T>
 DEVICE void pack_adapters(const Consumer& me, const Adapters& a, int N, int K, int R, int stride, int ctas,
-                          int32_t* flags) {
+                          const Flags& flags) {
     const unsigned first = cta() * 256 + me.thread, step = ctas * 256;
     T *A = static_cast<T*>(a.packed_A), *B = static_cast<T*>(a.packed_B);
     pack<T>(A, K, a.lora_A, a.is_float, R, K, a.stride_ar, a.stride_ak, first, step);
     if (stride) pack<T>(B, stride, a.lora_B, a.is_float, N, R, a.stride_bn, a.stride_br, first, step);
     else pack<T>(B, N, a.lora_B, a.is_float, R, N, a.stride_br, a.stride_bn, first, step);
     me.sync_both();
-    if (me.thread == 0) flag_add(&flags[PACKED], 1);
+    if (me.thread == 0) flag_add(flags.packed, 1);
 }
 
-DEVICE void wait_packed(int ctas, int streamers, int32_t* flags) {  // one thread of each streaming CTA
-    while (flag_read(&flags[PACKED]) < ctas);
-    if (flag_count(&flags[PACKED], 1) == ctas + streamers - 1) flag_count(&flags[PACKED], -ctas - streamers);
+DEVICE void wait_packed(int ctas, int streamers, const Flags& flags) {  // one thread of each streaming CTA
+    while (flag_read(flags.packed) < ctas);
+    if (flag_count(flags.packed, 1) == ctas + streamers - 1) flag_count(flags.packed, -ctas - streamers);
     fence_async_proxy();
 }
 
-DEVICE void wait_row(int row, int32_t* flags) {  // one thread of each tile or item that reads the row block's S
-    while (flag_read(&flags[ROWS + row]) == 0);
-    flag_count(&flags[ROWS + row], -1);
+DEVICE void wait_row(int row, const Flags& flags) {  // one thread of each tile or item that reads the row block's S
+    while (flag_read(&flags.rows[row]) == 0);
+    flag_count(&flags.rows[row], -1);
     fence_async_proxy();
 }
 
@@ -204,7 +204,7 @@ DEVICE void wait_mask(int ctas, int32_t* made) {  // one thread of the CTA that 
 // With a mask the tail is two stages, each with the bits of 128 columns.
 template <int RP, bool ACROSS>
 DEVICE void load_tile(Ring& ring, Tile tile, const TensorMap& p, const TensorMap& w, const TensorMap& s,
-                      const TensorMap& q, const TensorMap* mask, int length, int32_t* flags) {
+                      const TensorMap& q, const TensorMap* mask, int length, const Flags& flags) {
     const int steps = cdiv(length, TILE_K), m = tile.row * TILE_M, n = tile.column * TILE_N;
     for (int step = 0; step < steps + (mask ? 2 : TAIL<RP>); step++) {
         const bool tail = step >= steps, boxes = step < steps + TAIL<RP>, bits = tail && mask;
@@ -237,7 +237,8 @@ DEVICE void load_sum(Ring& ring, const TensorMap& p, const TensorMap& q, const T
 // Zeros where the mask drops, in a box of x, by the threads of a warp group; the first or second half of a piece has the
 // bits. A byte of them is the 16 bytes that the swizzle keeps together.
 DEVICE void drop_box(uint8_t* box, const uint8_t (&piece)[BOX][PIECE], int half, int thread) {
-    UNROLL for (int i = thread % 128; i < BOX * 8; i += 128) {
+#pragma unroll 2
+    for (int i = thread % 128; i < BOX * 8; i += 128) {
         const int r = i / 8, c = i % 8;
         uint4& x = *reinterpret_cast<uint4*>(box + 128 * r + 16 * (c ^ (r & 7)));
         const uint32_t bits = *reinterpret_cast<const uint32_t*>(&piece[r][8 * half + (c & 4)]) >> 8 * (c & 3);
