@@ -9,7 +9,7 @@ can be asked: `python -m fastlora.kernels.matrix` tells. The order within a row 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -365,7 +365,6 @@ GEMM_TILES: dict[int | str, dict[str, tuple[Tile, ...]]] = {
     90: _COMMON
     | {
         "tma": _cut((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
-        "tma wide": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
         "aligned": _cut((128, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
         "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
         "ragged": _cut((128, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
@@ -393,6 +392,7 @@ INTERPRETER_GEMM = Tile(32, 32, 32, num_warps=4, num_stages=1, group_m=2)
 INTERPRETER_TMA = Tile(32, 32, 32, num_warps=4, num_stages=1, group_m=2, tma=True)
 
 
+@functools.cache
 def gemm_row(target: Target, kind: str, R: int, aligned: bool, dropout: bool, tma: bool) -> tuple[Tile, ...]:
     """The tiles of a table's row, large ones first. With `tma` () where the architecture or the case has none."""
     if target.backend == "interpreter":
@@ -406,7 +406,19 @@ def gemm_row(target: Target, kind: str, R: int, aligned: bool, dropout: bool, tm
         row = "tma dropout" if dropout and "tma dropout" in table else "tma"
     elif kind != "half":
         row += f" {kind}"
-    return table.get(f"{row} wide" if R > RANK_WIDE else row, table.get(row, ()))
+    tiles = table.get(f"{row} wide" if R > RANK_WIDE else row, table.get(row, ()))
+    if not tma:
+        return tiles
+    return tuple(replace(t, num_stages=min(t.num_stages, stages_that_fit(target, t, R, dropout))) for t in tiles)
+
+
+def stages_that_fit(target: Target, tile: Tile, R: int, dropout: bool) -> int:
+    """Of the pipeline of `gemm_tma_kernel` beside a quarter of Y and one step of S and U, whole or by quarters."""
+    block_m, block_n, itemsize = tile.block_m, tile.block_n, 2
+    block_r = min(padded_rank(R), rank_block(target, "half"))
+    rest = block_m * block_n // 4 + (block_m + (block_n // 4 if dropout else block_n)) * block_r
+    barriers = 1024  # some bytes each, and where the buffers begin
+    return (target.shared_limit - barriers - rest * itemsize) // ((block_m + block_n) * tile.block_k * itemsize)
 
 
 @functools.lru_cache(maxsize=4096)
