@@ -84,13 +84,12 @@ def expected(inputs: Inputs) -> Expected:
     )
 
 
-def violations(
-    got: dict[str, Tensor], inputs: Inputs, units: float = 2.0, known: Expected | None = None
-) -> list[str]:
+def violations(got: dict[str, Tensor], inputs: Inputs, units: float = 2.0, known: Expected | None = None) -> list[str]:
     """Every way in which `got`, what `run` returned, breaks the rule, for that many units; empty when it is correct.
 
-    `known` is `expected(inputs)`, where several results are compared with it. NaN and infinity must stand where the eager reference has them, and are left out of the figures. Where eager only
-    overflowed, the truth rounded to its dtype is right as well: a number, or the infinity that it rounds to.
+    `known` is `expected(inputs)`, where several results are compared with it. NaN and infinity must stand where the
+    eager reference has them, and are left out of the figures. Where eager only overflowed, the truth rounded to its
+    dtype is right as well: a number, or the infinity that it rounds to.
     """
     eager, truth, absolute = known or expected(inputs)
     infos = [torch.finfo(t.dtype) for t in (inputs.x, inputs.lora_A, inputs.lora_B)]

@@ -43,13 +43,22 @@ def admit(path: Path, problem: Problem, trial: Trial | None = None) -> str | Non
     if not needs_check(path, problem.device):
         return None
     if problem.device.type == "cpu":
-        return _verdict(path, problem.device, "", lambda: examine(path, problem.device))
-    failed = _verdicts.get((path.name, indexed(problem.device), ""))
+        return verdict(path, problem.device)
+    failed = verdict(path, problem.device)
     try:
         subject = failed or _subject(path, problem)
         return failed or _verdict(path, problem.device, subject, lambda: (trial or Trial(problem)).faults(path))
     except Exception as error:  # whatever planning a launch raises, the path is not to be used
         return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def verdict(path: Path, device: torch.device) -> str | None:
+    """What is known against `path` on `device` as a whole: None, or why it may not run. A CPU is checked now."""
+    if not needs_check(path, device):
+        return None
+    if device.type == "cpu":
+        return _verdict(path, device, "", lambda: examine(path, device))
+    return _verdicts.get((path.name, indexed(device), ""))
 
 
 def admitted(path: Path, problem: Problem, here: bool) -> bool:
@@ -63,7 +72,7 @@ def admitted(path: Path, problem: Problem, here: bool) -> bool:
         subject = _subject(path, problem)
         key = path.name, indexed(problem.device), subject
         known = _verdicts[key] if key in _verdicts else here or _stored(path, key[1], subject)
-        return known is None and _verdicts.get((path.name, key[1], "")) is None
+        return known is None and verdict(path, problem.device) is None
     return False
 
 
@@ -88,7 +97,8 @@ def examine(path: Path, device: torch.device) -> str | None:
     """Compare `path` with the reference on `device` now, by the road of eager calls; None, or the first fault."""
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if _has_bfloat16(device) else [])
     cases = [(*sizes, dtype, dtype) for dtype in dtypes for sizes in CASES]
-    threads = THREADS if device.type == "cpu" and needs_check(path, device) else (torch.get_num_threads(),)
+    few = (torch.get_num_threads(),)
+    many = THREADS if device.type == "cpu" and path.cases else few
     with by_itself(device), _threads() as set_threads:
         for seed, (M, N, K, R, dropout_p, dtype, adapter_dtype) in enumerate([*cases, *path.cases]):
             problem = Problem(M, N, K, R, dtype, adapter_dtype, device, dropout_p > 0.0)
@@ -98,9 +108,9 @@ def examine(path: Path, device: torch.device) -> str | None:
             inputs = _with_mask(path, inputs, dropout_p, seed)
             known = accuracy.expected(inputs)
             kinds = "/".join(str(kind).removeprefix("torch.") for kind in dict.fromkeys((dtype, adapter_dtype)))
-            for count in threads:
+            for count in few if seed < len(cases) else many:
                 set_threads(count)
-                case = f"M={M} N={N} K={K} R={R} {kinds} dropout={dropout_p}" + f" threads={count}" * (len(threads) > 1)
+                case = f"M={M} N={N} K={K} R={R} {kinds} dropout={dropout_p} threads={count}"
                 try:
                     found = _violations(path, inputs, known, seed)
                 except Exception as error:  # whatever a compiler or driver raises, the path is not to be used

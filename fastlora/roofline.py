@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastlora.paths.problem import Problem
+
 TILE = 128  # rows and columns of the product that one program makes, in whose waves a product is counted
 # Seconds of the host for a launch: ATen's operations; Triton's launcher from Python, and from the node in C++.
 ATEN_S, PYTHON_S, NODE_S = 5e-6, 25e-6, 3e-6
@@ -81,6 +83,17 @@ def seconds(passes: list[Pass], machine: Machine, dtype: str, captured: bool = T
     gpu = sum(one.seconds(machine, dtype) for one in passes)
     host = sum((NODE_S if node else PYTHON_S) if one.triton else ATEN_S for one in passes)
     return gpu if captured else max(gpu, host)
+
+
+def predict(path: str, problem: Problem, captured: bool, node: bool) -> float:
+    """Seconds of forward and backward by `path` on the usual card of the device's architecture."""
+    from fastlora.kernels.tiles import target_of
+
+    dtype = str(problem.dtype).removeprefix("torch.")
+    work = Work(problem.M, problem.N, problem.K, problem.R, problem.dtype.itemsize, problem.dropout)
+    forward, backward = PATHS[path](work)
+    machine = NOMINAL[target_of(problem.device).family]
+    return seconds(forward + backward, machine, dtype if dtype in machine.flops_per_s else "float32", captured, node)
 
 
 def product(work: Work, rows: int, inner: int, columns: int, extra: float = 0.0, **kind) -> Pass:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import astuple
 from importlib import metadata
+from math import inf
+from operator import itemgetter
 from pathlib import Path as File
 from statistics import median
 from typing import NamedTuple
@@ -28,7 +30,7 @@ from fastlora._version import __version__
 from fastlora.cache import read_json, write_json
 from fastlora.errors import warn_once
 from fastlora.kernels.tiles import Tile
-from fastlora.paths import ATEN, PATHS, Path
+from fastlora.paths import PATHS, Path
 from fastlora.paths.problem import Problem, drawn
 
 FIELDS = ("M", "N", "K", "R", "dtype", "adapter_dtype", "dropout", "layout")
@@ -62,8 +64,10 @@ class Row(NamedTuple):
         lines = [f"{one.plain * 1e6:9.1f} {one.captured * 1e6:9.1f}  {one.path.label}" for one in self.timings]
         return "\n".join(["µs, plain  captured  forward and backward, measured", *lines])
 
+
 _SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _known: dict[File, dict[tuple, Row]] = {}
+_loaded: set[tuple[str, Problem]] = set()
 
 
 def bucket(problem: Problem) -> tuple:
@@ -120,28 +124,58 @@ def time_paths(problem: Problem) -> Row:
     they were.
 
     Raises:
-        RuntimeError: not even path `torch` could be timed (no memory, say).
+        RuntimeError: nothing could be timed (no memory, say).
     """
     device = problem.device
     paths = [pin(path, problem) for path in PATHS.values() if not path.why_not(device, problem)]
     what = f"{problem.M}×{problem.N}×{problem.K} {_SHORT.get(problem.dtype, problem.dtype)} r{problem.R}"
     line = f"fastlora: timing {len(paths)} paths for {what}{' dropout' * problem.dropout}, once per machine"
     print(line, file=sys.stderr, flush=True)
-    session = _Session(problem)
-    with check.by_itself(device), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with check.by_itself(device):
+        session = _Session(problem)
         timings = session.time(paths)
-        least = Timing(paths[0], min(one.plain for one in timings), min(one.captured for one in timings))
-        for one in list(timings):
-            close = one.plain < CLOSE * least.plain or one.captured < CLOSE * least.captured
-            if one.path.tiles is not None and close:
-                timings += session.other_tiles(one.path)
+        least = [min((one[which] for one in timings), default=0.0) for which in (1, 2)]
+        close = [one for one in timings if one.plain < CLOSE * least[0] or one.captured < CLOSE * least[1]]
+        cuts = {one: _cuts(one.path, problem) for one in close}
+        others = session.time([cut for found in cuts.values() for _, cut in found])
+        together = []
+        for one, found in cuts.items():
+            best = {}  # of each kernel by itself, for the others' tiles do not change its time
+            for kernel, path in found:
+                times = {other.path.label: other.captured for other in others}
+                best.setdefault(kernel, (one.captured, dict(one.path.cut)[kernel]))
+                best[kernel] = min(
+                    best[kernel], (times.get(path.label, inf), dict(path.cut)[kernel]), key=itemgetter(0)
+                )
+            together.append(one.path.with_tiles({kernel: tile for kernel, (_, tile) in best.items()}))
+        labels = {one.path.label for one in timings}
+        timings += session.time([path for path in together if path.label not in labels])
+    if not timings:
+        raise RuntimeError("none of them ran")
     return Row(tuple(timings), session.trial.failed)
+
+
+def _cuts(path: Path, problem: Problem) -> list[tuple[str, Path]]:
+    """`path` with another tile of one kernel, for each kernel's others."""
+    tiles = path.tiles(problem) if path.tiles else {}
+    return [
+        (kernel, path.with_tiles({kernel: tile})) for kernel, found in tiles.items() for tile in found[1:MOST_TILES]
+    ]
 
 
 def pin(path: Path, problem: Problem) -> Path:
     """`path` with its default tiles for `problem`, which all calls of the bucket then run."""
     tiles = path.tiles(problem) if path.tiles else {}
     return path.with_tiles({kernel: found[0] for kernel, found in tiles.items()})
+
+
+def load(path: Path, problem: Problem) -> None:
+    """Run `path` once, so that nothing of it is left to be compiled or loaded."""
+    key = path.label, problem
+    if key not in _loaded:
+        _loaded.add(key)
+        with check.by_itself(problem.device), suppress(RuntimeError):  # no memory: a capture will do without it
+            _Session(problem).step(path)()
 
 
 class _Session:
@@ -160,7 +194,7 @@ class _Session:
         for path in paths:
             if check.admit(path, self.problem, self.trial):
                 continue
-            step = self._step(path)
+            step = self.step(path)
             try:
                 step()
                 seconds = max(_plain_seconds(step, 3, self.problem.device), 1e-9)
@@ -169,8 +203,6 @@ class _Session:
                 warn_once(
                     ("autotune", path.name, self.problem), f"fastlora: {path.label!r} could not be timed: {error}"
                 )
-                if path is ATEN:
-                    raise
                 continue
             steps[path], calls[path] = step, max(1, min(MOST_CALLS, int(SAMPLE_S / seconds)))
         for _ in range(ROUNDS):
@@ -179,22 +211,7 @@ class _Session:
                 captured[path].append(_gpu_seconds(step, calls[path], plain[path][-1], self.problem.device))
         return [Timing(path, median(plain[path]), median(captured[path])) for path in steps]
 
-    def other_tiles(self, path: Path) -> list[Timing]:
-        """Each kernel's other tiles, one at a time; then the best of each together. Empty where no other is faster."""
-        others = [
-            path.with_tiles({kernel: tile})
-            for kernel, found in path.tiles(self.problem).items()
-            for tile in found[1:MOST_TILES]
-        ]
-        default, *timings = self.time([path, *others])
-        best = dict(path.cut)
-        for kernel in best:
-            of_kernel = [one for one in timings if dict(one.path.cut)[kernel] != dict(path.cut)[kernel]]
-            fastest = min([default, *of_kernel], key=lambda one: one.captured)
-            best[kernel] = dict(fastest.path.cut)[kernel]
-        return self.time([path.with_tiles(best)]) if best != dict(path.cut) else []
-
-    def _step(self, path: Path) -> Callable[[], None]:
+    def step(self, path: Path) -> Callable[[], None]:
         x, lora_A, lora_B = self.leaves
         p = 0.1 if self.problem.dropout else 0.0
 
