@@ -302,7 +302,7 @@ def rank_tiles(kernel: str, target: Target, R: int, kind: str) -> tuple[Tile, ..
     """At most three tiles of a kernel of RANK_TILES, the default first; () where no tile holds that rank."""
     limits = HOLDS[kernel]
     if target.backend == "interpreter":
-        return (INTERPRETER_RANK,) if R <= limits[-1] else ()
+        return (INTERPRETER_RANK,) if limits[-1] >= R else ()
     table, arch = RANK_TILES[kernel], target.family
     while (arch, kind) not in table:
         arch = LIKE[arch]
