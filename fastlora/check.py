@@ -40,16 +40,15 @@ def admit(path: Path, problem: Problem, trial: Trial | None = None) -> str | Non
 
     `trial` holds what paths and tiles that are checked in a row are compared with.
     """
-    if not needs_check(path, problem.device):
-        return None
-    if problem.device.type == "cpu":
-        return verdict(path, problem.device)
-    failed = verdict(path, problem.device)
+    device = problem.device
+    reason = verdict(path, device)
+    if reason or device.type == "cpu" or path.fingerprint is None:
+        return reason
     try:
-        subject = failed or _subject(path, problem)
-        return failed or _verdict(path, problem.device, subject, lambda: (trial or Trial(problem)).faults(path))
+        subject = _subject(path, problem)
     except Exception as error:  # whatever planning a launch raises, the path is not to be used
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return _said(error)
+    return _verdict(path, device, subject, lambda: (trial or Trial(problem)).fault(path))
 
 
 def verdict(path: Path, device: torch.device) -> str | None:
@@ -68,12 +67,12 @@ def admitted(path: Path, problem: Problem, here: bool) -> bool:
     """
     if not needs_check(path, problem.device):
         return True
-    with suppress(Exception):  # a launch that cannot even be planned
-        subject = _subject(path, problem)
-        key = path.name, indexed(problem.device), subject
-        known = _verdicts[key] if key in _verdicts else here or _stored(path, key[1], subject)
-        return known is None and verdict(path, problem.device) is None
-    return False
+    try:
+        key = path.name, indexed(problem.device), _subject(path, problem)
+    except Exception:  # it cannot even be planned
+        return False
+    known = _verdicts[key] if key in _verdicts else here or _stored(path, *key[1:])
+    return known is None and verdict(path, problem.device) is None
 
 
 def needs_check(path: Path, device: torch.device) -> bool:
@@ -84,39 +83,39 @@ def needs_check(path: Path, device: torch.device) -> bool:
 def recheck(path: Path, device: torch.device) -> str | None:
     """Examine `path` on `device` anew, on small ragged cases: None, or why it cannot run there."""
     reason = path.why_not(device, None)
-    if reason is None:
-        try:
-            reason = examine(path, device)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {_first_line(error)}"
+    try:
+        reason = reason or examine(path, device)
+    except Exception as error:
+        reason = _said(error)
     _verdicts[path.name, indexed(device), ""] = reason
     return reason
 
 
 def examine(path: Path, device: torch.device) -> str | None:
-    """Compare `path` with the reference on `device` now, by the road of eager calls; None, or the first fault."""
+    """Compare `path` with the reference on `device` now, on small ragged cases; None, or the first fault.
+
+    Raises:
+        Exception: whatever a compiler or driver raises.
+    """
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if _has_bfloat16(device) else [])
     cases = [(*sizes, dtype, dtype) for dtype in dtypes for sizes in CASES]
-    few = (torch.get_num_threads(),)
-    many = THREADS if device.type == "cpu" and path.cases else few
-    with by_itself(device), _threads() as set_threads:
+    count = torch.get_num_threads()
+    with by_itself(device):
         for seed, (M, N, K, R, dropout_p, dtype, adapter_dtype) in enumerate([*cases, *path.cases]):
             problem = Problem(M, N, K, R, dtype, adapter_dtype, device, dropout_p > 0.0)
             if path.why_not(device, problem):
                 continue
             inputs = accuracy.draw(M, N, K, R, dtype, adapter_dtype=adapter_dtype, device=device, seed=seed)
-            inputs = _with_mask(path, inputs, dropout_p, seed)
+            inputs = _with_mask(path, inputs, dropout_p)
             known = accuracy.expected(inputs)
-            kinds = "/".join(str(kind).removeprefix("torch.") for kind in dict.fromkeys((dtype, adapter_dtype)))
-            for count in few if seed < len(cases) else many:
-                set_threads(count)
-                case = f"M={M} N={N} K={K} R={R} {kinds} dropout={dropout_p} threads={count}"
+            for threads in THREADS if seed >= len(cases) and device.type == "cpu" else [count]:
+                torch.set_num_threads(threads)
                 try:
-                    found = _violations(path, inputs, known, seed)
-                except Exception as error:  # whatever a compiler or driver raises, the path is not to be used
-                    raise RuntimeError(f"{case}: {type(error).__name__}: {_first_line(error)}") from error
-                if found:
-                    return f"{case}: {found[0]}"
+                    fault = _fault(path, inputs, known)
+                finally:
+                    torch.set_num_threads(count)
+                if fault:
+                    return f"{fault} (threads={threads})" if threads != count else fault
     return None
 
 
@@ -127,25 +126,21 @@ class Trial:
         self.problem, self.failed = problem, False  # failed: something raised an error, which is no verdict
         self._cases: dict[int, list[tuple[accuracy.Inputs, accuracy.Expected]]] = {}
 
-    def faults(self, path: Path) -> str | None:
-        """The first way in which `path` errs, or None."""
-        self.failed, before = True, self.failed
-        M = _rows(path, self.problem)
-        with by_itself(self.problem.device):
-            for inputs, known in self._cases.get(M) or self._make(M, path):
-                found = _violations(path, inputs, known, seed=0)
-                if found:
-                    break
-        self.failed = before
-        return f"M={M} {'with' if inputs.bias is not None else 'without'} bias: {found[0]}" if found else None
-
-    def _make(self, M: int, path: Path) -> list:
-        x, weight, lora_A, lora_B, bias, dy = drawn(self.problem._replace(M=M))
-        inputs = accuracy.Inputs(x, weight, lora_A, lora_B, bias, dy, scaling=2.0)
-        inputs = _with_mask(path, inputs, 0.1 if self.problem.dropout else 0.0, 0)
-        both = inputs, replace(inputs, bias=None)
-        self._cases[M] = [(one, accuracy.expected(one)) for one in both]
-        return self._cases[M]
+    def fault(self, path: Path) -> str | None:
+        """The first way in which `path` errs, with a bias or without, or None."""
+        try:
+            M = _rows(path, self.problem)
+            with by_itself(self.problem.device):
+                if M not in self._cases:
+                    x, weight, lora_A, lora_B, bias, dy = drawn(self.problem._replace(M=M))
+                    inputs = accuracy.Inputs(x, weight, lora_A, lora_B, bias, dy, scaling=2.0)
+                    inputs = _with_mask(path, inputs, 0.1 if self.problem.dropout else 0.0)
+                    both = inputs, replace(inputs, bias=None)
+                    self._cases[M] = [(one, accuracy.expected(one)) for one in both]
+                return next(filter(None, (_fault(path, *case) for case in self._cases[M])), None)
+        except Exception:
+            self.failed = True
+            raise
 
 
 def compile_ahead(paths: Iterable[Path], problem: Problem) -> None:
@@ -174,12 +169,11 @@ def _verdict(path: Path, device: torch.device, subject: str, find: Callable[[], 
     if reason is _UNKNOWN:
         try:
             reason = find()
-        except Exception as error:  # whatever a compiler or driver raises, the path is not to be used
-            reason = f"{type(error).__name__}: {_first_line(error)}"
-            if isinstance(error, torch.OutOfMemoryError):  # later there may be enough
-                return reason
-        else:
             _keep(path, device, subject, reason)
+        except torch.OutOfMemoryError as error:  # later there may be enough
+            return _said(error)
+        except Exception as error:  # whatever a compiler or driver raises, the path is not to be used
+            reason = _said(error)
     _verdicts[key] = reason
     if reason:
         message = f"fastlora: path {path.name!r} failed its self-check on {device} and is disabled there: {reason}"
@@ -211,11 +205,11 @@ def _subject(path: Path, problem: Problem) -> str:
     if path.launches is None:
         rows = problem._replace(M=1 << max(problem.M - 1, 0).bit_length()), problem.M % 16 == 0
     else:
-        rows = problem._replace(M=0), *sorted(kernels(path, problem))
+        rows = problem._replace(M=0), *sorted(_kernels_of(path, problem))
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:32]
 
 
-def kernels(path: Path, problem: Problem) -> frozenset[str]:
+def _kernels_of(path: Path, problem: Problem) -> frozenset[str]:
     """What a call would launch: a key for each compiled kernel, and whether its programs take a second tile."""
     from fastlora.kernels.tiles import target_of
 
@@ -233,24 +227,33 @@ def _rows(path: Path, problem: Problem) -> int:
     """The fewest rows, of M's divisibility by 16, that launch the kernels of all M."""
     M = problem.M
     few = ROWS + M % 16
-    while few < M and path.launches is not None and kernels(path, problem._replace(M=few)) != kernels(path, problem):
+    while (
+        few < M
+        and path.launches is not None
+        and _kernels_of(path, problem._replace(M=few)) != _kernels_of(path, problem)
+    ):
         few = 2 * (few - M % 16) + M % 16
     return min(few, M)
 
 
-def _violations(path: Path, inputs: accuracy.Inputs, known: accuracy.Expected, seed: int) -> list[str]:
-    torch.manual_seed(seed)  # so that the call draws what the mask was made of
+def _fault(path: Path, inputs: accuracy.Inputs, known: accuracy.Expected) -> str | None:
+    """The first way in which `path`, run by the road of eager calls, breaks the rule on `inputs`, or None."""
 
     def function(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
         return autograd.run(path, x, weight, lora_A, lora_B, bias, scaling, dropout_p)
 
-    return accuracy.violations(accuracy.run(function, inputs), inputs, known=known)
+    torch.manual_seed(0)  # so that the call draws what the mask was made of
+    found = accuracy.violations(accuracy.run(function, inputs), inputs, known=known)
+    x, dropout = inputs.x, f" dropout={inputs.dropout_p}" * bool(inputs.dropout_p)
+    kinds = "/".join(str(kind).removeprefix("torch.") for kind in dict.fromkeys((x.dtype, inputs.lora_A.dtype)))
+    (M, K), (N, R) = x.shape, inputs.lora_B.shape
+    return f"M={M} N={N} K={K} R={R} {kinds}{dropout}: {found[0]}" if found else None
 
 
-def _with_mask(path: Path, inputs: accuracy.Inputs, dropout_p: float, seed: int) -> accuracy.Inputs:
+def _with_mask(path: Path, inputs: accuracy.Inputs, dropout_p: float) -> accuracy.Inputs:
     if not dropout_p:
         return inputs
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     mask = path.mask(autograd.draw_seed(inputs.x.device), *inputs.x.shape, dropout_p)
     return replace(inputs, dropout_p=dropout_p, mask=mask)
 
@@ -268,21 +271,12 @@ def by_itself(device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _threads() -> Iterator[Callable[[int], None]]:
-    count = torch.get_num_threads()
-    try:
-        yield torch.set_num_threads
-    finally:
-        torch.set_num_threads(count)
-
-
 def _has_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else ""
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def indexed(device: torch.device) -> torch.device:
