@@ -147,6 +147,8 @@ def compile_ahead(paths: Iterable[Path], problem: Problem) -> None:
     """Compile what `paths` launch for `problem`, in threads, into Triton's cache; errors wait for the call itself."""
     from fastlora.kernels.tiles import target_of
 
+    if problem.device.type != "cuda":
+        return
     target, launches = target_of(problem.device), {}
     for path in paths:
         with suppress(Exception):

@@ -241,9 +241,9 @@ def device_class(device: torch.device) -> str:
 
 def read(file: File) -> dict[tuple, Row]:
     """Bucket to what was measured; a file or a row that is damaged costs one more measurement."""
-    found = {}
-    content = read_json(file)
-    for row in content.get("rows", ()) if isinstance(content, dict) else ():
+    found, content = {}, read_json(file)
+    rows = content.get("rows") if isinstance(content, dict) else None
+    for row in rows if isinstance(rows, list) else ():
         with suppress(KeyError, TypeError, ValueError):
             found[tuple(row[name] for name in FIELDS)] = Row(tuple(_timing(*one) for one in row["timings"]))
     return {key: row for key, row in found.items() if row.timings}
