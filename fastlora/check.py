@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import torch
@@ -97,25 +97,26 @@ def examine(path: Path, device: torch.device) -> str | None:
     Raises:
         Exception: whatever a compiler or driver raises.
     """
+    return apart(device, _examine, path, device, torch.get_num_threads())
+
+
+def _examine(path: Path, device: torch.device, count: int) -> str | None:
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if _has_bfloat16(device) else [])
     cases = [(*sizes, dtype, dtype) for dtype in dtypes for sizes in CASES]
-    count = torch.get_num_threads()
-    with by_itself(device):
-        for seed, (M, N, K, R, dropout_p, dtype, adapter_dtype) in enumerate([*cases, *path.cases]):
-            problem = Problem(M, N, K, R, dtype, adapter_dtype, device, dropout_p > 0.0)
-            if path.why_not(device, problem):
-                continue
-            inputs = accuracy.draw(M, N, K, R, dtype, adapter_dtype=adapter_dtype, device=device, seed=seed)
-            inputs = _with_mask(path, inputs, dropout_p)
-            known = accuracy.expected(inputs)
-            for threads in THREADS if seed >= len(cases) and device.type == "cpu" else [count]:
-                torch.set_num_threads(threads)
-                try:
-                    fault = _fault(path, inputs, known)
-                finally:
-                    torch.set_num_threads(count)
-                if fault:
-                    return f"{fault} (threads={threads})" if threads != count else fault
+    for M, N, K, R, dropout_p, dtype, adapter_dtype in [*cases, *path.cases]:
+        problem = Problem(M, N, K, R, dtype, adapter_dtype, device, dropout_p > 0.0)
+        if path.why_not(device, problem):
+            continue
+        inputs = _with_mask(
+            path, accuracy.draw(M, N, K, R, dtype, adapter_dtype=adapter_dtype, device=device), dropout_p
+        )
+        known = accuracy.expected(inputs)
+        for threads in [*(THREADS if path.cases and device.type == "cpu" else ()), count]:
+            torch.set_num_threads(threads)  # of this thread; the last one is the caller's
+            fault = _fault(path, inputs, known)
+            if fault:
+                torch.set_num_threads(count)
+                return f"{fault} ({threads} threads)"
     return None
 
 
@@ -129,18 +130,19 @@ class Trial:
     def fault(self, path: Path) -> str | None:
         """The first way in which `path` errs, with a bias or without, or None."""
         try:
-            M = _rows(path, self.problem)
-            with by_itself(self.problem.device):
-                if M not in self._cases:
-                    x, weight, lora_A, lora_B, bias, dy = drawn(self.problem._replace(M=M))
-                    inputs = accuracy.Inputs(x, weight, lora_A, lora_B, bias, dy, scaling=2.0)
-                    inputs = _with_mask(path, inputs, 0.1 if self.problem.dropout else 0.0)
-                    both = inputs, replace(inputs, bias=None)
-                    self._cases[M] = [(one, accuracy.expected(one)) for one in both]
-                return next(filter(None, (_fault(path, *case) for case in self._cases[M])), None)
+            return apart(self.problem.device, self._fault, path)
         except Exception:
             self.failed = True
             raise
+
+    def _fault(self, path: Path) -> str | None:
+        M = _rows(path, self.problem)
+        if M not in self._cases:
+            x, weight, lora_A, lora_B, bias, dy = drawn(self.problem._replace(M=M))
+            inputs = accuracy.Inputs(x, weight, lora_A, lora_B, bias, dy, scaling=2.0)
+            inputs = _with_mask(path, inputs, 0.1 if self.problem.dropout else 0.0)
+            self._cases[M] = [(one, accuracy.expected(one)) for one in (inputs, replace(inputs, bias=None))]
+        return next(filter(None, (_fault(path, *case) for case in self._cases[M])), None)
 
 
 def compile_ahead(paths: Iterable[Path], problem: Problem) -> None:
@@ -260,17 +262,16 @@ def _with_mask(path: Path, inputs: accuracy.Inputs, dropout_p: float) -> accurac
     return replace(inputs, dropout_p=dropout_p, mask=mask)
 
 
-@contextmanager
-def by_itself(device: torch.device) -> Iterator[None]:
-    """Whatever surrounds the first call must not reach the check: its generator, no_grad, autocast, default device."""
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch.device("cpu"),
-    ):
-        yield
+def apart(device: torch.device, function: Callable, *arguments):
+    """function(*arguments) in a thread of its own, so that nothing that surrounds the first call reaches it: no_grad,
+    autocast, default devices, an op's dispatch keys; and the caller's random numbers stay what they were."""
+
+    def work():
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return function(*arguments)
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 def _has_bfloat16(device: torch.device) -> bool:

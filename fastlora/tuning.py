@@ -17,7 +17,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import astuple
 from importlib import metadata
 from math import inf
-from operator import itemgetter
 from pathlib import Path as File
 from statistics import median
 from typing import NamedTuple
@@ -131,36 +130,30 @@ def time_paths(problem: Problem) -> Row:
     what = f"{problem.M}×{problem.N}×{problem.K} {_SHORT.get(problem.dtype, problem.dtype)} r{problem.R}"
     line = f"fastlora: timing {len(paths)} paths for {what}{' dropout' * problem.dropout}, once per machine"
     print(line, file=sys.stderr, flush=True)
-    with check.by_itself(device):
-        session = _Session(problem)
-        timings = session.time(paths)
-        least = [min((one[which] for one in timings), default=0.0) for which in (1, 2)]
-        close = [one for one in timings if one.plain < CLOSE * least[0] or one.captured < CLOSE * least[1]]
-        cuts = {one: _cuts(one.path, problem) for one in close}
-        others = session.time([cut for found in cuts.values() for _, cut in found])
-        together = []
-        for one, found in cuts.items():
-            best = {}  # of each kernel by itself, for the others' tiles do not change its time
-            for kernel, path in found:
-                times = {other.path.label: other.captured for other in others}
-                best.setdefault(kernel, (one.captured, dict(one.path.cut)[kernel]))
-                best[kernel] = min(
-                    best[kernel], (times.get(path.label, inf), dict(path.cut)[kernel]), key=itemgetter(0)
-                )
-            together.append(one.path.with_tiles({kernel: tile for kernel, (_, tile) in best.items()}))
-        labels = {one.path.label for one in timings}
-        timings += session.time([path for path in together if path.label not in labels])
+    return check.apart(device, _time, paths, problem)
+
+
+def _time(paths: list[Path], problem: Problem) -> Row:
+    session = _Session(problem)
+    timings = session.time(paths)
+    least = [min((one[which] for one in timings), default=0.0) for which in (1, 2)]
+    close = [one.path for one in timings if one.plain < CLOSE * least[0] or one.captured < CLOSE * least[1]]
+    cuts = {path: _cuts(path, problem) for path in close if path.tiles}
+    others = [path for found in cuts.values() for variants in found.values() for path in variants[1:]]
+    times = {one.path.label: one.captured for one in timings + session.time(others)}
+    for path, found in cuts.items():  # the best tile of each kernel by itself: the others' do not change its time
+        best = {k: dict(min(variants, key=lambda p: times.get(p.label, inf)).cut)[k] for k, variants in found.items()}
+        if path.with_tiles(best).label != path.label:
+            timings += session.time([path.with_tiles(best)])
     if not timings:
         raise RuntimeError("none of them ran")
     return Row(tuple(timings), session.trial.failed)
 
 
-def _cuts(path: Path, problem: Problem) -> list[tuple[str, Path]]:
-    """`path` with another tile of one kernel, for each kernel's others."""
-    tiles = path.tiles(problem) if path.tiles else {}
-    return [
-        (kernel, path.with_tiles({kernel: tile})) for kernel, found in tiles.items() for tile in found[1:MOST_TILES]
-    ]
+def _cuts(path: Path, problem: Problem) -> dict[str, list[Path]]:
+    """For each kernel: `path`, and `path` with another tile of that one kernel."""
+    tiles = path.tiles(problem)
+    return {kernel: [path.with_tiles({kernel: tile}) for tile in found[:MOST_TILES]] for kernel, found in tiles.items()}
 
 
 def pin(path: Path, problem: Problem) -> Path:
@@ -174,8 +167,8 @@ def load(path: Path, problem: Problem) -> None:
     key = path.label, problem
     if key not in _loaded:
         _loaded.add(key)
-        with check.by_itself(problem.device), suppress(RuntimeError):  # no memory: a capture will do without it
-            _Session(problem).step(path)()
+        with suppress(RuntimeError):  # no memory: a capture will do without it
+            check.apart(problem.device, lambda: _Session(problem).step(path)())
 
 
 class _Session:

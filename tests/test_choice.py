@@ -165,7 +165,7 @@ def test_an_error_on_the_way_to_a_verdict_is_not_kept_on_disk(gpu, monkeypatch, 
         raise error
 
     monkeypatch.setattr(check, "drawn", fail)
-    monkeypatch.setattr(check, "by_itself", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(check, "apart", lambda device, function, *arguments: function(*arguments))
     monkeypatch.setattr("fastlora.errors._said", set())
     trial = check.Trial(PROBLEM)
     out_of_memory = isinstance(error, torch.OutOfMemoryError)
