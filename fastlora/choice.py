@@ -8,7 +8,8 @@ be the fastest by arithmetic (`fastlora.roofline`) of those that the self-check 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,15 +25,18 @@ _selected: dict[tuple, Path] = {}
 
 @dataclass(frozen=True)
 class Choice:
-    """The path that runs, by name, and the reason in a sentence; `table`: what was measured. `str()` is all three."""
+    """The path that runs, with its tiles, and the reason in a sentence; `table`: what was measured. `str()` is all."""
 
-    path: str
+    runs: Path
     reason: str
     table: str = ""
-    runs: Path | None = field(default=None, repr=False, compare=False)  # with its tiles; None: the path of that name
+
+    @property
+    def path(self) -> str:
+        return self.runs.name
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.path}: {self.reason}", *([self.table] if self.table else [])])
+        return f"{self.path}: {self.reason}" + f"\n{self.table}" * bool(self.table)
 
 
 def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: str | None) -> Path:
@@ -46,13 +50,11 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
     R, dropout = lora_A.shape[0], dropout_p > 0.0
     key = path, x.dtype, lora_A.dtype, R, dropout
     if not x.is_cpu or path is not None:  # on a CPU only the rank matters
-        strides = x.stride(), x.data_ptr() % 16, weight.stride(), weight.data_ptr() % 16
-        key = (*key, x.shape, N, K, x.device, strides, not x.is_cpu and _nothing_timed())
+        key = (*key, x.shape, N, K, x.device, _lies(x), _lies(weight), x.is_cuda and _nothing_timed())
     chosen = _selected.get(key)
     if chosen is None:
         problem = _problem(x, weight, R, x.dtype, lora_A.dtype, dropout)
-        choice = None if path else choose(problem)
-        chosen = _forced(problem, path) if path else choice.runs or PATHS[choice.path]
+        chosen = _forced(problem, path) if path else choose(problem).runs
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return chosen  # what is found then is less than what can be found later
         if len(_selected) >= 4096:  # a server with every length under the sun
@@ -75,23 +77,25 @@ def choose(problem: Problem) -> Choice:
     if problem.device.type == "cpu":
         return _choose_for_cpu(problem)
     if problem.empty:
-        return Choice(ATEN.name, "M, N or K is 0: nothing to multiply")
+        return Choice(ATEN, "M, N or K is 0: nothing to multiply")
+    if problem.device.type != "cuda":
+        return Choice(ATEN, f"no other path is for device type {problem.device.type!r}")
     forbidden = _nothing_timed()
     if forbidden:
         return _guess(problem, forbidden)
     row = tuning.measured(problem)
     if row is None:
-        return Choice(ATEN.name, "the paths could not be timed: no memory, or another process is at it")
+        return Choice(ATEN, "the paths could not be timed: no memory, or another process is at it")
     plain, captured = row.winner(False), row.winner(True)
     for path in {plain.label: plain, captured.label: captured}.values():
         obstacle = _obstacle(path, problem)
         if obstacle:
             message = f"fastlora: path {path.name!r} measured fastest but 'torch' runs instead: {obstacle}"
             warn_once(("choice", path.name, obstacle), message)
-            return Choice(ATEN.name, f"{path.name!r} cannot run: {obstacle}", str(row))
+            return Choice(ATEN, f"{path.name!r} cannot run: {obstacle}", str(row))
     if plain.label != captured.label:
         tuning.load(captured, problem)  # so that a graph may be captured with it
-    return Choice(plain.name, "measured fastest here", str(row), plain)
+    return Choice(plain, "measured fastest here", str(row))
 
 
 def _nothing_timed() -> str | None:
@@ -111,18 +115,16 @@ def _guess(problem: Problem, why: str) -> Choice:
     row = tuning.known(problem) if captured else None
     for path in [row.winner(True), row.winner(False)] if row else []:
         if check.admitted(path, problem, here=True):
-            return Choice(path.name, "measured fastest here", str(row), path)
+            return Choice(path, "measured fastest here", str(row))
     found = {}
     for path in PATHS.values():
-        if not path.why_not(problem.device, problem):
-            path = tuning.pin(path, problem)
-            if check.admitted(path, problem, here=captured):
-                found[path] = roofline.predict(path.name, problem, captured, NODE is not None)
-    best = min(found, key=found.__getitem__)
-    reason = (
-        f"{why}, so nothing was measured; fastest by prediction of those admitted ({', '.join(p.name for p in found)})"
-    )
-    return Choice(best.name, reason, "", best)
+        with suppress(Exception):  # whatever planning a launch raises
+            if not path.why_not(problem.device, problem):
+                path = tuning.pin(path, problem)
+                if check.admitted(path, problem, here=captured):
+                    found[path] = roofline.predict(path.name, problem, captured, NODE is not None)
+    best, names = min(found, key=found.__getitem__, default=ATEN), ", ".join(path.name for path in found)
+    return Choice(best, f"{why}, so nothing was measured; fastest by prediction of those admitted ({names})")
 
 
 def _choose_for_cpu(problem: Problem) -> Choice:
@@ -137,9 +139,9 @@ def _choose_for_cpu(problem: Problem) -> Choice:
         obstacle = missing or _obstacle(path, problem)
         slow = None if obstacle else path.why_slow(problem)
         if not obstacle and not slow:
-            return Choice(path.name, "measured fastest on a CPU for such ranks and dtypes")
+            return Choice(path, "measured fastest on a CPU for such ranks and dtypes")
         reasons.append(f"{path.name!r} cannot run: {obstacle}" if obstacle else slow)
-    return Choice(ATEN.name, f"the tensors are on the CPU, and {'; '.join(reasons)}")
+    return Choice(ATEN, f"the tensors are on the CPU, and {'; '.join(reasons)}")
 
 
 def explain(layer, x: Tensor) -> Choice:
@@ -165,7 +167,7 @@ def explain(layer, x: Tensor) -> Choice:
     dropout = bool(layer.training and layer.lora_dropout > 0.0)
     problem = _problem(x, layer.weight, layer.lora_A.shape[0], dtype, layer.lora_A.dtype, dropout)
     forced = env.forced_path()
-    return choose(problem) if forced is None else Choice(_forced(problem, forced).name, "FASTLORA_PATH asks for it")
+    return choose(problem) if forced is None else Choice(_forced(problem, forced), "FASTLORA_PATH asks for it")
 
 
 def paths(device: torch.device | str | None = None) -> dict[str, str]:
@@ -215,14 +217,17 @@ def _forced(problem: Problem, name: str) -> Path:
 
 def _problem(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: bool) -> Problem:
     N, K = weight.shape
-    if x.is_cpu:
+    if not x.is_cuda:
         return Problem(x.shape[:-1].numel(), N, K, R, dtype, adapter_dtype, x.device, dropout)
-    x2 = rows(x)
-    layout = Layout(x2.stride(), x2.data_ptr() % 16, weight.stride(), weight.data_ptr() % 16)
-    plain = layout == Layout((K, 1), 0, (K, 1), 0)
-    return Problem(
-        x2.shape[0], N, K, R, dtype, adapter_dtype, check.indexed(x.device), dropout, None if plain else layout
-    )
+    x, plain = rows(x), ((K, 1), 0)
+    layout = Layout(*_lies(x), *(_lies(weight) or plain))
+    device, layout = check.indexed(x.device), None if layout == Layout(*plain, *plain) else layout
+    return Problem(x.shape[0], N, K, R, dtype, adapter_dtype, device, dropout, layout)
+
+
+def _lies(t: Tensor) -> tuple | None:
+    """Strides, and the address modulo 16; None for a quantised weight, which is made dense for each product."""
+    return (t.stride(), t.data_ptr() % 16) if isinstance(t, Tensor) else None
 
 
 def _obstacle(path: Path, problem: Problem) -> str | None:

@@ -83,17 +83,24 @@ def known(problem: Problem) -> Row | None:
     return _known[file].get(bucket(problem))
 
 
+def tables(device: torch.device) -> list[tuple[str, str]]:
+    """What was measured on `device`, by any process: each bucket in words, and its table."""
+    found = read(store(device)).items()
+    return [(", ".join(f"{n} {value}" for n, value in zip(FIELDS, key, strict=True)), str(row)) for key, row in found]
+
+
 def measured(problem: Problem, measure: Callable[[Problem], Row] | None = None) -> Row | None:
     """What `measure` (default: `time_paths`) finds for the bucket of `problem`, now if no process has done so before.
 
     None when it fails (no memory, say), or another process measures for longer than LOCK_WAIT_S; neither is remembered.
     """
-    file, key = store(problem.device), bucket(problem)
     if known(problem):
         return known(problem)
+    file, key = store(problem.device), bucket(problem)
+    lock = filelock.FileLock(file.with_suffix(".lock"), timeout=LOCK_WAIT_S)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(file.with_suffix(".lock"), timeout=LOCK_WAIT_S):
+        with lock:
             _known[file] = read(file) | _known[file]
             row = _known[file].get(key) or _measure(measure or time_paths, problem)
             if row and not row.failed:
@@ -108,8 +115,7 @@ def measured(problem: Problem, measure: Callable[[Problem], Row] | None = None) 
 
 def _measure(measure: Callable[[Problem], Row], problem: Problem) -> Row | None:
     try:
-        row = _known[store(problem.device)][bucket(problem)] = measure(problem)
-        return row
+        return _known[store(problem.device)].setdefault(bucket(problem), measure(problem))
     except RuntimeError as error:  # no memory for the random data, say
         message = f"fastlora: timing the paths for {problem} failed, so path 'torch' runs: {error}"
         warn_once(("autotune", bucket(problem)), message)
@@ -244,17 +250,12 @@ def read(file: File) -> dict[tuple, Row]:
 
 def write(file: File, rows: Mapping[tuple, Row], device: torch.device) -> None:
     """Replace the file whole."""
-    content = [
-        dict(zip(FIELDS, key, strict=True))
-        | {
-            "timings": [
-                (one.path.name, {kernel: astuple(tile) for kernel, tile in one.path.cut}, one.plain, one.captured)
-                for one in row.timings
-            ]
-        }
-        for key, row in rows.items()
-        if not row.failed
-    ]
+    content = []
+    for key, row in rows.items():
+        cuts = [{kernel: astuple(tile) for kernel, tile in one.path.cut} for one in row.timings]
+        timings = [(one.path.name, cut, *one[1:]) for one, cut in zip(row.timings, cuts, strict=True)]
+        if not row.failed:
+            content.append(dict(zip(FIELDS, key, strict=True)) | {"timings": timings})
     write_json(file, {"device": device_class(device), "versions": {"torch": torch.__version__}, "rows": content})
 
 

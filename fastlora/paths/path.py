@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Path:
         tiles: problem -> for each kernel the tiles to try, the default first.
         launches: (path, problem) -> the launches of Triton kernels that a call makes, none of them run.
         cut: the tiles that `with_tiles` chose, by kernel; other kernels cut as their tables say.
+        whole: the path of PATHS of which `with_tiles` made this one.
     """
 
     name: str
@@ -47,15 +48,20 @@ class Path:
     launches: Callable[[Path, Problem], list] | None = None
     cut: tuple[tuple[str, object], ...] = ()
 
+    whole: Path | None = None
+
     def with_tiles(self, cut: Mapping[str, object]) -> Path:
-        """This path, its kernels cut by these tiles."""
-        if not cut:
-            return self
+        """This path, its kernels cut by these tiles; the same object for the same tiles."""
         cut = dict(self.cut) | dict(cut)
-        how = {"forward": partial(self.forward, cut=cut), "backward": partial(self.backward, cut=cut)}
-        return replace(self, cut=tuple(sorted(cut.items())), **how)
+        return _cut(self.whole or self, tuple(sorted(cut.items()))) if cut else self
 
     @property
     def label(self) -> str:
         """The name, and the tiles that are not the tables'."""
         return " ".join([self.name, *(f"{kernel}={tile}" for kernel, tile in self.cut)])
+
+
+@cache
+def _cut(path: Path, cut: tuple[tuple[str, object], ...]) -> Path:
+    how = {"forward": partial(path.forward, cut=dict(cut)), "backward": partial(path.backward, cut=dict(cut))}
+    return replace(path, cut=cut, whole=path, **how)

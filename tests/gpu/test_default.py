@@ -12,7 +12,7 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ import torch
 
 import fastlora
 from fastlora import check, choice, env, errors, tuning
+from fastlora.info import info
 from fastlora.paths import PATHS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, or the stand-in for one")
@@ -95,6 +96,7 @@ def test_an_empty_cache(capfd, monkeypatch):
     assert len(verdicts()) == len(usable - {"torch"})
     said = fastlora.explain(layer, x)
     assert said.path == row.winner(captured=False).name and said.table == str(row)
+    assert str(row) in info() and "M 64, N 96, K 128, R 8" in info()
     refuse(monkeypatch)
     step(layer, x)
     assert selected() == [said.path]
@@ -114,7 +116,6 @@ def test_a_full_cache(capfd, monkeypatch):
 
 def test_a_capture_compiles_nothing_raises_nothing_and_has_its_own_winner(monkeypatch):
     layer, x = layer_and_x()
-    torch.nn.functional.linear(x, layer.weight)  # what ATen makes at its first call
     ran = []
 
     def watch(name):
@@ -124,7 +125,7 @@ def test_a_capture_compiles_nothing_raises_nothing_and_has_its_own_winner(monkey
             ran.append(name)
             return path.forward(*arguments, **options)
 
-        return check.replace(path, forward=forward)
+        return replace(path, forward=forward)
 
     for name in PATHS:
         monkeypatch.setitem(PATHS, name, watch(name))
@@ -143,32 +144,38 @@ def test_a_capture_compiles_nothing_raises_nothing_and_has_its_own_winner(monkey
         refuse(here)
         assert captured() == "torch"
     assert not rows()
-    timings = {"torch": (2.0, 2.0), "hybrid": (1.0, 2.0), "split": (2.0, 1.0)}
-    monkeypatch.setattr(
-        tuning,
-        "time_paths",
-        lambda problem: tuning.Row(
-            tuple(tuning.Timing(tuning.pin(PATHS[name], problem), *both) for name, both in timings.items())
-        ),
-    )
+
+    def times(problem):
+        seconds = {"torch": (2.0, 2.0), "hybrid": (1.0, 2.0), "split": (2.0, 1.0)}
+        paths = {name: tuning.pin(PATHS[name], problem) for name in seconds}
+        return tuning.Row(tuple(tuning.Timing(paths[name], *both) for name, both in seconds.items()))
+
+    monkeypatch.setattr(tuning, "time_paths", times)
     step(layer, x)
-    assert ran[-1] == "hybrid" or "split" in ran
     refuse(monkeypatch)
     step(layer, x)
     assert ran[-1] == "hybrid"
     assert captured() == "split"
 
 
-@pytest.mark.parametrize("backend", ["aot_eager"])
-def test_a_compiled_call_takes_the_same_choice(monkeypatch, backend):
+def test_a_compiled_call_times_once_too_and_takes_the_same_choice(monkeypatch, capfd):
     layer, x = layer_and_x()
-    step(torch.compile(layer, backend=backend), x) if False else step(layer, x)
-    refuse(monkeypatch)
-    compiled = torch.compile(layer, backend=backend)
-    y = compiled(x)
-    torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), torch.ones_like(y))
-    assert len(set(selected())) == 1
+    step(torch.compile(layer, backend="aot_eager"), x)
     torch._dynamo.reset()
+    assert LINE.fullmatch(capfd.readouterr().err)
+    (row,) = rows().values()
+    assert not row.failed and selected() == [row.winner(captured=False).name]
+    refuse(monkeypatch)
+    step(layer, x)
+    assert set(selected()) == {row.winner(captured=False).name}
+
+
+def test_an_op_that_someone_watches_times_and_checks_as_a_call_does(monkeypatch):
+    """Under an op autograd's dispatch keys are off: the self-check, which needs gradients, must not see that."""
+    layer, x = layer_and_x()
+    y, _ = torch.ops.fastlora.forward(x, layer.weight, layer.lora_A, layer.lora_B, layer.bias, 2.0, 0.0, None, "")
+    torch.autograd.grad(y, (x, layer.lora_A), torch.ones_like(y))
+    assert rows() and all(verdict is None for verdict in check._verdicts.values())
 
 
 def test_deterministic_algorithms_time_nothing_and_take_what_is_admitted(monkeypatch):
@@ -195,7 +202,7 @@ def test_deterministic_algorithms_time_nothing_and_take_what_is_admitted(monkeyp
 
 def test_two_processes_at_once_time_once():
     program = """
-import torch
+import os, torch
 from tests.gpu import test_default as t
 from fastlora import check, tuning
 tuning.MOST_TILES, tuning.ROUNDS = 1, 2
@@ -204,7 +211,8 @@ if t.HOLLOW:
     check._fault = lambda *arguments: passes(*arguments) and None
 layer, x = t.layer_and_x()
 t.step(layer, x)
-print(*t.selected())
+print(*t.selected(), flush=True)
+os._exit(0)  # on the stand-in torch itself aborts at the end of a process that has run a backward
 """
     command = [sys.executable, "-W", "ignore", "-c", program]
     root = Path(__file__).resolve().parents[2]
@@ -237,7 +245,6 @@ def test_out_of_memory_while_timing(monkeypatch):
     monkeypatch.setattr(check, "drawn", no_memory)  # now the self-check has none, for any path
     step(layer, x)
     assert selected() == ["torch"] and not rows() and not verdicts()
-    monkeypatch.undo()
 
 
 def test_a_read_only_cache(monkeypatch, tmp_path, capfd):
@@ -247,6 +254,5 @@ def test_a_read_only_cache(monkeypatch, tmp_path, capfd):
     with pytest.warns(errors.FastLoRAWarning, match="be kept"):
         step(layer, x)
     assert LINE.fullmatch(capfd.readouterr().err)
-    with nullcontext() if HOLLOW else nullcontext():
-        refuse(monkeypatch)
-        step(layer, x)
+    refuse(monkeypatch)
+    step(layer, x)
