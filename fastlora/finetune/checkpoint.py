@@ -127,10 +127,8 @@ def unpack(path: Path, model: nn.Module, optimiser, scheduler, device: torch.dev
     if device.type == "cuda":
         torch.cuda.set_rng_state(tensors["generator.cuda"], device)
     # What the file cannot hold (a tensor learning rate) stays as the optimiser was built.
-    groups = [
-        now | {k: v for k, v in then.items() if not isinstance(now.get(k), Tensor)}
-        for now, then in zip(optimiser.state_dict()["param_groups"], state["groups"], strict=True)
-    ]
+    groups = [now | {k: v for k, v in then.items() if not isinstance(now.get(k), Tensor)}
+              for now, then in zip(optimiser.state_dict()["param_groups"], state["groups"], strict=True)]
     optimiser.load_state_dict({"state": entries, "param_groups": groups})
     for group, then in zip(optimiser.param_groups, state["groups"], strict=True):
         if isinstance(group["lr"], Tensor):
@@ -147,10 +145,8 @@ def _check(path: Path, model: nn.Module, optimiser, scheduler, device, tensors, 
     expected, now = pack(model, optimiser, scheduler, device)
     groups = state.get("groups")
     for kind, what in (("model.", "model (its trained parameters differ)"), ("generator.", "device")):
-        wanted, found = (
-            {name: (tuple(t.shape), t.dtype) for name, t in some.items() if name.startswith(kind)}
-            for some in (expected, tensors)
-        )
+        wanted, found = ({name: (tuple(t.shape), t.dtype) for name, t in some.items() if name.startswith(kind)}
+                         for some in (expected, tensors))
         if found != wanted:
             raise UserError(f"{path}: a checkpoint of another {what}")
     for name, tensor in tensors.items():
@@ -199,11 +195,8 @@ def alike(one: object, other: object) -> bool:
     if isinstance(one, dict):
         return isinstance(other, dict) and one.keys() == other.keys() and all(alike(one[k], other[k]) for k in one)
     if isinstance(one, list | tuple):
-        return (
-            isinstance(other, list | tuple)
-            and len(one) == len(other)
-            and all(alike(a, b) for a, b in zip(one, other, strict=True))
-        )
+        return (isinstance(other, list | tuple) and len(one) == len(other)
+                and all(alike(a, b) for a, b in zip(one, other, strict=True)))
     if type(one) in (int, float):
         return type(other) in (int, float) and abs(other) < 2**63 and math.isfinite(other)
     return type(one) is type(other)

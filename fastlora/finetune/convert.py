@@ -72,10 +72,7 @@ def gpt2(parts: Sequence[Path], folder: Path) -> None:
 
 
 CONVERTERS: dict[str, Callable[[Sequence[Path], Path], None]] = {
-    "imdb": imdb,
-    "ag_news": ag_news,
-    "spam": spam,
-    "gpt2": gpt2,
+    "imdb": imdb, "ag_news": ag_news, "spam": spam, "gpt2": gpt2,
 }
 
 

@@ -119,10 +119,8 @@ def _check_claims(path: Path, metadata, limit: int | None) -> None:
         rows += group.num_rows
         unpacked += group.total_byte_size
     if unpacked > MAX_TEXT or min(rows, limit or rows) > MAX_ROWS:
-        raise UserError(
-            f"{path}: says that it holds {rows} rows of together {unpacked} bytes; at most {MAX_ROWS} rows "
-            f"of {MAX_TEXT} bytes are read"
-        )
+        raise UserError(f"{path}: says that it holds {rows} rows of together {unpacked} bytes; at most {MAX_ROWS} rows "
+                        f"of {MAX_TEXT} bytes are read")
 
 
 def _hint(path: Path) -> str:

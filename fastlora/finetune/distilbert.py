@@ -59,16 +59,11 @@ class Recipe:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
     parser.add_argument("--model", default=MODEL, metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
-    parser.add_argument(
-        "--max-length", type=whole(8, 65536), default=512, metavar="N", help="tokens a review is cut at (default 512)"
-    )
+    parser.add_argument("--max-length", type=whole(8, 65536), default=512, metavar="N",
+                        help="tokens a review is cut at (default 512)")
     parser.add_argument("--dropout", type=_probability, default=0.01, metavar="P", help="lora_dropout (default 0.01)")
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="the layers to adapt (default: by architecture; q_lin for DistilBERT)",
-    )
+    parser.add_argument("--target-modules", nargs="+", metavar="NAME",
+                        help="the layers to adapt (default: by architecture; q_lin for DistilBERT)")
     parser.add_argument("--show-tokens", action="store_true", help="print the tokens of the first review")
 
 
@@ -78,17 +73,9 @@ def train(args: argparse.Namespace) -> None:
     if device.type == "cuda" and "RANK" not in os.environ:
         torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
     recipe = _recipe(args)
-    settings = {
-        "task": "distilbert",
-        "data": args.data,
-        "impl": args.impl,
-        **vars(recipe),
-        "seed": args.seed,
-        "device": device.type,
-        "train_samples": args.train_samples,
-        "test_samples": args.test_samples,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
+    settings = {"task": "distilbert", "data": args.data, "impl": args.impl, **vars(recipe), "seed": args.seed,
+                "device": device.type, "train_samples": args.train_samples, "test_samples": args.test_samples,
+                "processes": int(os.environ.get("WORLD_SIZE", "1"))}
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that train together, one writes
     held = run_folder(args.output, settings, args.resume) if first else contextlib.nullcontext()
     with held as begun, _together():
@@ -123,10 +110,8 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, first
     test = trainer.predict(data["test"], metric_key_prefix="test").metrics
     if first:
         _leave(args, recipe, data, model, trainer, counts, test["test_accuracy"])
-        print(
-            f"test accuracy {test['test_accuracy']:.2%} on {len(data['test']):,} reviews; trained "
-            f"{trainer.seconds:.1f} s; everything is in {args.output}"
-        )
+        print(f"test accuracy {test['test_accuracy']:.2%} on {len(data['test']):,} reviews; trained "
+              f"{trainer.seconds:.1f} s; everything is in {args.output}")
         few = texts["test"][0][:3]
         for text, (label, probability) in zip(few, load_predictor(args.output)(few), strict=True):
             print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
@@ -175,14 +160,8 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     @torch.inference_mode()
     def predict(texts: list[str]) -> list[tuple[str, float]]:
         texts = [readable(text, max_length) for text in texts]
-        batch = tokenizer(
-            texts,
-            truncation=True,
-            max_length=max_length,
-            padding=True,
-            return_token_type_ids=False,
-            return_tensors="pt",
-        )
+        batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_token_type_ids=False,
+                          return_tensors="pt")
         chances, classes = model(**batch).logits.float().softmax(-1).max(-1)
         return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
@@ -206,19 +185,15 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     config = hub_model.load_config(name, what)
     targets = args.target_modules or TARGETS.get(config.model_type) or PEFT_TARGETS.get(config.model_type)
     if not targets:
-        raise UserError(f"{what}: no default target modules for a {config.model_type!r}; name them by --target-modules")
+        raise UserError(f"{what}: no default target modules for a {config.model_type!r}; "
+                        "name them by --target-modules")
     given = {key: getattr(args, key) if getattr(args, key) is not None else value for key, value in DEFAULTS.items()}
     return Recipe(name, tuple(targets), min(args.max_length, hub_model.longest(config)), args.dropout, **given)
 
 
 def _lora_config(recipe: Recipe) -> LoraConfig:
-    return LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=list(recipe.target_modules),
-    )
+    return LoraConfig(task_type=TaskType.SEQ_CLS, r=recipe.rank, lora_alpha=recipe.alpha,
+                      lora_dropout=recipe.dropout, target_modules=list(recipe.target_modules))
 
 
 def _check_targets(model, names: tuple[str, ...]) -> None:
@@ -235,21 +210,15 @@ def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str],
     if len(texts) < 2:
         raise UserError(f"{folder}/imdb/train.parquet: at least 2 reviews are needed, to train and to validate")
     parts = zip(("train", "valid"), random_split(len(texts), args.seed), strict=True)
-    chosen = {
-        name: ([texts[i] for i in rows], [labels[i] for i in rows])
-        for name, rows in ((name, rows.tolist()) for name, rows in parts)
-    }
+    chosen = {name: ([texts[i] for i in rows], [labels[i] for i in rows]) for name, rows in
+              ((name, rows.tolist()) for name, rows in parts)}
     return {**chosen, "test": read_texts(folder / "imdb/test.parquet", len(LABELS), args.test_samples)}
 
 
 def _show(tokenizer, text: str, max_length: int) -> None:
     encoded = tokenizer(text, truncation=True, max_length=max_length)
-    for name, values in (
-        ("text", text),
-        ("tokens", tokenizer.convert_ids_to_tokens(encoded["input_ids"])),
-        ("input_ids", encoded["input_ids"]),
-        ("attention_mask", encoded["attention_mask"]),
-    ):
+    for name, values in (("text", text), ("tokens", tokenizer.convert_ids_to_tokens(encoded["input_ids"])),
+                         ("input_ids", encoded["input_ids"]), ("attention_mask", encoded["attention_mask"])):
         print(f"{name}: {values}")
 
 
@@ -264,30 +233,16 @@ def _leave(args, recipe: Recipe, data, model, trainer, counts, accuracy: float) 
     if args.impl == "fused":
         print(f"{layers.fused_calls:,} fused calls ({', '.join(how)}), {layers.fallback_calls:,} by PEFT's own forward")
     size = (folder / "adapter_model.safetensors").stat().st_size
-    reports.write_report(
-        folder,
-        {
-            "task": "distilbert",
-            "impl": args.impl,
-            "path": ", ".join(how) if args.impl == "fused" else "eager",
-            "device": reports.device_name(trainer.args.device),
-            "dataset": args.data,
-            **vars(recipe),
-            "base_sha256": trainer.run["base model"],
-            "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()},
-            **counts,
-            "adapter_bytes": size,
-            "train_seconds": round(trainer.seconds, 3),
-            "tokens_per_second": round(data["train"].tokens * recipe.epochs / max(trainer.seconds, 1e-9)),
-            "peak_memory_bytes": reports.peak_memory(trainer.args.device),
-            "valid_accuracy": trainer.best(),
-            "test_accuracy": accuracy,
-            "fused_calls": layers.fused_calls,
-            "fallback_calls": layers.fallback_calls,
-            "seed": args.seed,
-            "versions": reports.versions(),
-        },
-    )
+    reports.write_report(folder, {
+        "task": "distilbert", "impl": args.impl, "path": ", ".join(how) if args.impl == "fused" else "eager",
+        "device": reports.device_name(trainer.args.device), "dataset": args.data, **vars(recipe),
+        "base_sha256": trainer.run["base model"],
+        "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
+        "adapter_bytes": size, "train_seconds": round(trainer.seconds, 3),
+        "tokens_per_second": round(data["train"].tokens * recipe.epochs / max(trainer.seconds, 1e-9)),
+        "peak_memory_bytes": reports.peak_memory(trainer.args.device),
+        "valid_accuracy": trainer.best(), "test_accuracy": accuracy, "fused_calls": layers.fused_calls,
+        "fallback_calls": layers.fallback_calls, "seed": args.seed, "versions": reports.versions()})
 
 
 def _probability(text: str) -> float:

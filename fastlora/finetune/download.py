@@ -51,28 +51,18 @@ class Remote:
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 _GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 SOURCES: dict[str, tuple[Remote, ...]] = {
-    "imdb": (
-        Remote(
-            "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
-            "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
-            84_125_825,
-        ),
-    ),
-    "ag_news": (
-        Remote(_AG_NEWS + "train.csv", "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e", 29_470_338),
-        Remote(_AG_NEWS + "test.csv", "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699", 1_857_427),
-    ),
-    "spam": (
-        Remote(
-            "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
-            "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3",
-            203_415,
-        ),
-    ),
-    "gpt2": (
-        Remote(_GPT2 + "encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783", 1_042_301),
-        Remote(_GPT2 + "vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5", 456_318),
-    ),
+    "imdb": (Remote("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+                    "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe", 84_125_825),),
+    "ag_news": (Remote(_AG_NEWS + "train.csv",
+                       "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e", 29_470_338),
+                Remote(_AG_NEWS + "test.csv",
+                       "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699", 1_857_427)),
+    "spam": (Remote("https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+                    "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3", 203_415),),
+    "gpt2": (Remote(_GPT2 + "encoder.json",
+                    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783", 1_042_301),
+             Remote(_GPT2 + "vocab.bpe",
+                    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5", 456_318)),
 }
 
 
@@ -127,10 +117,8 @@ def download(remote: Remote, folder: Path, pause: float = PAUSE) -> Path:
         part.unlink()
         if pieces == 1:
             break
-    raise WorkError(
-        f"{remote.url}: sha256 {got[:16]}… is not the expected {remote.sha256[:16]}…: damaged on its way "
-        "or replaced at its home; give a folder with the data by --data DIR"
-    )
+    raise WorkError(f"{remote.url}: sha256 {got[:16]}… is not the expected {remote.sha256[:16]}…: damaged on its way "
+                    "or replaced at its home; give a folder with the data by --data DIR")
 
 
 def _transfer(remote: Remote, part: Path, pause: float) -> int:
@@ -150,10 +138,8 @@ def _transfer(remote: Remote, part: Path, pause: float) -> int:
                 if error.code == 416:  # what we hold is not a beginning of what is there now
                     part.unlink(missing_ok=True)
                 elif error.code < 500 and error.code not in (408, 425, 429):
-                    raise WorkError(
-                        f"{remote.url}: the server says {error.code} {shown(error.reason)}; give a folder "
-                        "with the data by --data DIR, or try --data sample"
-                    ) from None
+                    raise WorkError(f"{remote.url}: the server says {error.code} {shown(error.reason)}; give a folder "
+                                    "with the data by --data DIR, or try --data sample") from None
                 why = f"the server says {error.code} {shown(error.reason)}"
             except urllib.error.URLError as error:
                 why = shown(str(error.reason))
@@ -167,10 +153,8 @@ def _transfer(remote: Remote, part: Path, pause: float) -> int:
             failures = 0 if have > furthest else failures + 1
             furthest = max(furthest, have)
             if failures >= ATTEMPTS:
-                raise WorkError(
-                    f"{remote.url}: cannot be fetched ({why}); give a folder with the data by --data DIR, "
-                    "or try --data sample"
-                )
+                raise WorkError(f"{remote.url}: cannot be fetched ({why}); give a folder with the data by --data DIR, "
+                                "or try --data sample")
             if have < remote.size:
                 time.sleep(min(30.0, pause * 2**failures))
     return pieces

@@ -23,18 +23,8 @@ except ImportError:  # Windows: no advisory lock, the rest works
 SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
 CHECKPOINT = "checkpoint.safetensors"
-RUN_FILES = (
-    SETTINGS,
-    REPORT,
-    CHECKPOINT,
-    "history.csv",
-    "curves.png",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "model.safetensors",
-    "vocabulary.json",
-    "gpt2",
-)
+RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "history.csv", "curves.png", "adapter_config.json",
+             "adapter_model.safetensors", "model.safetensors", "vocabulary.json", "gpt2")
 LOCK = ".fastlora.lock"
 MAX_JSON_BYTES = 16 << 20  # the largest, a vocabulary, has half a MiB
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -209,10 +199,8 @@ def _begun(path: Path, settings: Mapping, resume: bool) -> bool:
     for key in [*now, *before]:
         if before.get(key) != now.get(key):
             name = key if key in now else shown(key)
-            raise UserError(
-                f"{path}: the run was started with {name} = {shown(before.get(key))}, not "
-                f"{shown(now.get(key))}; --resume needs the same settings"
-            )
+            raise UserError(f"{path}: the run was started with {name} = {shown(before.get(key))}, not "
+                            f"{shown(now.get(key))}; --resume needs the same settings")
     return True
 
 
@@ -220,7 +208,6 @@ def explain_os_error(error: OSError) -> WorkError:
     """One line for an error of the operating system that ended the work."""
     place = f"{error.filename}: " if error.filename else ""
     if error.errno in FULL:
-        return WorkError(
-            f"{place}the disk is full; what was written whole before is kept (make room, then run again with --resume)"
-        )
+        return WorkError(f"{place}the disk is full; what was written whole before is kept "
+                         "(make room, then run again with --resume)")
     return WorkError(f"{place}{error.strerror or error}")

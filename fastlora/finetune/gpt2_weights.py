@@ -58,10 +58,8 @@ def find(folder: Path | None) -> Path:
         found = try_to_load_from_cache(name, FILES[0])
         if isinstance(found, str):
             return Path(found)
-    raise UserError(
-        "GPT-2's weights are not in the Hugging Face hub's cache; `hf download gpt2 model.safetensors` "
-        "fetches them, or give --weights DIR or --weights random"
-    )
+    raise UserError("GPT-2's weights are not in the Hugging Face hub's cache; `hf download gpt2 model.safetensors` "
+                    "fetches them, or give --weights DIR or --weights random")
 
 
 def load(model: GPT2, path: Path) -> None:
@@ -115,13 +113,8 @@ def save(model: GPT2, folder: Path) -> None:
             theirs[key] = _transposed(key, value).contiguous()
     config = model.config
     about = {
-        "architectures": ["GPT2Model"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocabulary,
-        "n_positions": config.context,
-        "n_embd": config.width,
-        "n_head": config.heads,
-        "n_layer": config.layers,
+        "architectures": ["GPT2Model"], "model_type": "gpt2", "vocab_size": config.vocabulary,
+        "n_positions": config.context, "n_embd": config.width, "n_head": config.heads, "n_layer": config.layers,
     }
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "model.safetensors") as temporary:
@@ -160,7 +153,6 @@ def _opened(path: Path) -> Iterator[_File]:
                 yield _File(members, partial(_npy_header, archive), partial(_npy, archive))
         else:
             with safe_open(path, framework="pt") as file:
-
                 def about(name: str):
                     entry = file.get_slice(name)
                     return entry.get_dtype(), tuple(entry.get_shape())

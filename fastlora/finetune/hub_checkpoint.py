@@ -84,12 +84,8 @@ class CheckpointedTrainer(Trainer):
         return tensors, state
 
     def _state_after(self, rows: list[dict]) -> TrainerState:
-        return TrainerState(
-            epoch=rows[-1]["epoch"],
-            global_step=rows[-1]["step"],
-            train_batch_size=self._train_batch_size,
-            log_history=[{"row": row} for row in rows],
-        )
+        return TrainerState(epoch=rows[-1]["epoch"], global_step=rows[-1]["step"],
+                            train_batch_size=self._train_batch_size, log_history=[{"row": row} for row in rows])
 
     # The Trainer's own hooks for its folders.
 
@@ -132,15 +128,8 @@ def _is_history(rows: object, most: float) -> bool:
     """Whether `rows` is the history of some whole epochs, `most` of them or fewer."""
     if not (isinstance(rows, list) and 1 <= len(rows) <= most):
         return False
-    numbers = all(
-        isinstance(row, dict)
-        and row.keys() == set(COLUMNS)
-        and all(type(number) in (int, float) and abs(number) < 2**63 for number in row.values())
-        for row in rows
-    )
-    return (
-        numbers
-        and type(rows[0]["step"]) is int
-        and rows[0]["step"] > 0
-        and all((row["epoch"], row["step"]) == (count, count * rows[0]["step"]) for count, row in enumerate(rows, 1))
-    )
+    numbers = all(isinstance(row, dict) and row.keys() == set(COLUMNS)
+                  and all(type(number) in (int, float) and abs(number) < 2**63 for number in row.values())
+                  for row in rows)
+    return numbers and type(rows[0]["step"]) is int and rows[0]["step"] > 0 and all(
+        (row["epoch"], row["step"]) == (count, count * rows[0]["step"]) for count, row in enumerate(rows, 1))

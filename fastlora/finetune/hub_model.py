@@ -73,13 +73,8 @@ def load_model(name: str, what: str):
             raise UserError(f"{what}: config.json has {layers} layers, and the weights are {len(kinds)} tensors")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=len(LABELS),
-            id2label=labels,
-            label2id={label: i for i, label in labels.items()},
-            problem_type="single_label_classification",
-            trust_remote_code=False,
-            use_safetensors=True,
+            name, num_labels=len(LABELS), id2label=labels, label2id={label: i for i, label in labels.items()},
+            problem_type="single_label_classification", trust_remote_code=False, use_safetensors=True,
             output_loading_info=True,
         )
         _check_weights(model, kinds, info["missing_keys"], what)
@@ -153,30 +148,17 @@ def load_adapter(model: PreTrainedModel, run: Path) -> PeftModel:
     """
     where = run / CONFIG_NAME
     config = from_json(read_config(run), where)
-    plain = not (
-        isinstance(config.target_modules, str)
-        or config.exclude_modules
-        or config.rank_pattern
-        or config.alpha_pattern
-        or set(config.modules_to_save) - set(HEADS)
-    )
+    plain = not (isinstance(config.target_modules, str) or config.exclude_modules or config.rank_pattern
+                 or config.alpha_pattern or set(config.modules_to_save) - set(HEADS))
     if not plain or config.task_type != "SEQ_CLS":
         raise UserError(f"{where}: not an adapter of this program")
     with TensorFile(run) as file:
         if not ranks_in(file, config):
             raise UserError(f"{file.path}: holds no adapter of rank {config.r}")
         with _refused(f"{run}: the adapter"):
-            model = get_peft_model(
-                model,
-                LoraConfig(
-                    task_type=TaskType.SEQ_CLS,
-                    r=config.r,
-                    lora_alpha=config.lora_alpha,
-                    lora_dropout=config.lora_dropout,
-                    use_rslora=config.use_rslora,
-                    target_modules=list(config.target_modules),
-                ),
-            )
+            model = get_peft_model(model, LoraConfig(
+                task_type=TaskType.SEQ_CLS, r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                use_rslora=config.use_rslora, target_modules=list(config.target_modules)))
         held = get_peft_model_state_dict(model, save_embedding_layers=False)
         check_names_and_shapes(file, {name: (tuple(tensor.shape), tensor) for name, tensor in held.items()}, {})
         file.check_sum()
@@ -207,9 +189,8 @@ def shortened(error: Exception) -> str:
 
 def _file(name: str, file: str) -> str | None:
     """The path of a model's file, fetched if need be; None where there is none, or none that can be reached."""
-    return cached_file(
-        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    return cached_file(name, file, _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
 
 
 def _check_folder(folder: Path, what: str) -> None:

@@ -90,23 +90,14 @@ class HubTrainer(CheckpointedTrainer):
         loss, correct, rows = self.accelerator.reduce(self._tally.to(self.args.device), "sum").tolist()
         metrics = super().evaluate(*args, **kwargs)
         if rows:
-            numbers = (
-                round(self.state.epoch, 6),
-                self.state.global_step,
-                loss / rows,
-                correct / rows,
-                float(metrics["eval_loss"]),
-                float(metrics["eval_accuracy"]),
-                float(self._get_learning_rate()),
-                round(self.seconds, 4),
-            )
+            numbers = (round(self.state.epoch, 6), self.state.global_step, loss / rows, correct / rows,
+                       float(metrics["eval_loss"]), float(metrics["eval_accuracy"]), float(self._get_learning_rate()),
+                       round(self.seconds, 4))
             row = dict(zip(COLUMNS, numbers, strict=True))
             whole = torch.stack([p.isfinite().all() for p in self.trained().values()]).all()  # one wait for the device
             if not (whole and all(map(math.isfinite, numbers))):
-                raise WorkError(
-                    f"training diverged in epoch {row['epoch']:g}: the loss or the adapter is not finite; "
-                    "a smaller --lr may help"
-                )
+                raise WorkError(f"training diverged in epoch {row['epoch']:g}: the loss or the adapter is not finite; "
+                                "a smaller --lr may help")
             if row["valid_accuracy"] > max((before["valid_accuracy"] for before in self.history()), default=-1.0):
                 self.keep_best()
             self.state.log_history[-1]["row"] = row

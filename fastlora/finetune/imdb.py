@@ -66,19 +66,11 @@ RECIPES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
-    parser.add_argument(
-        "--recipe",
-        choices=tuple(RECIPES),
-        default="default",
-        help="tutorial: the published recipe to the letter (default: a better one)",
-    )
-    parser.add_argument(
-        "--vectors",
-        type=Path,
-        metavar="FILE",
-        help="word vectors in GloVe's text format, 100 numbers a word (default: learned from the "
-        "training texts, without their labels)",
-    )
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default="default",
+                        help="tutorial: the published recipe to the letter (default: a better one)")
+    parser.add_argument("--vectors", type=Path, metavar="FILE",
+                        help="word vectors in GloVe's text format, 100 numbers a word (default: learned from the "
+                             "training texts, without their labels)")
     add_steps(parser)
 
 
@@ -87,19 +79,9 @@ def train(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     device = pick_device(args.device)
     recipe, how = chosen(RECIPES[args.recipe], args), step_choices(args)
-    settings = {
-        "task": "imdb",
-        "data": args.data,
-        "impl": args.impl,
-        "recipe": args.recipe,
-        **asdict(recipe),
-        **how,
-        "seed": args.seed,
-        "device": device.type,
-        "vectors": args.vectors and str(args.vectors),
-        "train_samples": args.train_samples,
-        "test_samples": args.test_samples,
-    }
+    settings = {"task": "imdb", "data": args.data, "impl": args.impl, "recipe": args.recipe, **asdict(recipe), **how,
+                "seed": args.seed, "device": device.type, "vectors": args.vectors and str(args.vectors),
+                "train_samples": args.train_samples, "test_samples": args.test_samples}
     with run_folder(args.output, settings, args.resume) as begun:
         if begun and (args.output / REPORT).exists():
             print(f"{args.output}: the run is finished already")
@@ -109,38 +91,20 @@ def train(args: argparse.Namespace) -> None:
         model, pretrained = _base(args, recipe, data, device, begun, run)
         torch.manual_seed(args.seed + 1)
         model.new_head(len(LABELS))
-        fastlora.inject(
-            model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["fc1"], layer_class=reports.LAYERS[args.impl]
-        )
+        fastlora.inject(model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["fc1"],
+                        layer_class=reports.LAYERS[args.impl])
         model.fc2.requires_grad_(True)
-        trainer = _trainer(
-            model,
-            data.train,
-            data.valid,
-            recipe,
-            device,
-            Plan(recipe.epochs, clip=recipe.clip, checkpoint=args.output / CHECKPOINT, run=run, **how),
-        )
+        trainer = _trainer(model, data.train, data.valid, recipe, device,
+                           Plan(recipe.epochs, clip=recipe.clip, checkpoint=args.output / CHECKPOINT, run=run, **how))
         if begun and trainer.resume():
             print(f"resumed after epoch {trainer.epoch}")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         history = trainer.fit(_say)
         _, accuracy = trainer.evaluate(data.test)
-        _leave(
-            args,
-            recipe,
-            data,
-            model,
-            trainer,
-            device,
-            {
-                "valid_accuracy": history[-1]["valid_accuracy"],
-                "test_accuracy": accuracy,
-                "pretrained": pretrained,
-                "total_seconds": round(time.perf_counter() - began, 2),
-            },
-        )
+        _leave(args, recipe, data, model, trainer, device, {
+            "valid_accuracy": history[-1]["valid_accuracy"], "test_accuracy": accuracy, "pretrained": pretrained,
+            "total_seconds": round(time.perf_counter() - began, 2)})
 
 
 @dataclass
@@ -161,12 +125,9 @@ class _Data:
 def _load(folder: Path, args: argparse.Namespace, recipe: Recipe, device: torch.device) -> _Data:
     began = time.perf_counter()
     texts, labels = {}, {}
-    for name, classes, limit in (
-        ("imdb/train", 2, args.train_samples),
-        ("imdb/test", 2, args.test_samples),
-        ("ag_news/train", TOPICS, args.train_samples),
-        ("ag_news/test", TOPICS, args.test_samples),
-    ):
+    for name, classes, limit in (("imdb/train", 2, args.train_samples), ("imdb/test", 2, args.test_samples),
+                                 ("ag_news/train", TOPICS, args.train_samples),
+                                 ("ag_news/test", TOPICS, args.test_samples)):
         lines, labels[name] = read_texts(folder / f"{name}.parquet", classes, limit)
         texts[name] = [tokenise(line) for line in lines]
     if len(labels["imdb/train"]) < 2:
@@ -180,11 +141,8 @@ def _load(folder: Path, args: argparse.Namespace, recipe: Recipe, device: torch.
         for part in (sets[name].ids, sets[name].offsets, sets[name].labels):
             digest.update(part.numpy())
     sizes = [len(labels[name]) for name in ("imdb/train", "imdb/test", "ag_news/train")]
-    print(
-        f"{sizes[0]:,} + {sizes[1]:,} reviews, {sizes[2]:,} news, {len(vocabulary):,} words: "
-        f"read in {time.perf_counter() - began:.1f} s",
-        flush=True,
-    )
+    print(f"{sizes[0]:,} + {sizes[1]:,} reviews, {sizes[2]:,} news, {len(vocabulary):,} words: "
+          f"read in {time.perf_counter() - began:.1f} s", flush=True)
 
     began = time.perf_counter()
     corpus, offsets, _ = sets["imdb/train"].batch(train)
@@ -206,17 +164,11 @@ def _load(folder: Path, args: argparse.Namespace, recipe: Recipe, device: torch.
         return Batches(len(rows), lambda i: dataset.batch(rows[i], pad_to), recipe.batch_size, seed, device=device)
 
     return _Data(
-        folder,
-        vocabulary,
-        vectors,
-        source,
-        digest.hexdigest(),
+        folder, vocabulary, vectors, source, digest.hexdigest(),
         news=batches("ag_news/train", torch.arange(len(sets["ag_news/train"])), args.seed),
         news_test=batches("ag_news/test", torch.arange(len(sets["ag_news/test"]))),
-        train=batches("imdb/train", train, args.seed),
-        valid=batches("imdb/train", valid),
-        test=batches("imdb/test", torch.arange(len(sets["imdb/test"]))),
-        words=sets["imdb/train"].words(train),
+        train=batches("imdb/train", train, args.seed), valid=batches("imdb/train", valid),
+        test=batches("imdb/test", torch.arange(len(sets["imdb/test"]))), words=sets["imdb/train"].words(train),
     )
 
 
@@ -241,9 +193,8 @@ def _base(args, recipe: Recipe, data: _Data, device, begun: bool, run: str) -> t
     print(f"pre-trained on news: {accuracy:.2%} of the test news right, {trainer.seconds:.1f} s", flush=True)
     pretrained = {"epochs": recipe.pretrain_epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3)}
     data.vocabulary.save(args.output / VOCABULARY)
-    write_checkpoint(
-        path, _without_head(model.state_dict()), {"data": data.digest, "run": run, "pretrained": pretrained}
-    )
+    write_checkpoint(path, _without_head(model.state_dict()),
+                     {"data": data.digest, "run": run, "pretrained": pretrained})
     return model, pretrained
 
 
@@ -265,9 +216,8 @@ def _leave(args, recipe: Recipe, data: _Data, model: TextClassifier, trainer: Tr
     counts = reports.parameters(model)
     fastlora.save_adapter(model, folder, modules_to_save=[])  # fc2 is kept in MODEL: the adapter holds A and B alone
     kept = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
-    write_checkpoint(
-        folder / MODEL, kept, {"data": data.digest, "run": trainer.plan.run, "pretrained": results["pretrained"]}
-    )
+    write_checkpoint(folder / MODEL, kept,
+                     {"data": data.digest, "run": trainer.plan.run, "pretrained": results["pretrained"]})
     reports.write_history(folder, trainer.history)
     which = "made-up sample" if args.data == "sample" else "IMDb"
     title = f"{which}, {args.impl}: {results['test_accuracy']:.1%} on test"
@@ -276,34 +226,18 @@ def _leave(args, recipe: Recipe, data: _Data, model: TextClassifier, trainer: Tr
     path = "eager"
     if args.impl == "fused":
         path = fastlora.explain(model.fc1, torch.zeros(recipe.batch_size, model.fc1.in_features, device=device)).path
-    reports.write_report(
-        folder,
-        {
-            "task": "imdb",
-            "impl": args.impl,
-            "path": path,
-            "device": reports.device_name(device),
-            "dataset": args.data if args.data in ("sample", "auto") else str(data.folder),
-            "recipe": args.recipe,
-            "vectors": data.vectors_from,
-            "vocabulary": len(data.vocabulary),
-            "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-            **asdict(recipe),
-            **counts,
-            "adapter_bytes": size,
-            "train_seconds": round(trainer.seconds, 3),
-            "tokens_per_second": round(data.words * recipe.epochs / max(trainer.seconds, 1e-9)),
-            "peak_memory_bytes": reports.peak_memory(device),
-            **results,
-            "seed": args.seed,
-            "versions": reports.versions(),
-        },
-    )
+    reports.write_report(folder, {
+        "task": "imdb", "impl": args.impl, "path": path, "device": reports.device_name(device),
+        "dataset": args.data if args.data in ("sample", "auto") else str(data.folder), "recipe": args.recipe,
+        "vectors": data.vectors_from, "vocabulary": len(data.vocabulary),
+        "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        **asdict(recipe), **counts, "adapter_bytes": size, "train_seconds": round(trainer.seconds, 3),
+        "tokens_per_second": round(data.words * recipe.epochs / max(trainer.seconds, 1e-9)),
+        "peak_memory_bytes": reports.peak_memory(device), **results, "seed": args.seed,
+        "versions": reports.versions()})
     print(reports.saving(counts, size))
-    print(
-        f"test accuracy {results['test_accuracy']:.2%} on {data.test.size:,} reviews; trained "
-        f"{trainer.seconds:.1f} s, {results['total_seconds']:.1f} s in all; everything is in {folder}"
-    )
+    print(f"test accuracy {results['test_accuracy']:.2%} on {data.test.size:,} reviews; trained "
+          f"{trainer.seconds:.1f} s, {results['total_seconds']:.1f} s in all; everything is in {folder}")
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
@@ -338,7 +272,5 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
 def _say(row: dict) -> None:
     from tqdm import tqdm
 
-    tqdm.write(
-        f"epoch {row['epoch']:g}: loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}; "
-        f"validation loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.2%}"
-    )
+    tqdm.write(f"epoch {row['epoch']:g}: loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}; "
+               f"validation loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.2%}")

@@ -46,12 +46,8 @@ def folder_name(text: str) -> Path:
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """The flags of every `fastlora train` program. Those without a default leave the choice to the program (None)."""
-    parser.add_argument(
-        "--data",
-        default="auto",
-        metavar="DIR|sample|auto",
-        help="data folder; a small made-up sample; or FASTLORA_DATA, the cache, the network (default)",
-    )
+    parser.add_argument("--data", default="auto", metavar="DIR|sample|auto",
+                        help="data folder; a small made-up sample; or FASTLORA_DATA, the cache, the network (default)")
     parser.add_argument("--output", type=folder_name, required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--impl", choices=("fused", "eager"), default="fused", help="the LoRA layer (default fused)")
     parser.add_argument("--epochs", type=whole(1), metavar="N", help="passes over the training data")
@@ -59,13 +55,8 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=positive, metavar="X", help="lora_alpha: the update is scaled by alpha / rank")
     parser.add_argument("--batch-size", type=whole(1), metavar="N")
     parser.add_argument("--lr", type=positive, metavar="X", help="learning rate")
-    parser.add_argument(
-        "--seed",
-        type=whole(0, 2**32 - 1),
-        default=0,
-        metavar="N",
-        help="0 (default) to 2^32 - 1, the seeds that all programs take",
-    )
+    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N",
+                        help="0 (default) to 2^32 - 1, the seeds that all programs take")
     parser.add_argument("--device", default="auto", metavar="cpu|cuda[:N]|auto", help="default: cuda if there")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --output, if any")
     parser.add_argument("--train-samples", type=whole(2), metavar="N", help="train on the first N rows only")
@@ -74,16 +65,10 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
 
 def add_steps(parser: argparse.ArgumentParser) -> None:
     """The flags of the programs that run on this package's trainer: how a training step is taken."""
-    parser.add_argument(
-        "--accumulate",
-        type=whole(1),
-        default=1,
-        metavar="N",
-        help="batches whose gradients are summed into one step (default 1)",
-    )
-    parser.add_argument(
-        "--precision", choices=tuple(PRECISIONS), help="default: fp32, or what the program prefers on a GPU"
-    )
+    parser.add_argument("--accumulate", type=whole(1), default=1, metavar="N",
+                        help="batches whose gradients are summed into one step (default 1)")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS),
+                        help="default: fp32, or what the program prefers on a GPU")
     parser.add_argument("--no-graph", action="store_true", help="on a GPU: do not capture the step as a CUDA graph")
     parser.add_argument("--compile", action="store_true", help="pass the model through torch.compile")
 
@@ -93,12 +78,8 @@ def step_choices(args: argparse.Namespace, default: str = "fp32") -> dict:
 
     `default`: the precision where none is asked for, a key of `PRECISIONS`.
     """
-    return {
-        "accumulate": args.accumulate,
-        "precision": PRECISIONS[args.precision or default],
-        "compile": args.compile,
-        "graph": args.impl == "fused" and not args.no_graph,
-    }
+    return {"accumulate": args.accumulate, "precision": PRECISIONS[args.precision or default], "compile": args.compile,
+            "graph": args.impl == "fused" and not args.no_graph}
 
 
 def pick_device(name: str):

@@ -22,13 +22,8 @@ def plot_history(path: Path, history: Sequence[Mapping], title: str) -> None:
         for part in ("train", "valid"):
             values = [row[f"{part}_{quantity}"] for row in history]
             if any(value is not None for value in values):
-                axes.plot(
-                    epochs,
-                    [float("nan") if value is None else value for value in values],
-                    marker=marker,
-                    markersize=3,
-                    label=part,
-                )
+                axes.plot(epochs, [float("nan") if value is None else value for value in values], marker=marker,
+                          markersize=3, label=part)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(quantity)

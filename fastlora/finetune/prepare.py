@@ -24,12 +24,8 @@ MAX_BYTES = 100_000_000  # two hundred times the collection
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastlora prepare spam`."""
     parser.add_argument("source", type=Path, help="the raw file: one message a line, label, tab, text")
-    parser.add_argument(
-        "--output",
-        type=folder_name,
-        required=True,
-        help="data folder; the three files go to its folder spam/ (give it to train as --data)",
-    )
+    parser.add_argument("--output", type=folder_name, required=True,
+                        help="data folder; the three files go to its folder spam/ (give it to train as --data)")
 
 
 def main(args: argparse.Namespace) -> None:

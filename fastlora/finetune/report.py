@@ -19,27 +19,9 @@ from fastlora.finetune.files import REPORT, read_json, write_bytes, write_json
 from fastlora.linear import EagerLoRALinear, FusedLoRALinear
 
 LAYERS = {"fused": FusedLoRALinear, "eager": EagerLoRALinear}
-FIELDS = (
-    "task",
-    "impl",
-    "path",
-    "device",
-    "dataset",
-    "batches",
-    "epochs",
-    "trainable_parameters",
-    "total_parameters",
-    "adapter_parameters",
-    "adapter_bytes",
-    "full_layer_parameters",
-    "train_seconds",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "valid_accuracy",
-    "test_accuracy",
-    "seed",
-    "versions",
-)
+FIELDS = ("task", "impl", "path", "device", "dataset", "batches", "epochs", "trainable_parameters", "total_parameters",
+          "adapter_parameters", "adapter_bytes", "full_layer_parameters", "train_seconds", "tokens_per_second",
+          "peak_memory_bytes", "valid_accuracy", "test_accuracy", "seed", "versions")
 
 
 def versions() -> dict[str, str]:

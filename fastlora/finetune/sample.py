@@ -12,10 +12,10 @@ from fastlora.regular_files import check_regular
 VERSION = "1"  # changes when the texts do
 _WORDS = {
     "good": "wonderful brilliant superb delightful moving excellent charming gripping beautiful great perfect "
-    "touching hilarious masterful enjoyable memorable stunning loved best favorite fresh witty honest amazing "
-    "fantastic",
+            "touching hilarious masterful enjoyable memorable stunning loved best favorite fresh witty honest amazing "
+            "fantastic",
     "bad": "awful boring terrible dull wooden tedious lame dreadful horrible bad worst pointless clumsy annoying "
-    "stupid waste hated mess predictable lazy laughable painful forgettable cheap disappointing",
+           "stupid waste hated mess predictable lazy laughable painful forgettable cheap disappointing",
     "part": "plot acting script camera music cast story ending dialogue pacing lead director opening scene humor",
     "film": "film movie picture drama comedy thriller feature",
     "world": "minister government troops election border treaty parliament rebels ceasefire embassy president talks",
@@ -29,38 +29,20 @@ _WORDS = {
 }
 _WORDS = {kind: words.split() for kind, words in _WORDS.items()}
 _REVIEW = (
-    "the {part} was {mood}",
-    "i found the {part} {mood} and the {part} {mood}",
-    "what a {mood} {film} !",
-    "this {film} has a {mood} {part}",
-    "a {mood} {part} , a {mood} {part}",
-    "it is simply {mood}",
-    "everyone said that the {part} would be {mood} and it was",
-    "we saw this {film} on {when}",
-    "the {part} of this {film} stays with you",
-    "my friends thought it {mood}",
+    "the {part} was {mood}", "i found the {part} {mood} and the {part} {mood}", "what a {mood} {film} !",
+    "this {film} has a {mood} {part}", "a {mood} {part} , a {mood} {part}", "it is simply {mood}",
+    "everyone said that the {part} would be {mood} and it was", "we saw this {film} on {when}",
+    "the {part} of this {film} stays with you", "my friends thought it {mood}",
 )
 _NEWS = (
-    "{topic} and {topic} in {where} on {when}",
-    "{where} {topic} says {topic} may change",
-    "new {topic} after {topic}",
-    "{topic} {topic} {topic} , sources said on {when}",
-    "analysts in {where} watch the {topic} and the {topic}",
+    "{topic} and {topic} in {where} on {when}", "{where} {topic} says {topic} may change", "new {topic} after {topic}",
+    "{topic} {topic} {topic} , sources said on {when}", "analysts in {where} watch the {topic} and the {topic}",
 )
 _SMS = {
-    0: (
-        "see you at {chat} {when}",
-        "are you coming to {chat} ?",
-        "i am at {chat} now call me when {chat} ends",
-        "sorry was at {chat} , talk {chat}",
-        "lol ok then {chat} it is",
-    ),
-    1: (
-        "{prize} ! text WIN to 8{number} to {prize} your {prize}",
-        "you have won a {prize} , call 090{number} now",
-        "{prize} {prize} reply STOP to end , 150p per msg",
-        "FINAL notice : {prize} awaits , claim code {number}",
-    ),
+    0: ("see you at {chat} {when}", "are you coming to {chat} ?", "i am at {chat} now call me when {chat} ends",
+        "sorry was at {chat} , talk {chat}", "lol ok then {chat} it is"),
+    1: ("{prize} ! text WIN to 8{number} to {prize} your {prize}", "you have won a {prize} , call 090{number} now",
+        "{prize} {prize} reply STOP to end , 150p per msg", "FINAL notice : {prize} awaits , claim code {number}"),
 }
 
 

@@ -64,17 +64,11 @@ class Recipe:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
     parser.add_argument("--model", choices=tuple(CONFIGS), help="size (default gpt2; nano with --data sample)")
-    parser.add_argument(
-        "--weights",
-        metavar="DIR|random",
-        help="folder that holds model.safetensors, or random (default: gpt2's from the Hugging Face "
-        "hub's cache, nano's random)",
-    )
-    parser.add_argument(
-        "--grad-checkpointing",
-        action="store_true",
-        help="compute activations again in the backward pass instead of keeping them",
-    )
+    parser.add_argument("--weights", metavar="DIR|random",
+                        help="folder that holds model.safetensors, or random (default: gpt2's from the Hugging Face "
+                             "hub's cache, nano's random)")
+    parser.add_argument("--grad-checkpointing", action="store_true",
+                        help="compute activations again in the backward pass instead of keeping them")
     add_steps(parser)
 
 
@@ -93,22 +87,10 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
     digest = weights and gpt2_weights.sha256(weights)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     how = step_choices(args, "bf16" if bf16 else "fp32")
-    settings = {
-        "task": "spam",
-        "data": args.data,
-        "impl": args.impl,
-        "model": size,
-        "weights": str(weights or RANDOM),
-        "weights_sha256": digest,
-        **asdict(recipe),
-        **how,
-        "grad_checkpointing": args.grad_checkpointing,
-        "seed": args.seed,
-        "device": device.type,
-        "processes": world.size,
-        "train_samples": args.train_samples,
-        "test_samples": args.test_samples,
-    }
+    settings = {"task": "spam", "data": args.data, "impl": args.impl, "model": size, "weights": str(weights or RANDOM),
+                "weights_sha256": digest, **asdict(recipe), **how, "grad_checkpointing": args.grad_checkpointing,
+                "seed": args.seed, "device": device.type, "processes": world.size, "train_samples": args.train_samples,
+                "test_samples": args.test_samples}
     del settings["graph"]  # the same arithmetic
     with run_folder(args.output, settings, args.resume) if world.first else nullcontext(False) as begun:
         begun = parallel.told(begun, world, device)
@@ -130,20 +112,10 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         if how["precision"] != "float32":
             _store_frozen(model, getattr(torch, how["precision"]))
         torch.manual_seed(args.seed + 2 + world.rank)
-        optimiser = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
-        plan = Plan(
-            recipe.epochs,
-            eval_every=recipe.eval_every,
-            checkpoint=args.output / CHECKPOINT,
-            checkpoint_every=recipe.eval_every,
-            run=origin["run"],
-            **how,
-        )
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recipe.lr,
+                                      weight_decay=recipe.weight_decay, fused=True)
+        plan = Plan(recipe.epochs, eval_every=recipe.eval_every, checkpoint=args.output / CHECKPOINT,
+                    checkpoint_every=recipe.eval_every, run=origin["run"], **how)
         trainer = Trainer(model, optimiser, data.train, data.valid, plan, device, world=world)
         if begun and trainer.resume() and world.first:
             print(f"resumed after step {trainer.steps}")
@@ -154,25 +126,12 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         if not world.first:
             return
         keep_vocabulary(data.folder, args.output)
-        _leave(
-            args,
-            recipe,
-            data,
-            model,
-            trainer,
-            {
-                "base": f"random weights of seed {args.seed}, frozen" if weights is None else str(weights),
-                "model": size,
-                "weights": str(weights or RANDOM),
-                "weights_sha256": digest,
-                "length": data.length,
-                "plain_steps_because": trainer.step.plain,
-                "train_accuracy": accuracy["train"],
-                "valid_accuracy": history[-1]["valid_accuracy"],
-                "test_accuracy": accuracy["test"],
-                "total_seconds": round(time.perf_counter() - began, 2),
-            },
-        )
+        _leave(args, recipe, data, model, trainer, {
+            "base": f"random weights of seed {args.seed}, frozen" if weights is None else str(weights),
+            "model": size, "weights": str(weights or RANDOM), "weights_sha256": digest, "length": data.length,
+            "plain_steps_because": trainer.step.plain, "train_accuracy": accuracy["train"],
+            "valid_accuracy": history[-1]["valid_accuracy"], "test_accuracy": accuracy["test"],
+            "total_seconds": round(time.perf_counter() - began, 2)})
 
 
 @dataclass
@@ -194,9 +153,8 @@ def _load(args: argparse.Namespace, recipe: Recipe, world: parallel.World, devic
     valid = SpamDataset(paths["valid"], encoding, train.length)
     test = SpamDataset(paths["test"], encoding, train.length, args.test_samples)
     if len(train) < recipe.batch_size * world.size:
-        raise UserError(
-            f"{paths['train']}: {len(train)} messages do not fill one batch of {recipe.batch_size * world.size}"
-        )
+        raise UserError(f"{paths['train']}: {len(train)} messages do not fill one batch of "
+                        f"{recipe.batch_size * world.size}")
     digest = hashlib.sha256()
     for part in (train, valid, test):
         digest.update(part.inputs.numpy())
@@ -207,15 +165,8 @@ def _load(args: argparse.Namespace, recipe: Recipe, world: parallel.World, devic
 
     if world.first:
         print(f"{len(train):,} + {len(valid):,} + {len(test):,} messages of {train.length} tokens", flush=True)
-    return _Data(
-        folder,
-        digest.hexdigest(),
-        train.length,
-        batches(train, args.seed),
-        batches(train),
-        batches(valid),
-        batches(test),
-    )
+    return _Data(folder, digest.hexdigest(), train.length, batches(train, args.seed), batches(train), batches(valid),
+                 batches(test))
 
 
 def _encoding(data: str, folder: Path):
@@ -249,36 +200,20 @@ def _leave(args, recipe: Recipe, data: _Data, model: GPT2, trainer: Trainer, res
         x = torch.zeros(recipe.batch_size, data.length, layer.in_features, device=device, dtype=layer.weight.dtype)
         path = fastlora.explain(layer, x).path
     tokens = len(data.train) * data.train.batch_size * data.length * recipe.epochs
-    reports.write_report(
-        folder,
-        {
-            "task": "spam",
-            "impl": args.impl,
-            "path": path,
-            "device": reports.device_name(device),
-            "dataset": args.data if args.data in ("sample", "auto") else str(data.folder),
-            "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-            **asdict(recipe),
-            **counts,
-            "adapter_bytes": size,
-            "train_seconds": round(trainer.seconds, 3),
-            "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
-            "peak_memory_bytes": reports.peak_memory(device),
-            **results,
-            "precision": trainer.plan.precision,
-            "accumulate": trainer.plan.accumulate,
-            "processes": trainer.world.size,
-            "seed": args.seed,
-            "versions": reports.versions(),
-        },
-    )
+    reports.write_report(folder, {
+        "task": "spam", "impl": args.impl, "path": path, "device": reports.device_name(device),
+        "dataset": args.data if args.data in ("sample", "auto") else str(data.folder),
+        "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        **asdict(recipe), **counts, "adapter_bytes": size, "train_seconds": round(trainer.seconds, 3),
+        "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
+        "peak_memory_bytes": reports.peak_memory(device), **results, "precision": trainer.plan.precision,
+        "accumulate": trainer.plan.accumulate, "processes": trainer.world.size, "seed": args.seed,
+        "versions": reports.versions()})
     print(f"base: {results['base']}")
     print(reports.saving(counts, size))
-    print(
-        f"accuracy: train {results['train_accuracy']:.2%}, valid {results['valid_accuracy']:.2%}, test "
-        f"{results['test_accuracy']:.2%}; trained {trainer.seconds:.1f} s, {results['total_seconds']:.1f} s in all; "
-        f"everything is in {folder}"
-    )
+    print(f"accuracy: train {results['train_accuracy']:.2%}, valid {results['valid_accuracy']:.2%}, test "
+          f"{results['test_accuracy']:.2%}; trained {trainer.seconds:.1f} s, {results['total_seconds']:.1f} s in all; "
+          f"everything is in {folder}")
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
@@ -312,7 +247,5 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
 def _say(row: dict) -> None:
     from tqdm import tqdm
 
-    tqdm.write(
-        f"epoch {row['epoch']:.2f}, step {row['step']}: loss {row['train_loss']:.4f}, validation loss "
-        f"{row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.2%}"
-    )
+    tqdm.write(f"epoch {row['epoch']:.2f}, step {row['step']}: loss {row['train_loss']:.4f}, validation loss "
+               f"{row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.2%}")

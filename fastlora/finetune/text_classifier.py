@@ -34,3 +34,4 @@ class TextClassifier(nn.Module):
     def new_head(self, classes: int) -> None:
         """Replace fc2 by a new layer of `classes` logits."""
         self.fc2 = nn.Linear(self.fc1.out_features, classes, device=self.fc2.weight.device)
+

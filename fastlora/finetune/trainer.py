@@ -155,16 +155,9 @@ class Trainer:
         self.sums.zero_()
         self.rows = 0
         rate = float(f"{self.optimiser.param_groups[0]['lr']:.12g}")  # 0.01, say, and not 0.010000000000000002
-        row = {
-            "epoch": round(epoch, 6),
-            "step": self.steps,
-            "train_loss": loss / rows,
-            "train_accuracy": correct / rows,
-            "valid_loss": None,
-            "valid_accuracy": None,
-            "learning_rate": rate,
-            "seconds": round(self.seconds, 4),
-        }
+        row = {"epoch": round(epoch, 6), "step": self.steps,
+               "train_loss": loss / rows, "train_accuracy": correct / rows, "valid_loss": None, "valid_accuracy": None,
+               "learning_rate": rate, "seconds": round(self.seconds, 4)}
         if self.valid is not None:
             row["valid_loss"], row["valid_accuracy"] = self.evaluate(self.valid)
         self.history.append(row)
@@ -227,11 +220,8 @@ class Trainer:
             return type(value) is int and 0 <= value <= most
 
         def is_row(row: object) -> bool:
-            return (
-                isinstance(row, dict)
-                and row.keys() == {*self._ROW}
-                and all(value is None or alike(0, value) for value in row.values())
-            )
+            return (isinstance(row, dict) and row.keys() == {*self._ROW}
+                    and all(value is None or alike(0, value) for value in row.values()))
 
         if not up_to(self.plan.epochs, epoch):
             return "epoch"
@@ -253,14 +243,8 @@ class Trainer:
     def _bar(self):
         from tqdm import tqdm
 
-        return tqdm(
-            total=len(self.train),
-            initial=self.position,
-            desc=f"epoch {self.epoch + 1}/{self.plan.epochs}",
-            unit="batch",
-            disable=None if self.plan.progress and self.world.first else True,
-            mininterval=0.2,
-        )
+        return tqdm(total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{self.plan.epochs}",
+                    unit="batch", disable=None if self.plan.progress and self.world.first else True, mininterval=0.2)
 
 
 def _generators(tensors: dict[str, Tensor]) -> list[str]:
