@@ -1,12 +1,21 @@
 """The Triton kernels. Importing this package imports no Triton; importing a kernel file does.
 
-| file         | computes                                                                   |
-| ------------ | -------------------------------------------------------------------------- |
-| `s.py`       | S = scaling · drop(x) Aᵀ                                                   |
-| `gemm.py`    | y = x Wᵀ + bias + S Bᵀ, and dx = dy W + drop(dS A): the heart               |
-| `grads.py`   | dS with dB in one read of dy; dA with the mask made again                   |
-| `onepass.py` | y and S from one read of x                                                 |
-| `dropout.py` | the mask, a function of (seed, row, column)                                |
-| `tiles.py`, `tiles_small.py` | which tile runs on which GPU                               |
-| `matrix.py`  | a command: compile every kernel and tile for every target, with no GPU      |
+| file          | computes                                                                           |
+| ------------- | ---------------------------------------------------------------------------------- |
+| `gemm.py`     | y = x Wᵀ + bias + S Bᵀ, and dx = dy W + drop(dS A): the heart                       |
+| `s.py`        | S = scaling · drop(x) Aᵀ                                                           |
+| `grads.py`    | dS with dB in one read of dy; dA with the mask made again                           |
+| `hybrid.py`   | S and S Bᵀ + bias in one read of x; dA and drop(dS A) in one: ATen's GEMM does W    |
+| `onepass.py`  | y and S from one read of x                                                         |
+| `partials.py` | sums of partial results, in order                                                   |
+| `dropout.py`  | the mask, a function of (seed, row, column)                                        |
+| `tiles.py`    | which tile runs on which GPU                                                       |
+| `launch.py`   | a launch as data: run it, compile it for any GPU, record it                         |
+| `matrix.py`   | a command: compile every launch for every target, with no GPU                       |
+
+To add a kernel: write its file as formula, `@triton.jit` kernel, a function that makes its `Launch`es, an entry that
+runs them. Take its tile from `tiles.py` (a row of RANK_TILES); scratch memory is a plain tensor among the arguments.
+Yield its launches in `matrix.py`, from tensors on the meta device, once for each tile, dtype and flag.
+Test it in `tests/kernels` with `judge`: every rank, ragged sizes, LAYOUTS, float32 adapters, bitwise repetition.
+Run `python -m fastlora.kernels.matrix --kernel NAME`: no claim may fail on any target; commit the result file.
 """

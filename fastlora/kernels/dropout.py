@@ -13,7 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.launch import Launch
+from fastlora.kernels.tiles import Target
+
 BITS = 65536
+# DROPOUT of a kernel, 0 for none: the mask from the seed and a select, from the seed on pairs, from stored bits.
+SELECT, PAIRS, STORED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @dataclass(frozen=True)
@@ -55,28 +60,75 @@ def philox(seed, c0, c1, ROUNDS: tl.constexpr):
 
 
 @triton.jit
-def keep_tile(seed, offs_m, start_k, threshold, BLOCK_K: tl.constexpr):
-    """Keep mask, bool [BLOCK_M, BLOCK_K], of rows `offs_m` and columns start_k + (0 .. BLOCK_K - 1).
+def keep_signs(seed, offs_m, start_k, threshold, BLOCK_K: tl.constexpr):
+    """The mask of rows `offs_m` and columns start_k + (0 .. BLOCK_K - 1): four words uint32 [BLOCK_M, BLOCK_K // 8].
 
-    `start_k` and BLOCK_K must be multiples of 8. A thread holds the eight columns of a call side by side, which is how
-    16-byte loads of half-precision rows lie: no shared memory is needed to apply the mask to such a tile.
+    Bits 15 and 31 of a word say whether two neighbouring columns are kept: of 8, words 0 .. 3 hold 0-1, 4-5, 2-3, 6-7.
+    `start_k` and BLOCK_K must be multiples of 8. Two halves are compared at once: with the low 15 bits subtracted the
+    sign tells of those, and a majority adds the top bits in.
     """
-    EIGHTHS: tl.constexpr = BLOCK_K // 8
-    columns = start_k // 8 + tl.arange(0, EIGHTHS)
-    zero = tl.zeros([offs_m.shape[0], EIGHTHS], tl.uint32)
-    c0 = zero + columns.to(tl.uint32)[None, :]
-    c1 = zero + offs_m.to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = philox(seed, c0, c1, 7)
-    words = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [BLOCK_M, EIGHTHS, 2, 2]
-    low = (words & 0xFFFF).to(tl.int32) >= threshold
-    high = (words >> 16).to(tl.int32) >= threshold
-    return tl.reshape(tl.join(low, high), [offs_m.shape[0], BLOCK_K])
+    columns = start_k // 8 + tl.arange(0, BLOCK_K // 8)
+    zero = tl.zeros([offs_m.shape[0], BLOCK_K // 8], tl.uint32)
+    w0, w1, w2, w3 = philox(seed, zero + columns.to(tl.uint32)[None, :], zero + offs_m.to(tl.uint32)[:, None], 7)
+    low = ((threshold & 0x7FFF) * 0x10001).to(tl.uint32)
+    below = tl.where(threshold < 32768, 0xFFFFFFFF, 0).to(tl.uint32)
+    some = tl.where(threshold < 65536, 0xFFFFFFFF, 0).to(tl.uint32)
+    return (
+        _majority(w0, low, below) & some,
+        _majority(w1, low, below) & some,
+        _majority(w2, low, below) & some,
+        _majority(w3, low, below) & some,
+    )
 
 
 @triton.jit
-def drop_tile(x, seed, offs_m, start_k, threshold, BLOCK_K: tl.constexpr):
+def _majority(word, low, below):
+    difference = (word | 0x80008000) - low
+    return (difference & word) | (below & (difference | word))
+
+
+@triton.jit
+def _by_columns(signs):
+    """The words of `keep_signs` in the order of their columns, [BLOCK_M, BLOCK_K // 8, 2, 2].
+
+    A thread holds the eight columns of a call side by side, which is how 16-byte loads of half-precision rows lie: no
+    shared memory is needed to apply the mask to such a tile.
+    """
+    return tl.join(tl.join(signs[0], signs[1]), tl.join(signs[2], signs[3]))
+
+
+@triton.jit
+def keep_of(signs):
+    """Keep mask, bool [BLOCK_M, BLOCK_K]."""
+    words = _by_columns(signs)
+    return tl.reshape(tl.join((words & 0x8000) != 0, (words >> 31) != 0), [signs[0].shape[0], 8 * signs[0].shape[1]])
+
+
+@triton.jit
+def drop(x, signs, DROPOUT: tl.constexpr):
     """x [BLOCK_M, BLOCK_K] with zeros where it is dropped; what is kept still wants `keep_scale`."""
-    return tl.where(keep_tile(seed, offs_m, start_k, threshold, BLOCK_K), x, 0.0)
+    if DROPOUT == PAIRS:
+        words = _by_columns(signs)
+        halves = tl.reshape(tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16)), x.shape)
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b32 keep; prmt.b32 keep, $2, 0, 0xBB99; and.b32 $0, $1, keep; }",  # each half's sign, all over it
+            "=r,r,r", [x, halves], dtype=x.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        x = tl.where(keep_of(signs), x, 0.0)
+    return x
+
+
+@triton.jit
+def bits_of(signs):
+    """The mask of eight columns in a byte, the first in the lowest bit: uint8 [BLOCK_M, BLOCK_K // 8]."""
+    byte = _pair(signs[0]) | (_pair(signs[2]) << 2) | (_pair(signs[1]) << 4) | (_pair(signs[3]) << 6)
+    return byte.to(tl.uint8)
+
+
+@triton.jit
+def _pair(sign):
+    return ((sign >> 15) & 1) | ((sign >> 30) & 2)
 
 
 @triton.jit
@@ -90,14 +142,34 @@ def keep_mask_kernel(out_ptr, seed_ptr, threshold, M, K, stride_om, BLOCK_M: tl.
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     start_k = tl.program_id(1) * BLOCK_K
     offs_k = start_k + tl.arange(0, BLOCK_K)
-    keep = keep_tile(tl.load(seed_ptr), offs_m, start_k, threshold, BLOCK_K)
+    keep = keep_of(keep_signs(tl.load(seed_ptr), offs_m, start_k, threshold, BLOCK_K))
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_k[None, :]
     tl.store(out_ptrs, keep.to(tl.int8), mask=(offs_m[:, None] < M) & (offs_k[None, :] < K))
+
+
+def how(target: Target, dtype: torch.dtype, dropout: Dropout | None) -> int:
+    """DROPOUT of a kernel that drops elements of `dtype`."""
+    if dropout is None:
+        return 0
+    return (PAIRS if target.backend == "cuda" and dtype.itemsize == 2 else SELECT).value
+
+
+def mask_bits(M: int, K: int, device: torch.device) -> torch.Tensor:
+    """Room for the mask of (M, K) at a bit an element: uint8 (M, cdiv(K, 8))."""
+    return torch.empty(M, triton.cdiv(K, 8), dtype=torch.uint8, device=device)
+
+
+def mask_launch(dropout: Dropout, out: torch.Tensor, block_m: int = 32, block_k: int = 128) -> Launch:
+    M, K = out.shape
+    args = {
+        "out_ptr": out, "seed_ptr": dropout.seed, "threshold": dropout.threshold, "M": M, "K": K,
+        "stride_om": out.stride(0), "BLOCK_M": block_m, "BLOCK_K": block_k,
+    }  # fmt: skip
+    return Launch(keep_mask_kernel, (triton.cdiv(M, block_m), triton.cdiv(K, block_k)), args, {"num_warps": 4})
 
 
 def keep_mask(dropout: Dropout, M: int, K: int, block_m: int = 32, block_k: int = 128) -> torch.Tensor:
     """The mask that all kernels apply: bool (M, K), True where kept. The blocks change nothing in it."""
     out = torch.empty(M, K, dtype=torch.int8, device=dropout.seed.device)
-    grid = (triton.cdiv(M, block_m), triton.cdiv(K, block_k))
-    keep_mask_kernel[grid](out, dropout.seed, dropout.threshold, M, K, out.stride(0), BLOCK_M=block_m, BLOCK_K=block_k)
+    mask_launch(dropout, out, block_m, block_k).run()
     return out.bool()

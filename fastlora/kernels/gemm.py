@@ -10,19 +10,16 @@ the layer's in_features and K its out_features. The update costs R more columns 
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.kernels.dropout import Dropout, keep_scale, keep_tile
-from fastlora.kernels.gemm_tiles import gemm_tile, tma_holds
-from fastlora.kernels.tiles import Target, Tile, input_precision, multiprocessors, padded_rank, rank_block, target_of
+from fastlora.kernels import tiles
+from fastlora.kernels.dropout import SELECT, STORED, Dropout, keep_of, keep_scale, keep_signs
+from fastlora.kernels.launch import Launch
+from fastlora.kernels.tiles import Target, Tile
 
 
 @triton.jit
@@ -73,64 +70,53 @@ def add_step(
 
 
 @triton.jit
-def dropped_quarter(
-    s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
-    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """keep / (1 - p) * (S U), float32 [BLOCK_M, BLOCK_N]."""
-    update = add_update(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), s_ptr, u_ptr, start_m, start_n, M, N, R,
-        stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
-    )  # fmt: skip
-    keep = keep_tile(tl.load(seed_ptr), start_m + tl.arange(0, BLOCK_M), start_n, threshold, BLOCK_N)
-    return tl.where(keep, update * keep_scale(threshold), 0.0)
+def halves(t):
+    """Left and right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(t, [t.shape[0], 2, t.shape[1] // 2]), [0, 2, 1]))
 
 
 @triton.jit
-def dropped_half(
-    s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
-    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def add_rest(
+    acc, start_m, start_n, bias_ptr, stride_bias, update, mask, M, N, R,
+    DROPOUT: tl.constexpr, RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """keep / (1 - p) * (S U) for half a tile."""
-    left = dropped_quarter(
-        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
-        RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
-    )  # fmt: skip
-    right = dropped_quarter(
-        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n + BLOCK_N // 2, M, N, R,
-        stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
-    )  # fmt: skip
-    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK_M, BLOCK_N])
+    """acc + bias and, with dropout, + keep / (1 - p) * (S U): by quarters of a tile, to spare registers."""
+    if DROPOUT:
+        s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un = update
+        bits_ptr, seed_ptr, threshold = mask
+        dropped = add_update(
+            tl.zeros_like(acc), s_ptr, u_ptr, start_m, start_n, M, N, R,
+            stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+        )  # fmt: skip
+        offs_m = start_m + tl.arange(0, acc.shape[0])
+        if DROPOUT == STORED:
+            offs_b = (start_n // 8 + tl.arange(0, acc.shape[1] // 8)).to(tl.int64)
+            bytes_n = tl.cdiv(N, 8)
+            bits_ptrs = bits_ptr + offs_m.to(tl.int64)[:, None] * bytes_n + offs_b[None, :]
+            bits = tl.load(bits_ptrs, mask=(offs_m < M)[:, None] & (offs_b < bytes_n)[None, :], other=0)
+            keep = tl.reshape((bits[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1, acc.shape) != 0
+        else:
+            keep = keep_of(keep_signs(tl.load(seed_ptr), offs_m, start_n, threshold, acc.shape[1]))
+        acc += tl.where(keep, dropped * keep_scale(threshold), 0.0)
+    if bias_ptr is not None:
+        offs_n = (start_n + tl.arange(0, acc.shape[1])).to(tl.int64)
+        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    return acc
 
 
 @triton.jit
-def dropped_update(
-    s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
-    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """keep / (1 - p) * (S U) for one tile, float32 [BLOCK_M, BLOCK_N]; by quarters, to spare registers.
-
-    A quarter must hold the eight columns of a Philox call: BLOCK_N is 32 or more.
-    """
-    left = dropped_half(
-        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
-        RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
-    )  # fmt: skip
-    right = dropped_half(
-        s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n + BLOCK_N // 2, M, N, R,
-        stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N // 2,
-    )  # fmt: skip
-    return tl.reshape(tl.permute(tl.join(left, right), [0, 2, 1]), [BLOCK_M, BLOCK_N])
+def store_part(part, y_ptr, start_m, start_n, M, N, stride_ym):
+    offs_m = (start_m + tl.arange(0, part.shape[0])).to(tl.int64)
+    offs_n = (start_n + tl.arange(0, part.shape[1])).to(tl.int64)
+    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
+    tl.store(y_ptrs, part.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def gemm_kernel(
-    x_ptr, w_ptr, bias_ptr, s_ptr, u_ptr, y_ptr, seed_ptr, threshold, M, N, K, R,
-    stride_xm, stride_xk, stride_wk, stride_wn, stride_bias, stride_sm, stride_sr, stride_ur, stride_un, stride_ym,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, WAIT: tl.constexpr,
+    x_ptr, w_ptr, y_ptr, bias_ptr, s_ptr, u_ptr, bits_ptr, seed_ptr, threshold, M, N, K, R,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_bias, stride_sm, stride_sr, stride_ur, stride_un,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -146,13 +132,6 @@ def gemm_kernel(
     advance = tl.full((), BLOCK_K, tl.int64)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if DROPOUT:  # first, so that the masked update needs no accumulator of its own
-        if WAIT:
-            gdc_wait()
-        acc = dropped_update(
-            s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
-            RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
     for start_k in range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs, mask=mask_m, other=0.0)
@@ -164,43 +143,53 @@ def gemm_kernel(
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
         x_ptrs += advance * stride_xk
         w_ptrs += advance * stride_wk
-    if not DROPOUT:
-        if WAIT:
-            gdc_wait()  # S comes from the kernel before this one; the K loop needed nothing of it
+
+    update = (s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un)
+    mask = (bits_ptr, seed_ptr, threshold)
+    if DROPOUT:
+        left, right = halves(acc)
+        for half in tl.static_range(2):
+            first, second = halves(left if half == 0 else right)
+            for quarter in tl.static_range(2):
+                part_n = start_n + (2 * half + quarter) * (BLOCK_N // 4)
+                part = add_rest(
+                    first if quarter == 0 else second, start_m, part_n, bias_ptr, stride_bias, update, mask, M, N, R,
+                    DROPOUT, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+                )  # fmt: skip
+                store_part(part, y_ptr, start_m, part_n, M, N, stride_ym)
+    else:
         acc = add_update(
             acc, s_ptr, u_ptr, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
             RANK_STEPS, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    y_ptrs = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
+        acc = add_rest(
+            acc, start_m, start_n, bias_ptr, stride_bias, update, mask, M, N, R,
+            DROPOUT, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+        )  # fmt: skip
+        store_part(acc, y_ptr, start_m, start_n, M, N, stride_ym)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def gemm_tma_kernel(
-    x_desc, w_desc, y_desc, bias_ptr, s_ptr, u_ptr, seed_ptr, threshold, M, N, K, R,
+    x_desc, w_desc, y_desc, bias_ptr, s_ptr, u_ptr, bits_ptr, seed_ptr, threshold, M, N, K, R,
     stride_bias, stride_sm, stride_sr, stride_ur, stride_un,
-    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, W_BY_N: tl.constexpr, WAIT: tl.constexpr,
+    DROPOUT: tl.constexpr, W_BY_N: tl.constexpr, FLATTEN: tl.constexpr,
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """A persistent grid; X, W and Y move through tensor descriptors, which fill with zeros and clip at the edges."""
+    """A persistent grid; X, W and Y move through tensor descriptors, which fill with zeros and clip at the edges.
+
+    One flat loop over tiles and K loads the next tile while this one is stored. Y leaves in quarters: a staging buffer
+    of a quarter of its size leaves room for one more stage of the pipeline.
+    """
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
     tl.assume(steps > 0)
-    if WAIT:
-        gdc_wait()
+    update = (s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un)
+    mask = (bits_ptr, seed_ptr, threshold)
     for tile_id in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         start_m, start_n = tile_origin(tile_id, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if DROPOUT:
-            acc = dropped_update(
-                s_ptr, u_ptr, seed_ptr, threshold, start_m, start_n, M, N, R,
-                stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
         for step in range(steps):
             start_k = step * BLOCK_K
             x = x_desc.load([start_m, start_k])
@@ -214,135 +203,109 @@ def gemm_tma_kernel(
                 acc, s_ptr, u_ptr, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,
                 RANK_STEPS, BLOCK_R, INPUT_PRECISION,
             )  # fmt: skip
-        if HAS_BIAS:
-            offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
-            bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
-            acc += bias.to(tl.float32)[None, :]
-        # Two halves share one staging buffer of half the size: room for one more stage of the pipeline.
-        halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])
-        left, right = tl.split(halves)
-        y_desc.store([start_m, start_n], left.to(y_desc.dtype))
-        y_desc.store([start_m, start_n + BLOCK_N // 2], right.to(y_desc.dtype))
+        left, right = halves(acc)
+        for half in tl.static_range(2):
+            first, second = halves(left if half == 0 else right)
+            for quarter in tl.static_range(2):
+                part_n = start_n + (2 * half + quarter) * (BLOCK_N // 4)
+                part = add_rest(
+                    first if quarter == 0 else second, start_m, part_n, bias_ptr, stride_bias, update, mask, M, N, R,
+                    DROPOUT, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+                )  # fmt: skip
+                y_desc.store([start_m, part_n], part.to(y_desc.dtype))
 
 
-class Plan(NamedTuple):
-    """What one shape and layout need at every launch, decided once."""
-
-    kernel: Any
-    grid: tuple[int]
-    tile: Tile
-    descriptors: tuple[tuple[list[int], list[int], list[int]], ...]  # shape, strides, block of x, w, y; () for pointers
-    numbers: tuple[int, ...]
-    constants: dict[str, Any]
+def descriptors_fit(x: Tensor, w: Tensor, y: Tensor) -> bool:
+    """Whether the rows of x (M, K), w (K, N), either way round, and y (M, N) are whole 16-byte pieces, each apart."""
+    w = w if w.stride(1) == 1 else w.t()
+    return all(
+        t.stride(1) == 1 and t.stride(0) >= t.shape[1] and (t.stride(0) * t.itemsize | t.data_ptr()) % 16 == 0
+        for t in (x, w, y)
+    )
 
 
-def _fit_descriptors(dtype: torch.dtype, strides: tuple[int, ...], N: int, addresses: int) -> bool:
-    """Whether x (strides[:2]), w (strides[2:4]) and a contiguous y of N columns have rows of whole 16-byte pieces."""
-    stride_xm, stride_xk, stride_wk, stride_wn = strides[:4]
-    rows = stride_xm | N | (stride_wn if stride_wk == 1 else stride_wk)
-    unit = stride_xk == 1 and 1 in (stride_wk, stride_wn) and 0 not in strides[:4]
-    return unit and (rows * dtype.itemsize | addresses) % 16 == 0
+def gemm_launch(
+    target: Target, x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, u: Tensor, dropout: Dropout | None,
+    bits: Tensor | None, y: Tensor, tile: Tile | None = None,
+) -> Launch:  # fmt: skip
+    """y (M, N) = x (M, K) w (K, N) + bias (N,) + keep_scaled * (s (M, R) u (R, N)); y's rows lie side by side.
 
-
-@lru_cache(maxsize=4096)
-def make_plan(
-    target: Target, count: int, kind: str, dtype: torch.dtype, M: int, N: int, K: int, R: int,
-    strides: tuple[int, ...], addresses: int, has_bias: bool, dropout: bool, precision: str, tile: Tile | None,
-) -> Plan:  # fmt: skip
-    """The plan on a `target` of `count` multiprocessors; a pure function.
-
-    `strides` are those of x, w, bias, s and u in turn; `addresses` is 0 when x, w and y start at multiples of 16 bytes.
+    Raises:
+        ValueError: `tile` wants tensor descriptors, which cannot show x, w or y.
     """
-    stride_xm, _, stride_wk, stride_wn = strides[:4]
-    fit = _fit_descriptors(dtype, strides, N, addresses)
-    w_by_n = stride_wk == 1 and (stride_wn != 1 or N == 1)  # W's rows in memory are those of (N, K)
-    w_row = stride_wn if w_by_n else stride_wk
+    (M, K), (R, N) = x.shape, u.shape
+    precision = tiles.input_precision(x.dtype, target)
+    kind = tiles.kind_of(x.dtype, precision)
+    fit = descriptors_fit(x, w, y)
+    count = tiles.multiprocessors(x.device, target)
+    by_n = w.stride(0) == 1 and (w.stride(1) != 1 or N == 1)  # W's rows in memory are those of (N, K)
     if tile is None:
-        aligned = fit and (stride_xm | N | K | w_row) % 16 == 0
-        tile = gemm_tile(
-            target, kind, M, N, K, R, dtype, aligned, dropout=dropout, precision=precision,
-            tma=fit and target.has_tma and tma_holds(aligned, dropout, R), multiprocessors=count,
-        )  # fmt: skip
+        w_row = w.stride(1) if by_n else w.stride(0)
+        aligned = fit and (x.stride(0) | N | K | w_row) % 16 == 0
+        tile = tiles.gemm_tiles(target, M, N, R, kind, aligned, dropout is not None, fit, count)[0]
     elif tile.tma and not fit:
-        raise ValueError(f"tma needs rows of whole 16-byte pieces: strides of x and w {strides[:4]}, columns of y {N}")
+        raise ValueError(
+            f"tile {tile} needs rows of whole 16-byte pieces that do not overlap: strides {x.stride()} and {w.stride()}"
+        )
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
-    block_r = min(padded_rank(R), rank_block(target, dtype, precision))
+    block_r = min(tiles.padded_rank(R), tiles.rank_block(target, kind))
+    programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    args = {
+        "bias_ptr": bias, "s_ptr": s, "u_ptr": u, "bits_ptr": bits,
+        "seed_ptr": dropout.seed if dropout and bits is None else None,
+        "threshold": dropout.threshold if dropout else 0, "M": M, "N": N, "K": K, "R": R,
+    }  # fmt: skip
+    strides = {
+        "stride_bias": 0 if bias is None else bias.stride(0), "stride_sm": s.stride(0), "stride_sr": s.stride(1),
+        "stride_ur": u.stride(0), "stride_un": u.stride(1),
+    }  # fmt: skip
     constants = {
-        "HAS_BIAS": has_bias, "DROPOUT": dropout, "WAIT": False,
         "RANK_STEPS": triton.cdiv(R, block_r), "BLOCK_R": block_r, "INPUT_PRECISION": precision,
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": tile.group_m,
     }  # fmt: skip
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    grid = (min(tiles, count) if tile.persistent else tiles,)
+    drops = 0 if dropout is None else (SELECT if bits is None else STORED).value
     if not tile.tma:
-        constants |= {"EVEN_K": K % block_k == 0, **tile.options}
-        return Plan(gemm_kernel, grid, tile, (), (M, N, K, R, *strides, N), constants)
-    # One flat loop over tiles and K loads the next tile while this one is stored. Not with dropout, whose update opens
-    # a tile: that loop would not be pipelined. Not on sm_100: triton 3.6 fails on its tensor memory there.
-    flatten = target.arch == 90 and not dropout
-    constants |= {"W_BY_N": w_by_n, "FLATTEN": flatten, **tile.options}
-    w_map = ([N, K], [w_row, 1], [block_n, block_k]) if w_by_n else ([K, N], [w_row, 1], [block_k, block_n])
-    x_map, y_map = ([M, K], [stride_xm, 1], [block_m, block_k]), ([M, N], [N, 1], [block_m, block_n // 2])
-    return Plan(gemm_tma_kernel, grid, tile, (x_map, w_map, y_map), (M, N, K, R, *strides[4:]), constants)
-
-
-def arguments(plan: Plan, x, w, bias, s, u, y, dropout: Dropout | None) -> tuple:
-    """The positional arguments of a launch of `plan.kernel`."""
-    seed, threshold = (None, 0) if dropout is None else (dropout.seed, dropout.threshold)
-    if not plan.descriptors:
-        return (x, w, bias, s, u, y, seed, threshold, *plan.numbers)
-    maps = (TensorDescriptor(base, *layout) for base, layout in zip((x, w, y), plan.descriptors, strict=True))
-    return (*maps, bias, s, u, seed, threshold, *plan.numbers)
-
-
-def _gemm(kind, x, w, bias, s, u, dropout, out, tile) -> Tensor:
-    """Y (M, N) = x (M, K) w (K, N) + bias (N,) + keep_scaled * (s (M, R) u (R, N))."""
-    M, K = x.shape
-    R, N = u.shape
-    device, dtype = x.device, x.dtype
-    target = target_of(device)
-    y = torch.empty((M, N), dtype=dtype, device=device) if out is None else out
-    strides = (*x.stride(), *w.stride(), 0 if bias is None else bias.stride(0), *s.stride(), *u.stride())
-    addresses = (x.data_ptr() | w.data_ptr() | y.data_ptr()) % 16
-    precision = input_precision(dtype, target) if dtype == torch.float32 else "ieee"
-    plan = make_plan(
-        target, multiprocessors(device), kind, dtype, M, N, K, R, strides, addresses,
-        bias is not None, dropout is not None, precision, tile,
-    )  # fmt: skip
-    plan.kernel[plan.grid](*arguments(plan, x, w, bias, s, u, y, dropout), **plan.constants)
-    return y
+        moves = {
+            "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_wk": w.stride(0), "stride_wn": w.stride(1),
+            "stride_ym": y.stride(0),
+        }  # fmt: skip
+        flags = {"DROPOUT": drops, "EVEN_K": K % block_k == 0}
+        args = {"x_ptr": x, "w_ptr": w, "y_ptr": y} | args | moves | strides | flags | constants
+        return Launch(gemm_kernel, (programs,), args, tile.options)
+    wide = w.t() if by_n else w
+    args = {
+        "x_desc": TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k]),
+        "w_desc": TensorDescriptor(wide, wide.shape, wide.stride(), [block_n, block_k] if by_n else [block_k, block_n]),
+        "y_desc": TensorDescriptor(y, y.shape, y.stride(), [block_m, block_n // 4]),
+    } | args  # fmt: skip
+    # Not on sm_100: triton 3.6 fails on its tensor memory there.
+    flags = {"DROPOUT": drops, "W_BY_N": by_n, "FLATTEN": target.family == 90}
+    return Launch(gemm_tma_kernel, (min(programs, count),), args | strides | flags | constants, tile.options)
 
 
 def gemm_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    S: Tensor,
-    lora_B: Tensor,
-    out: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, lora_B: Tensor, out: Tensor | None = None,
     tile: Tile | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """y = x Wᵀ + bias + S Bᵀ: x (M, K), weight (N, K), bias (N,) or None, S (M, R), lora_B (N, R) -> y (M, N).
 
     x, weight and S share a dtype (float16, bfloat16, float32), which y has too; lora_B has it or is float32. Any
-    strides; y is contiguous.
-    `out`, contiguous (M, N), receives y when given. `tile` overrides the table.
+    strides; y is contiguous. `out`, contiguous (M, N), receives y when given. `tile` overrides the table.
     """
-    return _gemm("forward", x, weight.t(), bias, S, lora_B.t(), None, out, tile)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device) if out is None else out
+    gemm_launch(tiles.target_of(x.device), x, weight.t(), bias, S, lora_B.t(), None, None, y, tile).run()
+    return y
 
 
 def gemm_dx(
-    dy: Tensor,
-    weight: Tensor,
-    dS: Tensor,
-    lora_A: Tensor,
-    dropout: Dropout | None = None,
-    out: Tensor | None = None,
-    tile: Tile | None = None,
-) -> Tensor:
+    dy: Tensor, weight: Tensor, dS: Tensor, lora_A: Tensor, dropout: Dropout | None = None, out: Tensor | None = None,
+    tile: Tile | None = None, bits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """dx = dy W + keep / (1 - p) * (dS A): dy (M, N), weight (N, K), dS (M, R), lora_A (R, K) -> dx (M, K).
 
     dy, weight and dS share a dtype, which dx has too; lora_A has it or is float32. Any strides; dx is contiguous. The
-    mask is the one that forward applied to x, made again from `dropout.seed`.
+    mask is the one that forward applied to x: made again from `dropout.seed`, or read from `bits`, which `da` left.
     """
-    return _gemm("dx", dy, weight, None, dS, lora_A, dropout, out, tile)
+    dx = torch.empty(dy.shape[0], weight.shape[1], dtype=dy.dtype, device=dy.device) if out is None else out
+    gemm_launch(tiles.target_of(dy.device), dy, weight, None, dS, lora_A, dropout, bits, dx, tile).run()
+    return dx

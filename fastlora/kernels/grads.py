@@ -29,12 +29,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastlora.kernels.dropout import Dropout, drop_tile, keep_scale
-from fastlora.kernels.partials import sum_partials, sum_partials_pair
-from fastlora.kernels.s import s_forward
-from fastlora.kernels.tiles import input_precision, padded_rank, target_of
-from fastlora.kernels.tiles_small import da_cut, ds_db_cut, kind_of
+from fastlora.kernels import tiles
+from fastlora.kernels.dropout import Dropout, bits_of, drop, how, keep_scale, keep_signs
+from fastlora.kernels.launch import Launch, number, run
+from fastlora.kernels.partials import sum_launch, sum_pair_launch
+from fastlora.kernels.s import s_launches
+from fastlora.kernels.tiles import Target, Tile
 
 
 @triton.jit
@@ -77,10 +79,10 @@ def ds_db_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def da_kernel(
-    ds_ptr, x_ptr, da_ptr, seed_ptr, threshold, M, K, stride_sm, stride_sr, stride_xm, stride_xk, split_m,
+    x_ptr, ds_ptr, da_ptr, bits_ptr, seed_ptr, threshold, M, K, stride_sm, stride_sr, stride_xm, stride_xk, split_m,
     stride_dr, stride_dk,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, BITS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): columns i * BLOCK_K .. of partial j, summed over rows j * split_m .. (j + 1) * split_m - 1."""
     start_k = tl.program_id(0) * BLOCK_K
@@ -104,7 +106,13 @@ def da_kernel(
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k, other=0.0)
         ds = tl.load(ds_ptrs, mask=mask_r & mask_m[None, :], other=0.0)
         if DROPOUT:
-            x = drop_tile(x, seed, offs_m, start_k, threshold, BLOCK_K)
+            signs = keep_signs(seed, offs_m, start_k, threshold, BLOCK_K)
+            x = drop(x, signs, DROPOUT)
+            if BITS:
+                offs_b = (start_k // 8 + tl.arange(0, BLOCK_K // 8)).to(tl.int64)
+                bytes_k = tl.cdiv(K, 8)
+                bits_ptrs = bits_ptr + rows[:, None] * bytes_k + offs_b[None, :]
+                tl.store(bits_ptrs, bits_of(signs), mask=mask_m[:, None] & (offs_b < bytes_k)[None, :])
         acc = tl.dot(ds, x, acc, input_precision=INPUT_PRECISION)
     if DROPOUT:
         acc *= keep_scale(threshold)
@@ -112,9 +120,66 @@ def da_kernel(
     tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=mask_r & mask_k)
 
 
+def ds_db_launches(
+    target: Target, dy: Tensor, lora_B: Tensor, S: Tensor, scaling: float | Tensor, dS: Tensor, dB: Tensor,
+    tile: Tile | None = None,
+) -> list[Launch]:  # fmt: skip
+    """dS (M, R) and dB (N, R), contiguous. Two reads of dy where the partials of one would move more bytes."""
+    M, N = dy.shape
+    R = lora_B.shape[1]
+    precision = tiles.input_precision(dy.dtype, target)
+    if tile is None:
+        tile = tiles.ds_db_tile(target, M, N, R, tiles.kind_of(dy.dtype, precision), dy.dtype.itemsize)
+    if tile is None:
+        down = s_launches(target, dy, lora_B.t(), scaling, None, dS)
+        return down + da_launches(target, S, dy, None, dB.t())
+    parts_n = triton.cdiv(N, tile.block_n)
+    parts_m, region_m = tiles.regions(target, M, tile, parts_n)
+    ds = dS if parts_n == 1 else torch.empty(parts_n, M, R, dtype=torch.float32, device=dy.device)
+    db = dB if parts_m == 1 else torch.empty(parts_m, N, R, dtype=torch.float32, device=dy.device)
+    args = {
+        "dy_ptr": dy, "b_ptr": lora_B, "s_ptr": S, "ds_ptr": ds, "db_ptr": db, "scaling": number(scaling),
+        "M": M, "N": N, "stride_ym": dy.stride(0), "stride_yn": dy.stride(1), "stride_bn": lora_B.stride(0),
+        "stride_br": lora_B.stride(1), "region_m": region_m,
+        "R": R, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tiles.padded_rank(R),
+        "SCALING_POINTER": isinstance(scaling, Tensor), "INPUT_PRECISION": precision,
+    }  # fmt: skip
+    launches = [Launch(ds_db_kernel, (parts_n, parts_m), args, tile.options)]
+    if parts_n > 1 and parts_m > 1:
+        launches.append(sum_pair_launch(ds, dS, db, dB))
+    elif parts_n > 1:
+        launches.append(sum_launch(ds, dS))
+    elif parts_m > 1:
+        launches.append(sum_launch(db, dB))
+    return launches
+
+
+def da_launches(
+    target: Target, dS: Tensor, x: Tensor, dropout: Dropout | None, dA: Tensor, tile: Tile | None = None,
+    bits: Tensor | None = None,
+) -> list[Launch]:  # fmt: skip
+    """dA (R, K), contiguous or the transpose of a contiguous (K, R)."""
+    M, K = x.shape
+    R = dS.shape[1]
+    precision = tiles.input_precision(x.dtype, target)
+    tile = tile or tiles.rank_tiles("da", target, R, tiles.kind_of(x.dtype, precision))[0]
+    splits, split_m = tiles.split_m(target, M, K, tile)
+    partials = dA if splits == 1 else torch.empty(splits, R * K, dtype=torch.float32, device=x.device)
+    args = {
+        "x_ptr": x, "ds_ptr": dS, "da_ptr": partials, "bits_ptr": bits, "seed_ptr": dropout and dropout.seed,
+        "threshold": dropout.threshold if dropout else 0, "M": M, "K": K,
+        "stride_sm": dS.stride(0), "stride_sr": dS.stride(1), "stride_xm": x.stride(0), "stride_xk": x.stride(1),
+        "split_m": split_m, "stride_dr": dA.stride(0), "stride_dk": dA.stride(1),
+        "R": R, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": tiles.padded_rank(R),
+        "DROPOUT": how(target, x.dtype, dropout), "BITS": bits is not None, "INPUT_PRECISION": precision,
+    }  # fmt: skip
+    first = Launch(da_kernel, (triton.cdiv(K, tile.block_k), splits), args, tile.options)
+    return [first] if splits == 1 else [first, sum_launch(partials, dA)]
+
+
 def ds_db(
-    dy: torch.Tensor, lora_B: torch.Tensor, S: torch.Tensor, scaling: float | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    dy: Tensor, lora_B: Tensor, S: Tensor, scaling: float | Tensor, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
     """dS = scaling * dy @ lora_B and dB = dy.T @ S, accumulated in float32, from one read of dy (two from R = 64 on).
 
     Args:
@@ -122,42 +187,21 @@ def ds_db(
         lora_B: (N, R), dy's dtype or float32, any strides; R from 1 to 128.
         S: (M, R), dy's dtype, contiguous; it holds `scaling` already.
         scaling: a number, or a tensor of one element on dy's device, read there.
+        tile: instead of the table's.
 
     Returns:
         dS (M, R) in dy's dtype and dB (N, R) in lora_B's, both contiguous.
     """
-    M, N = dy.shape
-    R = lora_B.shape[1]
-    target = target_of(dy.device)
-    precision = input_precision(dy.dtype, target)
-    cut = ds_db_cut(target, M, N, R, kind_of(dy.dtype, precision))
-    dB = torch.empty(N, R, dtype=lora_B.dtype, device=dy.device)
-    if cut is None:
-        _thin_product(S, dy, None, dB, 1, R)
-        return s_forward(dy, lora_B.t(), scaling, None), dB
-    tile, region_m = cut
-    parts_n, parts_m = triton.cdiv(N, tile.block_n), triton.cdiv(M, region_m)
-    dS = torch.empty(M, R, dtype=dy.dtype, device=dy.device)
-    ds = dS if parts_n == 1 else torch.empty(parts_n, M, R, dtype=torch.float32, device=dy.device)
-    db = dB if parts_m == 1 else torch.empty(parts_m, N, R, dtype=torch.float32, device=dy.device)
-    ds_db_kernel[(parts_n, parts_m)](
-        dy, lora_B, S, ds, db,
-        scaling if isinstance(scaling, torch.Tensor) else float(scaling),
-        M, N, dy.stride(0), dy.stride(1), lora_B.stride(0), lora_B.stride(1), region_m,
-        R=R, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=padded_rank(R),
-        SCALING_POINTER=isinstance(scaling, torch.Tensor), INPUT_PRECISION=precision,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    if parts_n > 1 and parts_m > 1:
-        sum_partials_pair(ds, dS, db, dB)
-    elif parts_n > 1:
-        sum_partials(ds, dS)
-    elif parts_m > 1:
-        sum_partials(db, dB)
+    dS = torch.empty(S.shape, dtype=dy.dtype, device=dy.device)
+    dB = torch.empty(lora_B.shape, dtype=lora_B.dtype, device=dy.device)
+    run(ds_db_launches(tiles.target_of(dy.device), dy, lora_B, S, scaling, dS, dB, tile))
     return dS, dB
 
 
-def da(dS: torch.Tensor, x: torch.Tensor, dropout: Dropout | None, dtype: torch.dtype) -> torch.Tensor:
+def da(
+    dS: Tensor, x: Tensor, dropout: Dropout | None, dtype: torch.dtype, tile: Tile | None = None,
+    bits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """dA = dS.T @ drop(x), accumulated in float32.
 
     Args:
@@ -165,34 +209,12 @@ def da(dS: torch.Tensor, x: torch.Tensor, dropout: Dropout | None, dtype: torch.
         x: (M, K), float16, bfloat16 or float32, any strides.
         dropout: what the forward pass used; None for none.
         dtype: of the result, lora_A's.
+        tile: instead of the table's.
+        bits: with dropout, `dropout.mask_bits(M, K)`, which receives the mask for `gemm_dx`.
 
     Returns:
         (R, K), `dtype`, contiguous.
     """
-    R, K = dS.shape[1], x.shape[1]
-    dA = torch.empty(R, K, dtype=dtype, device=x.device)
-    _thin_product(dS, x, dropout, dA, K, 1)
+    dA = torch.empty(dS.shape[1], x.shape[1], dtype=dtype, device=x.device)
+    run(da_launches(tiles.target_of(x.device), dS, x, dropout, dA, tile, bits))
     return dA
-
-
-def _thin_product(
-    dS: torch.Tensor, x: torch.Tensor, dropout: Dropout | None, out: torch.Tensor, stride_dr: int, stride_dk: int
-) -> None:
-    """out[r * stride_dr + k * stride_dk] = (dS.T @ drop(x))[r, k] for a contiguous `out` of R * K elements."""
-    M, K = x.shape
-    R = dS.shape[1]
-    target = target_of(x.device)
-    precision = input_precision(x.dtype, target)
-    tile, splits, split_m = da_cut(target, M, K, R, kind_of(x.dtype, precision))
-    partials = out if splits == 1 else torch.empty(splits, R * K, dtype=torch.float32, device=x.device)
-    da_kernel[(triton.cdiv(K, tile.block_k), splits)](
-        dS, x, partials,
-        x if dropout is None else dropout.seed,
-        0 if dropout is None else dropout.threshold,
-        M, K, dS.stride(0), dS.stride(1), x.stride(0), x.stride(1), split_m, stride_dr, stride_dk,
-        R=R, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=padded_rank(R),
-        DROPOUT=dropout is not None, INPUT_PRECISION=precision,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    if splits > 1:
-        sum_partials(partials, out)

@@ -1,22 +1,24 @@
-"""Compile every kernel, with every tile that its launcher can choose, for every target: with no GPU.
+"""Compile every launch that the package can make, with every tile, for every target: with no GPU.
 
     python -m fastlora.kernels.matrix [--quick] [--target cuda:90] [--kernel gemm] [--json FILE]
 
 Triton's offline compiler and `cuobjdump -res-usage` tell, before any GPU is seen, what a launch would find there:
-registers and stack of each thread, shared memory, the instructions used. The claims, any of which makes the exit
+registers and stack of each thread, shared memory, programs on a multiprocessor. The claims, any of which makes the exit
 status 1 when it fails:
 
 - it compiles;
 - it keeps everything in registers (CUDA: no stack; HIP: no spilled vector registers);
 - its shared memory, and on sm_100 its tensor memory, is within the architecture's limit;
-- where the specimen says so, sm_90 multiplies by `wgmma`.
+- through descriptors, sm_90 multiplies by `wgmma`;
+- no register is written that a pending `wgmma` reads (triton's issue 9433).
+
+float16 is compiled where bfloat16 has no instructions; elsewhere the two are one code but for the type's name.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,89 +26,128 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+from torch import Tensor
 
 from fastlora import env
-from fastlora.kernels.specimen import Specimen
+from fastlora.kernels import gemm, grads, hybrid, onepass, s, tiles
+from fastlora.kernels.dropout import Dropout, mask_bits, mask_launch
+from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import TARGETS, Target
 
-KERNELS = ("gemm", "small")
-MODULES = {kernel: f"fastlora.kernels.{kernel}_specimens" for kernel in KERNELS}
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 TENSOR_MEMORY_LIMIT = 512  # columns of sm_100; the compiler says what it needs and leaves the refusal to the launch
-_items: list[tuple[str, Specimen]] = []
 QUICK_TARGETS = (Target("cuda", 80), Target("cuda", 90))
+M = 1 << 16  # rows enough that nothing is split, and few enough that everything is
+FEW = 256
+SEED = torch.empty(1, dtype=torch.int64, device="meta")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler said of one specimen; `failures` lists the claims that do not hold."""
+    """What the compiler said of one launch; `failures` lists the claims that do not hold."""
 
-    kernel: str
-    label: str
     target: str
-    tile: str
-    registers: int | None
-    spilled: int | None
-    shared: int | None
-    shared_limit: int
-    wgmma: int
-    seconds: float
-    failures: tuple[str, ...]
+    label: str
+    registers: int | None = None
+    spilled: int | None = None
+    shared: int | None = None
+    programs: int | None = None
+    wgmma: int = 0
+    failures: tuple[str, ...] = ()
+
+    @property
+    def kernel(self) -> str:
+        return self.label.split("/")[0]
 
 
-def specimens(
-    targets: Iterable[Target] = TARGETS, kernels: Iterable[str] = KERNELS, quick: bool = False
-) -> Iterator[tuple[str, Specimen]]:
-    """(kernel, specimen) of every launch to compile; `quick` keeps the first of each kernel, dtype and alignment."""
-    for kernel in kernels:
-        module = importlib.import_module(MODULES[kernel])
-        for make in getattr(module, "SPECIMENS", ()):
-            for target in targets:
-                for dtype, adapter_dtype, aligned in _layouts(target, quick):
-                    for count, specimen in enumerate(make(target, dtype, adapter_dtype, aligned)):
-                        if quick and count:
-                            break
-                        yield kernel, specimen
+def _tensor(rows: int, columns: int, dtype: torch.dtype, aligned: bool = True) -> Tensor:
+    start = 0 if aligned else 1
+    return torch.empty(rows * columns + start, dtype=dtype, device="meta")[start:].view(rows, columns)
 
 
-def _layouts(target: Target, quick: bool) -> Iterator[tuple[torch.dtype, torch.dtype, bool]]:
-    """(dtype, adapter dtype, aligned); float32 adapters beside bfloat16, which is how mixed precision meets them."""
-    for dtype in DTYPES:
-        if dtype == torch.bfloat16 and not target.has_bfloat16:
+def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
+    """Every tile of the rank-R kernels, with dropout and without, whole and split."""
+    n = 4096 if aligned else 4097
+    kind = tiles.kind_of(dtype, tiles.input_precision(dtype, target))
+    bias = _tensor(1, n, dtype, aligned)[0]
+    drawn = Dropout(0.1, SEED)
+    for R, dropout, m in itertools.product((16, 32, 128), (drawn, None), (M, FEW)):
+        if m == FEW and dropout is None:
             continue
-        if quick and dtype == torch.float16:
-            continue
-        for aligned in (True, False):
-            yield dtype, dtype, aligned
-            if dtype == torch.bfloat16 and not quick:
-                yield dtype, torch.float32, aligned
+        x, y, W = _tensor(m, n, dtype, aligned), _tensor(m, n, dtype, aligned), _tensor(n, n, dtype, aligned)
+        S, A, B = _tensor(m, R, dtype), _tensor(R, n, adapter, aligned), _tensor(n, R, adapter, aligned)
+        if R != 16:  # the tables' cuts are for 32 and 128, but for ds_db
+            for tile in tiles.rank_tiles("s", target, R, kind):
+                yield from s.s_launches(target, x, A, 2.0, dropout, S, tile)
+            for tile in tiles.rank_tiles("s_y", target, R, kind):
+                yield from hybrid.s_y_launches(target, x, A, B, bias, 2.0, dropout, S, y, tile)
+            for tile in tiles.rank_tiles("da", target, R, kind):
+                for bits in [None] if dropout is None else [None, mask_bits(m, n, x.device)]:
+                    yield from grads.da_launches(target, S, x, dropout, A, tile, bits)
+            for tile in tiles.rank_tiles("da_dx", target, R, kind):
+                for dA in (A, None):
+                    yield from hybrid.da_dx_launches(target, S, x, A, dropout, dA, y, tile)
+            for tile in tiles.rank_tiles("onepass", target, R, kind):
+                yield onepass.onepass_launch(target, x, W, bias, A, B, 2.0, dropout, y, S, tile)
+        if dropout is None or m == FEW:
+            for tile in tiles.rank_tiles("ds_db", target, R, kind):
+                narrow, dS = _tensor(m, 16 if aligned else 17, dtype, aligned), torch.empty_like(S)
+                yield from grads.ds_db_launches(target, y, B, S, 2.0, dS, torch.empty_like(B), tile)
+                if m == M:  # one region wide
+                    few = _tensor(narrow.shape[1], R, adapter, aligned)
+                    yield from grads.ds_db_launches(target, narrow, few, S, 2.0, dS, torch.empty_like(few), tile)
+    yield mask_launch(drawn, torch.empty(n, n, dtype=torch.int8, device="meta"))
 
 
-def compiled(specimen: Specimen):
-    """The specimen through Triton's compiler, specialised as its launcher's own call would be."""
-    if env.interpreting():
-        raise RuntimeError("TRITON_INTERPRET replaces the compiler that the matrix is about: unset it")
-    target = specimen.target
-    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    backend = make_backend(gpu)
-    bind = create_function_from_signature(specimen.fn.signature, specimen.fn.params, backend)
-    options = {**specimen.tile.options, **specimen.options}
-    bound, specialization, _ = bind(**specimen.args, **options)
-    parsed, signature, constants, attrs = specimen.fn._pack_args(backend, options, bound, specialization, options)
-    source = ASTSource(specimen.fn, signature, constants, attrs)
-    return triton.compile(source, target=gpu, options=parsed.__dict__)
+def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
+    """Every tile of the GEMM: forward, dX with the mask from bits or from the seed, or with none."""
+    kind = tiles.kind_of(dtype, tiles.input_precision(dtype, target))
+    for R, tma in itertools.product((16, 128), (True, False) if target.has_tma else (False,)):
+        # whole 16-byte rows and no more; nothing of the sort; whole tiles, and a K that ends within one
+        for n in (4096,) if aligned and tma else (4104,) if tma else (4096, 4112) if aligned else (4097,):
+            whole = aligned or tma
+            x, y, W = _tensor(2 * n, n, dtype, whole), _tensor(2 * n, n, dtype, whole), _tensor(n, n, dtype, whole)
+            S, A, B = _tensor(2 * n, R, dtype), _tensor(R, n, adapter, whole), _tensor(n, R, adapter, whole)
+            bias, drawn = _tensor(1, n, dtype, whole)[0], Dropout(0.1, SEED)
+            for tile in tiles.gemm_row(target, kind, R, aligned, False, tma):
+                yield gemm.gemm_launch(target, x, W.t(), bias, S, B.t(), None, None, y, tile)
+                yield gemm.gemm_launch(target, x, W, None, S, A, None, None, y, tile)
+            for tile in tiles.gemm_row(target, kind, R, aligned, True, tma):
+                for bits in (mask_bits(2 * n, n, x.device), None):
+                    yield gemm.gemm_launch(target, x, W, None, S, A, drawn, bits, y, tile)
+
+
+def launches(targets: Iterable[Target] = TARGETS, quick: bool = False) -> Iterator[tuple[Target, Launch]]:
+    """Every launch to compile, each once for a target; `quick` keeps the first of each kernel, dtype and alignment."""
+    before = torch.get_float32_matmul_precision()
+    for target in targets:
+        seen: set[str] = set()
+        half = torch.bfloat16 if target.has_bfloat16 else torch.float16
+        tf32 = target.backend == "cuda" and int(target.arch) >= 80
+        types = [(half, half, False), (half, torch.float32, False), (torch.float32, torch.float32, False)]
+        types += [(torch.float32, torch.float32, True)] * tf32
+        for (dtype, adapter, fast), aligned in itertools.product(types, (True, False)):
+            if adapter != dtype and not aligned:
+                continue  # what differs is the adapter's load alone
+            try:
+                torch.set_float32_matmul_precision("high" if fast else "highest")
+                made = [*_rank_launches(target, dtype, adapter, aligned)]
+                made += _gemm_launches(target, dtype, adapter, aligned)
+            finally:
+                torch.set_float32_matmul_precision(before)
+            for launch in made:
+                key = f"{launch.fn.__name__} {dtype} {aligned}" if quick else launch.label
+                if key not in seen and not (quick and (fast or adapter != dtype)):
+                    seen.add(key)
+                    yield target, launch
 
 
 def _usage(kernel, target: Target) -> tuple[int | None, int | None]:
@@ -124,45 +165,73 @@ def _usage(kernel, target: Target) -> tuple[int | None, int | None]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def examine(item: tuple[str, Specimen]) -> Report:
-    """Compile one specimen and hold it against the claims."""
-    kernel, specimen = item
-    target, tile = specimen.target, specimen.tile
-    started = time.perf_counter()
-    registers = spilled = shared = None
-    wgmma, failures = 0, []
+def overwritten(ptx: str) -> str | None:
+    """A register that is written while a `wgmma` which reads it may be pending, or None.
+
+    Straight through the text, and twice through every loop, as a backward branch gives it.
+    """
+    lines = [line.split("//")[0].strip() for line in ptx.splitlines()]
+    labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    loops = [(labels[to], i) for i, line in enumerate(lines) for to in re.findall(r"bra(?:\.uni)?\s+(\S+);", line)
+             if labels.get(to, i) < i]  # fmt: skip
+    for start, end in [(0, len(lines)), *loops]:
+        open_: set[str] = set()  # read by what is not yet committed
+        pending: list[set[str]] = []  # by each committed group
+        for line in lines[start:end] * (1 if (start, end) == (0, len(lines)) else 2):
+            if line.startswith("wgmma.mma_async"):
+                read = re.match(r"\S+\s*\{[^}]*\},\s*\{([^}]*)\}", line)  # the first operand is a matrix in registers
+                open_ |= set(re.findall(r"%\w+", read[1])) if read else set()
+            elif line.startswith("wgmma.commit_group"):
+                pending, open_ = [*pending, open_], set()
+            elif line.startswith("wgmma.wait_group"):
+                left = int(re.search(r"(\d+);", line)[1])
+                pending = pending[len(pending) - left :] if left else []
+            elif written := re.match(r"(?:@!?%\w+\s+)?(?!st|wgmma|bar|red|cp)[a-z][\w.:]*\s+(\{[^}]*\}|%\w+)", line):
+                hit = set(re.findall(r"%\w+", written[1])) & open_.union(*pending)
+                if hit:
+                    return min(hit)
+    return None
+
+
+def examine(item: tuple[Target, Launch]) -> Report:
+    """Compile one launch and hold it against the claims."""
+    if env.interpreting():
+        raise RuntimeError("TRITON_INTERPRET replaces the compiler that the matrix is about: unset it")
+    target, launch = item
     try:
-        binary = compiled(specimen)
+        binary = launch.compile(target)
         registers, spilled = _usage(binary, target)
-        shared = binary.metadata.shared
-        wgmma = binary.asm["ptx"].count("wgmma.mma_async") if target.backend == "cuda" else 0
     except Exception as error:  # the compiler raises whatever its passes raise; the matrix reports and goes on
-        failures.append(f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:200])
-    else:
-        if spilled:
-            failures.append(f"spills {spilled} {'bytes' if target.backend == 'cuda' else 'registers'}")
-        if shared > target.shared_limit:
-            failures.append(f"takes {shared} bytes of shared memory, {target.shared_limit} there are")
-        if getattr(binary.metadata, "tmem_size", 0) > TENSOR_MEMORY_LIMIT:
-            failures.append(f"takes {binary.metadata.tmem_size} of {TENSOR_MEMORY_LIMIT} columns of tensor memory")
-        if specimen.wgmma and not wgmma:
-            failures.append("has no wgmma")
-    cut = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
-    cut += " tma" if tile.tma else ""
-    return Report(
-        kernel, specimen.label, str(target), cut, registers, spilled, shared, target.shared_limit, wgmma,
-        round(time.perf_counter() - started, 2), tuple(failures),
-    )  # fmt: skip
+        told = f"does not compile: {type(error).__name__}: {error}".splitlines()[0][:200]
+        return Report(str(target), launch.label, failures=(told,))
+    shared, failures = binary.metadata.shared, []
+    ptx = binary.asm["ptx"] if target.backend == "cuda" else ""
+    wgmma = ptx.count("wgmma.mma_async")
+    if spilled:
+        failures.append(f"spills {spilled} {'bytes' if target.backend == 'cuda' else 'registers'}")
+    if shared > target.shared_limit:
+        failures.append(f"takes {shared} bytes of shared memory, {target.shared_limit} there are")
+    if getattr(binary.metadata, "tmem_size", 0) > TENSOR_MEMORY_LIMIT:
+        failures.append(f"takes {binary.metadata.tmem_size} of {TENSOR_MEMORY_LIMIT} columns of tensor memory")
+    if target.arch == 90 and launch.fn is gemm.gemm_tma_kernel and not wgmma:
+        failures.append("has no wgmma")
+    if wgmma and (register := overwritten(ptx)):
+        failures.append(f"writes {register} while a wgmma that reads it is pending")
+    programs = target.programs(registers, shared, launch.options["num_warps"]) if registers else None
+    return Report(str(target), launch.label, registers, spilled, shared, programs, wgmma, tuple(failures))
 
 
-def run(items: list[tuple[str, Specimen]], workers: int | None = None) -> list[Report]:
+def run(items: list[tuple[Target, Launch]], workers: int | None = None) -> list[Report]:
     """Examine all in a pool of processes, with a progress bar on a terminal when tqdm is there."""
     fork = multiprocessing.get_context("fork")  # kernels cannot be pickled: the workers inherit the list
     with ProcessPoolExecutor(workers or os.cpu_count(), fork, _inherit, (items,)) as pool:
         return list(_progress(pool.map(_examine_nth, range(len(items))), len(items)))
 
 
-def _inherit(items: list[tuple[str, Specimen]]) -> None:
+_items: list[tuple[Target, Launch]] = []
+
+
+def _inherit(items: list[tuple[Target, Launch]]) -> None:
     global _items
     _items = items
 
@@ -179,35 +248,69 @@ def _progress(results: Iterable[Report], total: int) -> Iterable[Report]:
     return tqdm(results, total=total, unit="kernel", disable=not sys.stderr.isatty())
 
 
+def executed() -> dict[tuple[str, str], str]:
+    """(target, label) -> what executing that compiled kernel without a GPU found ("ok"), from the committed results."""
+    found = {}
+    for file in sorted((RESULTS / "executed").glob("*.json")):
+        for row in json.loads(file.read_text())["rows"]:
+            found[row["target"], row["label"]] = row["result"]
+    return found
+
+
 def table(reports: list[Report]) -> str:
     """One line for each report, in columns."""
-    rows = [("kernel", "target", "specimen", "tile", "regs", "spill", "shared", "of KiB", "wgmma", "")]
+    ran = executed()
+    rows = [("target", "launch and tile", "regs", "spill", "KiB", "an SM", "wgmma", "executed", "")]
     for r in reports:
         numbers = ["-" if n is None else str(n) for n in (r.registers, r.spilled)]
         shared = "-" if r.shared is None else f"{r.shared / 1024:.1f}"
         rows.append(
-            (r.kernel, r.target, r.label, r.tile, *numbers, shared, str(r.shared_limit // 1024), str(r.wgmma or ""),
-             "; ".join(r.failures) or "ok")
+            (r.target, r.label, *numbers, shared, str(r.programs or "-"), str(r.wgmma or ""),
+             ran.get((r.target, r.label), ""), "; ".join(r.failures) or "ok")
         )  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows)
 
 
-def summary(document: dict) -> str:
-    """A Markdown table, a row for each target and kernel, of what `--json` wrote."""
+def write(reports: list[Report], file: Path) -> None:
+    """The reports as JSON, a line for each target and kernel: {"target", "rows": {label: numbers and failures}}."""
+    groups: dict[tuple[str, str], dict] = {}
+    for r in reports:
+        numbers = [r.registers, r.spilled, r.shared, r.programs, r.wgmma, *r.failures]
+        groups.setdefault((r.target, r.kernel), {})[r.label] = numbers
+    lines = ",\n".join(
+        json.dumps({"target": t, "rows": rows}, separators=(",", ":")) for (t, _), rows in groups.items()
+    )
+    columns = [name for name in asdict(Report("", "")) if name not in ("target", "label")]
+    head = f'"triton": "{triton.__version__}", "columns": {json.dumps(columns)}'
+    file.write_text(f'{{{head}, "groups": [\n{lines}\n]}}\n')
+
+
+def read(file: Path) -> tuple[str, list[Report]]:
+    """(version of triton, reports) of what `write` wrote."""
+    document = json.loads(file.read_text())
+    rows = [(g["target"], label, numbers) for g in document["groups"] for label, numbers in g["rows"].items()]
+    return document["triton"], [Report(t, label, *n[:5], failures=tuple(n[5:])) for t, label, n in rows]
+
+
+def summary(version: str, reports: list[Report]) -> str:
+    """A Markdown table, a row for each target and kernel."""
+    ran = executed()
     lines = [
-        f"| target, triton {document['triton']} | kernels | launches | most registers | spills "
-        "| most shared memory, KiB | with wgmma | claims that fail |",
-        "| --- | --- |" + " ---: |" * 6,
+        f"| target, triton {version} | kernel | launches | most registers | spills | most shared memory, KiB "
+        "| programs an SM | with wgmma | executed | claims that fail |",
+        "| --- | --- |" + " ---: |" * 8,
     ]
-    reports = [Report(**fields) for fields in document["reports"]]
     for target, kernel in dict.fromkeys((r.target, r.kernel) for r in reports):
         own = [r for r in reports if (r.target, r.kernel) == (target, kernel)]
-        shared = max(r.shared or 0 for r in own) / 1024
+        programs = sorted({r.programs or 0 for r in own} - {0})
+        many = f"{programs[0]}–{programs[-1]}" if len(programs) > 1 else str(*programs or "–")
         lines.append(
             f"| {target} | {kernel} | {len(own)} | {max(r.registers or 0 for r in own)} "
-            f"| {sum(bool(r.spilled) for r in own)} | {shared:.0f} of {own[0].shared_limit // 1024} "
-            f"| {sum(bool(r.wgmma) for r in own) or '–'} | {sum(bool(r.failures) for r in own)} |"
+            f"| {sum(bool(r.spilled) for r in own)} | {max(r.shared or 0 for r in own) / 1024:.0f} | {many} "
+            f"| {sum(bool(r.wgmma) for r in own) or '–'} "
+            f"| {sum(ran.get((r.target, r.label)) == 'ok' for r in own) or '–'} "
+            f"| {sum(bool(r.failures) for r in own)} |"
         )
     return "\n".join(lines)
 
@@ -221,24 +324,27 @@ def _target(text: str) -> Target:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastlora.kernels.matrix", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one tile of each kernel, for sm_80 and sm_90")
+    parser.add_argument("--quick", action="store_true", help="one launch of each kernel, for sm_80 and sm_90")
     parser.add_argument("--target", type=_target, action="append", help="cuda:90, hip:gfx942, ...; may be repeated")
-    parser.add_argument("--kernel", choices=KERNELS, action="append", help="may be repeated")
+    parser.add_argument("--kernel", action="append", help="labels that begin so; may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports there too")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="compile nothing; what --json wrote, as Markdown")
     parser.add_argument("--workers", type=int, help="processes (default: one for each CPU core)")
     args = parser.parse_args(arguments)
     if args.summary:
-        print(summary(json.loads(args.summary.read_text())))
+        print(summary(*read(args.summary)))
         return 0
     targets = args.target or (QUICK_TARGETS if args.quick else TARGETS)
-    reports = run(list(specimens(targets, args.kernel or KERNELS, args.quick)), args.workers)
+    items = [
+        item for item in launches(targets, args.quick)
+        if not args.kernel or item[1].label.startswith(tuple(args.kernel))
+    ]  # fmt: skip
+    reports = run(items, args.workers)
     print(table(reports))
     failed = sum(bool(r.failures) for r in reports)
     print(f"{len(reports)} compiled with triton {triton.__version__}, {failed} with a claim that fails")
     if args.json:
-        lines = ",\n".join(json.dumps(dataclasses.asdict(r)) for r in reports)  # one a line, for `diff`
-        args.json.write_text(f'{{"triton": "{triton.__version__}", "reports": [\n{lines}\n]}}\n')
+        write(reports, args.json)
     return 1 if failed or not reports else 0
 
 

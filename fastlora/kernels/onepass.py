@@ -13,10 +13,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastlora.kernels.dropout import Dropout, drop_tile, keep_scale
-from fastlora.kernels.tiles import input_precision, padded_rank, target_of
-from fastlora.kernels.tiles_small import kind_of, onepass_tile
+from fastlora.kernels import tiles
+from fastlora.kernels.dropout import Dropout, drop, how, keep_scale, keep_signs
+from fastlora.kernels.launch import Launch, number
+from fastlora.kernels.tiles import Target, Tile
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -24,7 +26,7 @@ def onepass_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, seed_ptr, scaling, threshold, M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_bias, stride_ar, stride_ak, stride_bn, stride_br,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SCALING_POINTER: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    SCALING_POINTER: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Neighbouring programs take the row tiles of one column tile, so that they share its W in L2."""
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -54,7 +56,7 @@ def onepass_kernel(
         a = tl.load(a_rows + steps[:, None] * stride_ak, mask=mask_r & mask_k[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
         if DROPOUT:
-            x = drop_tile(x, seed, offs_m, k, threshold, BLOCK_K)
+            x = drop(x, keep_signs(seed, offs_m, k, threshold, BLOCK_K), DROPOUT)
         acc_s = tl.dot(x, a.to(x.dtype), acc_s, input_precision=INPUT_PRECISION)
 
     factor = tl.load(scaling).to(tl.float32) if SCALING_POINTER else scaling
@@ -67,22 +69,40 @@ def onepass_kernel(
     b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
     b = tl.load(b_ptrs, mask=mask_n & (offs_r[:, None] < R), other=0.0)  # [BLOCK_R, BLOCK_N]
     acc = tl.dot(s, b.to(s.dtype), acc, input_precision=INPUT_PRECISION)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns * stride_bias, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     tl.store(y_ptr + rows[:, None] * N + columns[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
+def onepass_launch(
+    target: Target, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    scaling: float | Tensor, dropout: Dropout | None, y: Tensor, S: Tensor, tile: Tile | None = None,
+) -> Launch:  # fmt: skip
+    """y (M, N) and S (M, R), both contiguous."""
+    M, K = x.shape
+    N, R = lora_B.shape
+    precision = tiles.input_precision(x.dtype, target)
+    tile = tile or tiles.rank_tiles("onepass", target, R, tiles.kind_of(x.dtype, precision))[0]
+    args = {
+        "x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "a_ptr": lora_A, "b_ptr": lora_B, "y_ptr": y, "s_ptr": S,
+        "seed_ptr": dropout and dropout.seed, "scaling": number(scaling), "threshold": dropout.threshold if dropout else 0,
+        "M": M, "N": N, "K": K, "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_wn": weight.stride(0),
+        "stride_wk": weight.stride(1), "stride_bias": 0 if bias is None else bias.stride(0),
+        "stride_ar": lora_A.stride(0), "stride_ak": lora_A.stride(1), "stride_bn": lora_B.stride(0),
+        "stride_br": lora_B.stride(1),
+        "R": R, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "BLOCK_R": tiles.padded_rank(R), "SCALING_POINTER": isinstance(scaling, Tensor),
+        "DROPOUT": how(target, x.dtype, dropout), "INPUT_PRECISION": precision,
+    }  # fmt: skip
+    grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)
+    return Launch(onepass_kernel, grid, args, tile.options)
+
+
 def onepass_forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    scaling: float | torch.Tensor,
-    dropout: Dropout | None,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor,
+    dropout: Dropout | None, out: Tensor | None = None, tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = x @ weight.T + bias + S @ lora_B.T and S = scaling * drop(x) @ lora_A.T, accumulated in float32.
 
     Args:
@@ -94,28 +114,13 @@ def onepass_forward(
         scaling: a number, or a tensor of one element on x's device, read there.
         dropout: None for none.
         out: contiguous (M, N) in x's dtype to write y into, or None for a new tensor.
+        tile: instead of the table's.
 
     Returns:
         y (M, N) and S (M, R), x's dtype, contiguous.
     """
-    M, K = x.shape
-    N = weight.shape[0]
-    R = lora_A.shape[0]
-    target = target_of(x.device)
-    precision = input_precision(x.dtype, target)
-    tile = onepass_tile(target, M, N, K, R, kind_of(x.dtype, precision))
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device) if out is None else out
-    S = torch.empty(M, R, dtype=x.dtype, device=x.device)
-    onepass_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
-        x, weight, x if bias is None else bias, lora_A, lora_B, y, S,
-        x if dropout is None else dropout.seed,
-        scaling if isinstance(scaling, torch.Tensor) else float(scaling),
-        0 if dropout is None else dropout.threshold,
-        M, N, K, x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 0 if bias is None else bias.stride(0),
-        lora_A.stride(0), lora_A.stride(1), lora_B.stride(0), lora_B.stride(1),
-        R=R, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_R=padded_rank(R),
-        HAS_BIAS=bias is not None, SCALING_POINTER=isinstance(scaling, torch.Tensor), DROPOUT=dropout is not None,
-        INPUT_PRECISION=precision,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device) if out is None else out
+    S = torch.empty(x.shape[0], lora_A.shape[0], dtype=x.dtype, device=x.device)
+    target = tiles.target_of(x.device)
+    onepass_launch(target, x, weight, bias, lora_A, lora_B, scaling, dropout, y, S, tile).run()
     return y, S

@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.launch import Launch
+
 BLOCK = 256
-BLOCK_P = 8
+_BLOCKS = {"BLOCK": BLOCK, "BLOCK_P": 8}
 
 
 @triton.jit
@@ -43,17 +45,19 @@ def sum_pair_kernel(
         _sum_block(partials1_ptr, out1_ptr, block - blocks0, P1, size1, BLOCK, BLOCK_P)
 
 
-def sum_partials(partials: torch.Tensor, out: torch.Tensor) -> None:
+def sum_launch(partials: torch.Tensor, out: torch.Tensor) -> Launch:
     """out = partials.sum(0), cast; `partials` float32 (P, ...) and `out` (...) both contiguous."""
     size = out.numel()
-    sum_kernel[(triton.cdiv(size, BLOCK),)](partials, out, partials.shape[0], size, BLOCK=BLOCK, BLOCK_P=BLOCK_P)
+    args = {"partials_ptr": partials, "out_ptr": out, "P": partials.shape[0], "size": size}
+    return Launch(sum_kernel, (triton.cdiv(size, BLOCK),), args | _BLOCKS, {"num_warps": 4})
 
 
-def sum_partials_pair(partials0: torch.Tensor, out0: torch.Tensor, partials1: torch.Tensor, out1: torch.Tensor) -> None:
-    """Two `sum_partials` in one launch."""
+def sum_pair_launch(partials0: torch.Tensor, out0: torch.Tensor, partials1: torch.Tensor, out1: torch.Tensor) -> Launch:
+    """Two sums in one launch."""
     size0, size1 = out0.numel(), out1.numel()
+    args = {
+        "partials0_ptr": partials0, "out0_ptr": out0, "P0": partials0.shape[0], "size0": size0,
+        "partials1_ptr": partials1, "out1_ptr": out1, "P1": partials1.shape[0], "size1": size1,
+    }  # fmt: skip
     grid = (triton.cdiv(size0, BLOCK) + triton.cdiv(size1, BLOCK),)
-    sum_pair_kernel[grid](
-        partials0, out0, partials0.shape[0], size0, partials1, out1, partials1.shape[0], size1,
-        BLOCK=BLOCK, BLOCK_P=BLOCK_P,
-    )  # fmt: skip
+    return Launch(sum_pair_kernel, grid, args | _BLOCKS, {"num_warps": 4})

@@ -13,29 +13,28 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from fastlora.kernels.dropout import Dropout, drop_tile, keep_scale
-from fastlora.kernels.partials import sum_partials
-from fastlora.kernels.tiles import input_precision, padded_rank, target_of
-from fastlora.kernels.tiles_small import kind_of, s_cut
+from fastlora.kernels import tiles
+from fastlora.kernels.dropout import Dropout, drop, how, keep_scale, keep_signs
+from fastlora.kernels.launch import Launch, number, run
+from fastlora.kernels.partials import sum_launch
+from fastlora.kernels.tiles import Target, Tile
 
 
-@triton.jit(do_not_specialize=["threshold"])
-def s_kernel(
-    x_ptr, a_ptr, out_ptr, seed_ptr, scaling, threshold, M, K,
-    stride_xm, stride_xk, stride_ar, stride_ak, split_k,
+@triton.jit
+def down(
+    x_ptr, a_ptr, seed_ptr, scaling, threshold, start_m, start, end, M,
+    stride_xm, stride_xk, stride_ar, stride_ak,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     SCALING_POINTER: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): rows i * BLOCK_M .. of out[j], summed over k in j * split_k .. (j + 1) * split_k - 1."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """scaling * drop(x) Aᵀ of BLOCK_M rows, summed over columns start .. end - 1: float32 [BLOCK_M, BLOCK_R]."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m[:, None] < M
     mask_r = offs_r[None, :] < R
-    split = tl.program_id(1)
-    start = split * split_k
-    end = tl.minimum(start + split_k, K)
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
     if DROPOUT:
@@ -49,19 +48,70 @@ def s_kernel(
         x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
         a = tl.load(a_ptrs, mask=mask_r & mask_k[:, None], other=0.0)
         if DROPOUT:
-            x = drop_tile(x, seed, offs_m, k, threshold, BLOCK_K)
+            x = drop(x, keep_signs(seed, offs_m, k, threshold, BLOCK_K), DROPOUT)
         acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
     factor = tl.load(scaling).to(tl.float32) if SCALING_POINTER else scaling
     if DROPOUT:
         factor *= keep_scale(threshold)
-    rows = split.to(tl.int64) * M + offs_m
-    out = (acc * factor).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows[:, None] * R + offs_r[None, :], out, mask=mask_m & mask_r)
+    return tl.where(mask_r, acc * factor, 0.0)  # an infinity in x has made NaN of the padding's zeros
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def s_kernel(
+    x_ptr, a_ptr, out_ptr, seed_ptr, scaling, threshold, M, K,
+    stride_xm, stride_xk, stride_ar, stride_ak, split_k,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    SCALING_POINTER: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): rows i * BLOCK_M .. of out[j], summed over k in j * split_k .. (j + 1) * split_k - 1."""
+    start_m = tl.program_id(0) * BLOCK_M
+    split = tl.program_id(1)
+    start = split * split_k
+    out = down(
+        x_ptr, a_ptr, seed_ptr, scaling, threshold, start_m, start, tl.minimum(start + split_k, K), M,
+        stride_xm, stride_xk, stride_ar, stride_ak,
+        R, BLOCK_M, BLOCK_K, BLOCK_R, SCALING_POINTER, DROPOUT, INPUT_PRECISION,
+    )  # fmt: skip
+    store_rank(out, out_ptr, split, start_m, M, R)
+
+
+@triton.jit
+def store_rank(s, s_ptr, part, start_m, M, R: tl.constexpr):
+    """S [BLOCK_M, BLOCK_R] into rows start_m .. of s_ptr[part], (M, R) contiguous."""
+    offs_m = start_m + tl.arange(0, s.shape[0])
+    offs_r = tl.arange(0, s.shape[1])
+    rows = part.to(tl.int64) * M + offs_m
+    mask = (offs_m[:, None] < M) & (offs_r[None, :] < R)
+    tl.store(s_ptr + rows[:, None] * R + offs_r[None, :], s.to(s_ptr.dtype.element_ty), mask=mask)
+
+
+def s_launches(
+    target: Target, x: Tensor, lora_A: Tensor, scaling: float | Tensor, dropout: Dropout | None, S: Tensor,
+    tile: Tile | None = None,
+) -> list[Launch]:  # fmt: skip
+    """S (M, R), contiguous, from x and lora_A."""
+    M, K = x.shape
+    R = lora_A.shape[0]
+    precision = tiles.input_precision(x.dtype, target)
+    tile = tile or tiles.rank_tiles("s", target, R, tiles.kind_of(x.dtype, precision))[0]
+    splits, split_k = tiles.split_k(target, M, K, tile)
+    out = S if splits == 1 else torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
+    args = {
+        "x_ptr": x, "a_ptr": lora_A, "out_ptr": out, "seed_ptr": dropout and dropout.seed, "scaling": number(scaling),
+        "threshold": dropout.threshold if dropout else 0, "M": M, "K": K,
+        "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_ar": lora_A.stride(0),
+        "stride_ak": lora_A.stride(1), "split_k": split_k,
+        "R": R, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": tiles.padded_rank(R),
+        "SCALING_POINTER": isinstance(scaling, Tensor), "DROPOUT": how(target, x.dtype, dropout),
+        "INPUT_PRECISION": precision,
+    }  # fmt: skip
+    first = Launch(s_kernel, (triton.cdiv(M, tile.block_m), splits), args, tile.options)
+    return [first] if splits == 1 else [first, sum_launch(out, S)]
 
 
 def s_forward(
-    x: torch.Tensor, lora_A: torch.Tensor, scaling: float | torch.Tensor, dropout: Dropout | None
-) -> torch.Tensor:
+    x: Tensor, lora_A: Tensor, scaling: float | Tensor, dropout: Dropout | None, tile: Tile | None = None
+) -> Tensor:
     """S = scaling * drop(x) @ lora_A.T, accumulated in float32.
 
     Args:
@@ -69,28 +119,11 @@ def s_forward(
         lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
         scaling: a number, or a tensor of one element on x's device, read there.
         dropout: None for none.
+        tile: instead of the table's.
 
     Returns:
         (M, R), x's dtype, contiguous.
     """
-    M, K = x.shape
-    R = lora_A.shape[0]
-    target = target_of(x.device)
-    precision = input_precision(x.dtype, target)
-    tile, splits, split_k = s_cut(target, M, K, R, kind_of(x.dtype, precision))
-    S = torch.empty(M, R, dtype=x.dtype, device=x.device)
-    out = S if splits == 1 else torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
-    s_kernel[(triton.cdiv(M, tile.block_m), splits)](
-        x, lora_A, out,
-        x if dropout is None else dropout.seed,
-        scaling if isinstance(scaling, torch.Tensor) else float(scaling),
-        0 if dropout is None else dropout.threshold,
-        M, K, x.stride(0), x.stride(1), lora_A.stride(0), lora_A.stride(1), split_k,
-        R=R, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=padded_rank(R),
-        SCALING_POINTER=isinstance(scaling, torch.Tensor), DROPOUT=dropout is not None,
-        INPUT_PRECISION=precision,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    if splits > 1:
-        sum_partials(out, S)
+    S = torch.empty(x.shape[0], lora_A.shape[0], dtype=x.dtype, device=x.device)
+    run(s_launches(tiles.target_of(x.device), x, lora_A, scaling, dropout, S, tile))
     return S

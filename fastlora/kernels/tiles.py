@@ -1,7 +1,9 @@
-"""What a GPU can hold, and how a kernel cuts its work: `Target`, `Tile`, and the tables' common ground.
+"""What a GPU can hold, and which tile a kernel cuts its work by: `Target`, `Tile`, the tables, the choice.
 
-A tile is chosen by a pure function of (target, shape, dtype, alignment), so the tables can be tested and compiled
-offline on a machine with no GPU. Nothing here asks a device anything until `target_of` or `multiprocessors` is called.
+A tile is a pure function of (target, shape, dtype, alignment), so all of it can be tested and compiled on a machine
+with no GPU; nothing here asks a device anything until `target_of` or `multiprocessors` is called. A tile stands in a
+table when it compiles for its architecture without spilling registers and within shared memory, for all that its row
+can be asked: `python -m fastlora.kernels.matrix` tells. The order within a row is arithmetic, not measurement.
 """
 
 from __future__ import annotations
@@ -13,22 +15,22 @@ import torch
 
 from fastlora import env
 
+# Bytes of shared memory of one program and of a multiprocessor, threads of a multiprocessor, multiprocessors of the
+# usual card. CUDA: "Technical specifications per compute capability" of the CUDA C++ programming guide. HIP: LDS per
+# workgroup of the CDNA3 and CDNA4 ISA documents, threads of a compute unit.
 KIB = 1024
-
-# Shared memory that one program may use, in bytes. CUDA: "Technical specifications per compute capability" of the CUDA
-# C++ programming guide, the limit per block. HIP: LDS per workgroup of the CDNA3 and CDNA4 ISA documents.
-SHARED_LIMIT = {
-    75: 64 * KIB,
-    80: 163 * KIB,
-    86: 99 * KIB,
-    89: 99 * KIB,
-    90: 227 * KIB,
-    100: 227 * KIB,
-    120: 99 * KIB,
-    "gfx942": 64 * KIB,
-    "gfx950": 160 * KIB,
+LIMITS: dict[int | str, tuple[int, int, int, int]] = {
+    75: (64 * KIB, 64 * KIB, 1024, 40),
+    80: (163 * KIB, 164 * KIB, 2048, 108),
+    86: (99 * KIB, 100 * KIB, 1536, 84),
+    89: (99 * KIB, 100 * KIB, 1536, 128),
+    90: (227 * KIB, 228 * KIB, 2048, 132),
+    100: (227 * KIB, 228 * KIB, 2048, 148),
+    120: (99 * KIB, 100 * KIB, 1536, 170),
+    "gfx942": (64 * KIB, 64 * KIB, 2048, 304),
+    "gfx950": (160 * KIB, 160 * KIB, 2048, 256),
 }
-REGISTER_LIMIT = 255  # per thread, every CUDA architecture above
+RANK_WIDE = 32  # a rank above this takes several steps in the GEMM and smaller tiles in the other kernels
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,17 @@ class Target:
     def __str__(self) -> str:
         return f"{self.backend}:{self.arch}"
 
-    @property
-    def family(self) -> Target:
-        """The target whose tables serve this one: itself, or the nearest older relative with no more shared memory."""
-        if self.arch in SHARED_LIMIT or self.backend == "interpreter":
-            return self
+    @functools.cached_property
+    def family(self) -> int | str:
+        """The architecture whose tables serve this one: itself, or the nearest older with no more shared memory."""
+        if self.arch in LIMITS or self.backend == "interpreter":
+            return self.arch
         if self.backend == "hip":
-            return Target("hip", "gfx942")
-        arch = int(self.arch)
+            return "gfx942"
         for floor, known in ((120, 120), (100, 100), (90, 90), (89, 89), (88, 86), (87, 80), (86, 86), (80, 80)):
-            if arch >= floor:
-                return Target("cuda", known)
-        return Target("cuda", 75)
+            if int(self.arch) >= floor:
+                return known
+        return 75
 
     @property
     def warp_size(self) -> int:
@@ -61,11 +62,16 @@ class Target:
     @property
     def shared_limit(self) -> int:
         """Bytes of shared memory that one program may use."""
-        return 1 << 30 if self.backend == "interpreter" else SHARED_LIMIT[self.family.arch]
+        return 1 << 30 if self.backend == "interpreter" else LIMITS[self.family][0]
+
+    @property
+    def multiprocessors(self) -> int:
+        """Of the usual card: what cuts sums, so that a result's bits depend on the architecture alone."""
+        return 2 if self.backend == "interpreter" else LIMITS[self.family][3]
 
     @property
     def has_tma(self) -> bool:
-        """Tensor memory accelerator and programmatic dependent launch: sm_90 and newer."""
+        """Tensor memory accelerator: sm_90 and newer."""
         return self.backend == "cuda" and int(self.arch) >= 90
 
     @property
@@ -73,10 +79,19 @@ class Target:
         """False where bfloat16 has no matrix instruction (Turing)."""
         return self.backend != "cuda" or int(self.arch) >= 80
 
+    def programs(self, registers: int, shared: int, warps: int) -> int:
+        """How many programs with these claims a multiprocessor holds: 64 Ki registers, in eights a thread; 0 on HIP."""
+        if self.backend != "cuda":
+            return 0
+        _, shared_all, threads, _ = LIMITS[self.family]
+        reserved = 0 if self.family == 75 else KIB  # of each program, the driver's own
+        by_registers = 65536 // (-(-max(registers, 1) // 8) * 8 * 32 * warps)
+        return min(by_registers, shared_all // max(shared + reserved, 1), threads // (32 * warps), 32)
+
 
 @dataclass(frozen=True)
 class Tile:
-    """How one program cuts its work, with the compiler options that belong to the cut."""
+    """How one program cuts its work (0: that side is not cut), with the compiler options that belong to the cut."""
 
     block_m: int
     block_n: int
@@ -84,8 +99,7 @@ class Tile:
     num_warps: int
     num_stages: int
     group_m: int = 8
-    persistent: bool = False
-    tma: bool = False
+    tma: bool = False  # through tensor descriptors, in a persistent grid
 
     @property
     def options(self) -> dict[str, int]:
@@ -93,7 +107,7 @@ class Tile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-TARGETS = tuple(Target("hip" if isinstance(arch, str) else "cuda", arch) for arch in SHARED_LIMIT)
+TARGETS = tuple(Target("hip" if isinstance(arch, str) else "cuda", arch) for arch in LIMITS)
 INTERPRETER = Target("interpreter", 0)
 
 
@@ -123,23 +137,11 @@ def _multiprocessors_of_index(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many programs a persistent grid on `device` should have; asks the device once (2 in the interpreter)."""
+def multiprocessors(device: torch.device, target: Target) -> int:
+    """How many programs a persistent grid on `device` should have; asks a GPU once, else the usual card's."""
     if device.type != "cuda":
-        return 2
+        return target.multiprocessors
     return _multiprocessors_of_index(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def padded_rank(R: int) -> int:
-    """R padded to a power of two of at least 16, the smallest inner dimension of `tl.dot`."""
-    return max(16, 1 << (R - 1).bit_length())
-
-
-def rank_block(target: Target, dtype: torch.dtype, precision: str) -> int:
-    """Columns of the rank that the GEMM multiplies at once: few, to spare registers; sm_100 accumulates elsewhere."""
-    if target.arch == 75 or (dtype == torch.float32 and precision == "ieee"):  # no matrix instructions there
-        return 16
-    return 128 if target.backend == "cuda" and target.family.arch == 100 else 32
 
 
 def input_precision(dtype: torch.dtype, target: Target) -> str:
@@ -147,3 +149,286 @@ def input_precision(dtype: torch.dtype, target: Target) -> str:
     if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32" if target.backend == "cuda" and int(target.arch) >= 80 else "ieee"
+
+
+def kind_of(dtype: torch.dtype, precision: str) -> str:
+    """The column of the tables: "half" for 16-bit types, else the precision of float32 products."""
+    return precision if dtype == torch.float32 else "half"
+
+
+def padded_rank(R: int) -> int:
+    """R padded to a power of two of at least 16, the smallest inner dimension of `tl.dot`."""
+    return max(16, 1 << (R - 1).bit_length())
+
+
+def rank_block(target: Target, kind: str) -> int:
+    """Columns of the rank that the GEMM multiplies at once: few, to spare registers; sm_100 accumulates elsewhere."""
+    if target.family == 75 or kind == "ieee":  # no matrix instructions there
+        return 16
+    return 128 if target.family == 100 else 32
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def split(target: Target, length: int, block: int, least: int, others: int) -> tuple[int, int]:
+    """(splits, length of each) so that splits * others programs fill the usual card twice over.
+
+    Each is a multiple of `block` and hardly shorter than `least`: a shorter one takes less time than adding it costs.
+    """
+    least = 64 if target.backend == "interpreter" else least  # small matrices are to be split there
+    splits = max(1, min(2 * target.multiprocessors // others, length // least))
+    each = ceil_div(ceil_div(length, splits), block) * block
+    return ceil_div(length, each), each
+
+
+# The rank-R kernels. kernel -> (arch, type of product) -> tiles BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: one for ranks
+# up to the first of HOLDS, one up to the second. Preferred: 128 bytes of a row or more, shared memory for two programs;
+# for ds_db a region as wide as registers allow, for the partials of dS cost 8 * R / (BLOCK_N * itemsize) of dY's bytes.
+HOLDS = {"s": (32, 128), "s_y": (32, 128), "da": (32, 128), "da_dx": (32, 128), "onepass": (32, 128), "ds_db": (16, 32)}
+LIKE = {
+    89: 86,
+    120: 86,
+    86: 80,
+    100: 90,
+    90: 80,
+    "gfx950": "gfx942",
+}  # whose row serves where an architecture has none of its own
+RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] = {
+    "s": {
+        (75, "half"): ((32, 0, 64, 8, 3), (16, 0, 32, 8, 2)),
+        (75, "ieee"): ((32, 0, 64, 4, 4), (32, 0, 32, 4, 3)),
+        (80, "half"): ((32, 0, 128, 4, 4), (32, 0, 64, 8, 3)),
+        (80, "ieee"): ((32, 0, 64, 4, 4), (32, 0, 32, 4, 2)),
+        (80, "tf32"): ((32, 0, 64, 4, 4), (32, 0, 32, 4, 3)),
+        (86, "half"): ((32, 0, 64, 4, 4), (32, 0, 32, 4, 3)),
+        (86, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 4, 2)),
+        (86, "tf32"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 3)),
+        (90, "half"): ((32, 0, 128, 8, 5), (32, 0, 32, 8, 3)),
+        (90, "ieee"): ((32, 0, 64, 8, 3), (32, 0, 64, 8, 3)),
+        (90, "tf32"): ((32, 0, 64, 8, 4), (32, 0, 32, 8, 3)),
+        (100, "half"): ((32, 0, 128, 8, 4), (32, 0, 32, 8, 3)),
+        (120, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 8, 2)),
+        (120, "tf32"): ((32, 0, 64, 8, 3), (32, 0, 32, 8, 3)),
+        ("gfx942", "half"): ((32, 0, 64, 4, 4), (32, 0, 32, 4, 2)),
+        ("gfx942", "ieee"): ((32, 0, 32, 4, 3), (32, 0, 32, 4, 2)),
+    },
+    "da": {
+        (75, "half"): ((32, 0, 64, 4, 3), (16, 0, 32, 4, 2)),
+        (75, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 4, 2)),
+        (80, "half"): ((64, 0, 128, 4, 4), (64, 0, 64, 4, 4)),
+        (80, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 4, 2)),
+        (80, "tf32"): ((64, 0, 64, 4, 3), (32, 0, 64, 4, 3)),
+        (86, "half"): ((64, 0, 64, 4, 4), (32, 0, 64, 8, 3)),
+        (86, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 4, 2)),
+        (86, "tf32"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 3)),
+        (90, "half"): ((64, 0, 128, 4, 4), (64, 0, 64, 8, 4)),
+        (90, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 4, 2)),
+        (90, "tf32"): ((64, 0, 64, 4, 4), (32, 0, 64, 4, 3)),
+        (120, "half"): ((64, 0, 64, 4, 4), (32, 0, 64, 4, 3)),
+        ("gfx942", "half"): ((64, 0, 128, 4, 4), (32, 0, 64, 4, 3)),
+        ("gfx942", "ieee"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 2)),
+    },
+    "s_y": {
+        (75, "half"): ((32, 64, 64, 8, 2), (16, 64, 32, 8, 2)),
+        (75, "ieee"): ((32, 64, 64, 4, 2), (32, 32, 32, 4, 2)),
+        (80, "half"): ((32, 128, 128, 4, 4), (32, 64, 64, 8, 3)),
+        (80, "ieee"): ((32, 64, 64, 4, 3), (32, 32, 32, 4, 2)),
+        (80, "tf32"): ((32, 64, 64, 4, 4), (32, 64, 32, 4, 3)),
+        (86, "half"): ((32, 128, 64, 4, 4), (32, 64, 32, 4, 3)),
+        (86, "ieee"): ((32, 64, 64, 4, 3), (16, 32, 32, 4, 2)),
+        (86, "tf32"): ((32, 64, 64, 4, 3), (32, 64, 32, 4, 3)),
+        ("gfx942", "half"): ((32, 64, 64, 4, 2), (32, 64, 32, 4, 2)),
+        ("gfx942", "ieee"): ((32, 64, 32, 4, 2), (32, 32, 32, 4, 2)),
+    },
+    "da_dx": {
+        (75, "half"): ((32, 0, 64, 4, 2), (16, 0, 32, 4, 2)),
+        (75, "ieee"): ((32, 0, 64, 4, 2), (16, 0, 32, 4, 2)),
+        (80, "half"): ((32, 0, 64, 4, 3), (32, 0, 64, 4, 2)),
+        (80, "ieee"): ((32, 0, 64, 4, 2), (16, 0, 32, 4, 2)),
+        (80, "tf32"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 2)),
+        ("gfx942", "half"): ((32, 0, 64, 4, 2), (32, 0, 64, 4, 2)),
+        ("gfx942", "ieee"): ((32, 0, 64, 4, 2), (32, 0, 32, 4, 2)),
+    },
+    "ds_db": {
+        (75, "half"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
+        (75, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
+        (80, "half"): ((64, 512, 0, 8, 3), (32, 512, 0, 8, 3)),
+        (80, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
+        (80, "tf32"): ((64, 256, 0, 8, 3), (64, 256, 0, 8, 3)),
+        (86, "half"): ((64, 512, 0, 8, 3), (32, 512, 0, 8, 3)),
+        (86, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
+        (86, "tf32"): ((32, 256, 0, 8, 2), (32, 64, 0, 8, 2)),
+        (90, "half"): ((64, 512, 0, 8, 3), (64, 256, 0, 8, 3)),
+        (90, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
+        (90, "tf32"): ((64, 256, 0, 8, 3), (64, 256, 0, 8, 3)),
+        (100, "half"): ((32, 512, 0, 8, 3), (64, 256, 0, 8, 3)),
+        (100, "tf32"): ((32, 256, 0, 8, 3), (32, 256, 0, 8, 3)),
+        ("gfx942", "half"): ((32, 256, 0, 8, 2), (32, 128, 0, 8, 2)),
+        ("gfx942", "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
+    },
+    "onepass": {
+        (75, "half"): ((32, 32, 16, 8, 2), (16, 16, 16, 8, 2)),
+        (75, "ieee"): ((32, 32, 16, 8, 2), (16, 16, 16, 8, 2)),
+        (80, "half"): ((64, 64, 32, 4, 3), (32, 32, 32, 4, 3)),
+        (80, "ieee"): ((32, 64, 32, 8, 3), (16, 32, 16, 8, 2)),
+        (80, "tf32"): ((32, 32, 32, 4, 3), (32, 32, 32, 4, 3)),
+        (86, "half"): ((32, 64, 32, 4, 3), (32, 64, 32, 8, 3)),
+        (86, "ieee"): ((32, 64, 32, 8, 3), (16, 32, 16, 8, 2)),
+        (86, "tf32"): ((32, 32, 32, 4, 3), (32, 32, 16, 4, 2)),
+        (90, "half"): ((32, 64, 32, 4, 3), (32, 64, 32, 8, 3)),
+        (90, "ieee"): ((32, 32, 16, 8, 3), (32, 32, 16, 8, 2)),
+        (90, "tf32"): ((32, 32, 32, 4, 3), (32, 32, 16, 4, 2)),
+        (120, "half"): ((32, 64, 32, 4, 3), (32, 64, 32, 4, 3)),
+        (120, "ieee"): ((32, 32, 32, 8, 3), (16, 32, 16, 8, 2)),
+        ("gfx942", "half"): ((64, 64, 32, 4, 2), (32, 32, 32, 4, 2)),
+        ("gfx942", "ieee"): ((32, 64, 32, 4, 2), (32, 32, 32, 4, 2)),
+    },
+}
+INTERPRETER_RANK = Tile(32, 64, 64, 4, 1)
+
+
+@functools.cache
+def rank_tiles(kernel: str, target: Target, R: int, kind: str) -> tuple[Tile, ...]:
+    """At most three tiles of a kernel of RANK_TILES, the default first; () where no tile holds that rank."""
+    limits = HOLDS[kernel]
+    if target.backend == "interpreter":
+        return (INTERPRETER_RANK,) if R <= limits[-1] else ()
+    table, arch = RANK_TILES[kernel], target.family
+    while (arch, kind) not in table:
+        arch = LIKE[arch]
+    cuts = [cut for cut, limit in zip(table[arch, kind], limits, strict=True) if limit >= R]
+    return tuple(Tile(*cut) for cut in dict.fromkeys(cuts))
+
+
+def split_k(target: Target, M: int, K: int, tile: Tile) -> tuple[int, int]:
+    """How many programs of `s_kernel` share K, and the columns of each."""
+    return split(target, K, tile.block_k, 2048, ceil_div(M, tile.block_m))
+
+
+def split_m(target: Target, M: int, K: int, tile: Tile) -> tuple[int, int]:
+    """How many programs of `da_kernel` share M, and the rows of each."""
+    return split(target, M, tile.block_m, 512, ceil_div(K, tile.block_k))
+
+
+def regions(target: Target, M: int, tile: Tile, parts_n: int) -> tuple[int, int]:
+    """How many regions of rows `ds_db_kernel` walks, and the rows of each."""
+    return split(target, M, tile.block_m, 256, 2 * parts_n)  # a region fills a multiprocessor: one each is enough
+
+
+@functools.lru_cache(maxsize=1024)
+def ds_db_tile(target: Target, M: int, N: int, R: int, kind: str, itemsize: int) -> Tile | None:
+    """The default tile of `ds_db_kernel`; None where its partials would move more bytes than dY read again."""
+    for tile in rank_tiles("ds_db", target, R, kind):
+        parts_n = ceil_div(N, tile.block_n)
+        parts_m, _ = regions(target, M, tile, parts_n)
+        partials = 8 * R * (parts_n * M * (parts_n > 1) + parts_m * N * (parts_m > 1))
+        if partials <= M * N * itemsize or target.backend == "interpreter":
+            return tile
+    return None
+
+
+# The GEMM. Rows: "tma" and "tma dropout" through descriptors, "aligned" and "ragged" through pointers; then the type of
+# float32 products; " wide" for a rank above RANK_WIDE, where that needs other tiles.
+def _cut(*cuts: tuple[int, int, int, int, int], tma: bool = False) -> tuple[Tile, ...]:
+    return tuple(Tile(*cut, tma=tma) for cut in cuts)
+
+
+_COMMON = {
+    "aligned": _cut((128, 128, 64, 8, 2), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
+    "ragged": _cut((64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
+    "aligned tf32": _cut((64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+    "ragged tf32": _cut((64, 64, 32, 8, 3), (32, 32, 32, 4, 2)),
+    "aligned ieee": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
+    "ragged ieee": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
+}
+_CDNA = {
+    "aligned": _cut((128, 128, 64, 8, 2), (64, 64, 64, 4, 2), (32, 64, 64, 4, 2)),
+    "aligned wide": _cut((64, 64, 64, 4, 2), (32, 64, 64, 4, 2)),
+    "ragged": _cut((64, 64, 32, 4, 2)),
+    "aligned ieee": _cut((64, 64, 32, 4, 2)),
+    "ragged ieee": _cut((32, 64, 32, 4, 2)),
+}
+GEMM_TILES: dict[int | str, dict[str, tuple[Tile, ...]]] = {
+    75: {  # no matrix instructions for these kernels: all products in registers
+        "aligned": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
+        "ragged": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
+        "aligned ieee": _cut((16, 32, 16, 8, 1)),
+        "ragged ieee": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
+    },
+    80: _COMMON
+    | {
+        "aligned": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+        "aligned wide": _cut((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+        "ragged": _cut((128, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
+        "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+        "ragged tf32": _cut((32, 32, 32, 4, 2)),
+        "ragged ieee": _cut((32, 64, 16, 4, 1)),
+    },
+    86: _COMMON | {"ragged tf32 wide": _cut((32, 32, 32, 4, 2))},
+    89: _COMMON | {"ragged tf32 wide": _cut((32, 32, 32, 4, 2))},
+    90: _COMMON
+    | {
+        "tma": _cut((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
+        "tma dropout": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
+        "tma dropout wide": _cut((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
+        "aligned": _cut((128, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+        "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+        "ragged": _cut((128, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
+        "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
+        "ragged tf32": _cut((128, 64, 32, 8, 3), (64, 64, 32, 8, 3), (32, 32, 32, 4, 2)),
+        "aligned ieee": _cut((32, 64, 16, 4, 1)),
+    },
+    100: _COMMON
+    | {
+        "tma": _cut((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), tma=True),
+        "tma wide": _cut((128, 128, 64, 8, 4), tma=True),
+        "tma dropout": _cut((128, 256, 64, 8, 3), (64, 64, 64, 4, 4), tma=True),
+        "aligned": _cut((128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
+        "aligned wide": _cut((128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
+    },
+    120: _COMMON
+    | {
+        "aligned wide": _cut((128, 128, 64, 8, 2), (64, 64, 64, 4, 3)),
+        "aligned ieee": _cut((32, 64, 16, 4, 1)),
+    },
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
+}
+INTERPRETER_GEMM = Tile(32, 32, 32, num_warps=4, num_stages=1, group_m=2)
+INTERPRETER_TMA = Tile(32, 32, 32, num_warps=4, num_stages=1, group_m=2, tma=True)
+
+
+def gemm_row(target: Target, kind: str, R: int, aligned: bool, dropout: bool, tma: bool) -> tuple[Tile, ...]:
+    """The tiles of a table's row, large ones first. With `tma` () where the architecture or the case has none."""
+    if target.backend == "interpreter":
+        return (INTERPRETER_TMA if tma else INTERPRETER_GEMM,)
+    table = GEMM_TILES[target.family]
+    row = "aligned" if aligned else "ragged"
+    if tma:
+        # through descriptors a wide dropped update on rows not aligned would spill
+        if kind != "half" or (dropout and not aligned and R > RANK_WIDE):
+            return ()
+        row = "tma dropout" if dropout else "tma"
+    elif kind != "half":
+        row += f" {kind}"
+    return table.get(f"{row} wide" if R > RANK_WIDE else row, table.get(row, ()))
+
+
+@functools.lru_cache(maxsize=4096)
+def gemm_tiles(
+    target: Target, M: int, N: int, R: int, kind: str, aligned: bool, dropout: bool, tma: bool, count: int
+) -> tuple[Tile, ...]:
+    """At most three tiles for Y (M, N) = X W + S U of rank R on `count` multiprocessors, the default first.
+
+    `aligned`: every row starts at a multiple of 16 elements and lies side by side. `tma`: descriptors can show X, W, Y.
+    Least cost first: waves, times a tile's area and the traffic of its edges, which small tiles pay more often.
+    """
+
+    def cost(tile: Tile) -> float:
+        waves = ceil_div(ceil_div(M, tile.block_m) * ceil_div(N, tile.block_n), count)
+        return waves * (tile.block_m * tile.block_n + 32 * (tile.block_m + tile.block_n))
+
+    tiles = tma and target.has_tma and gemm_row(target, kind, R, aligned, dropout, True)
+    return tuple(sorted(tiles or gemm_row(target, kind, R, aligned, dropout, False), key=cost)[:3])

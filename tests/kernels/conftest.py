@@ -19,9 +19,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for `import judge`
 
 COMPILED = {"test_matrix.py"}
-collect_ignore = [
-    file.name for file in HERE.glob("test_*.py") if (file.name in COMPILED) == env.interpreting()
-]
+collect_ignore = [file.name for file in HERE.glob("test_*.py") if (file.name in COMPILED) == env.interpreting()]
 
 
 def pytest_collection_modifyitems(items):

@@ -54,4 +54,3 @@ DTYPES = (torch.float32, torch.float16)
 def draw(*shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed + 7 * sum(shape))
     return torch.randn(*shape, generator=generator).to(dtype)
-

@@ -9,14 +9,14 @@ import pytest
 import torch
 from judge import DTYPES, LAYOUTS, RANKS, draw, judge, strided
 
-from fastlora.kernels.dropout import Dropout, keep_mask
-from fastlora.kernels.gemm import gemm_dx, gemm_forward, make_plan
-from fastlora.kernels.gemm_tiles import INTERPRETER_TMA_TILE, TABLE, gemm_tile
-from fastlora.kernels.tiles import TARGETS, Target, Tile
+from fastlora.kernels.dropout import Dropout, keep_mask, mask_bits
+from fastlora.kernels.gemm import gemm_dx, gemm_forward, gemm_launch
+from fastlora.kernels.grads import da
+from fastlora.kernels.tiles import INTERPRETER_TMA, Target, Tile
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-TMA = INTERPRETER_TMA_TILE
+TMA = INTERPRETER_TMA
 
 
 def seeded(p):
@@ -162,45 +162,47 @@ def test_offsets_past_two_to_the_31(name):
         assert torch.equal(gemm_dx(*args[0]), gemm_dx(*args[1]))
 
 
-SHAPES = [(1, 4096, 4096), (64, 100, 128), (960, 768, 768), (4096, 2304, 768), (8192, 4096, 4096), (100000, 50257, 768)]
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (33, 97, 65), (64, 64, 96)])
+def test_the_mask_from_bits_is_the_mask_from_the_seed(M, N, K):
+    for dtype, R in itertools.product(DTYPES, (3, 40)):
+        t = operands(M, N, K, R, dtype)
+        bits = mask_bits(M, K, t["x"].device).fill_(0xAA)
+        dA = da(t["S"], t["x"], seeded(0.3), dtype, bits=bits)
+        assert torch.equal(dA, da(t["S"], t["x"], seeded(0.3), dtype))
+        kept = ((bits[:, :, None] >> torch.arange(8)) & 1).flatten(1)
+        assert torch.equal(kept[:, :K].bool(), keep_mask(seeded(0.3), M, K))
+        args = t["dy"], t["weight"], t["S"], t["lora_A"], seeded(0.3)
+        for tile in (None, TMA) if K % 8 == 0 and N % 8 == 0 else (None,):
+            assert torch.equal(gemm_dx(*args, bits=bits, tile=tile), gemm_dx(*args, tile=tile))
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_tile_is_one_of_the_table(target, dtype):
-    listed = {tile for tiles in TABLE[target.arch].values() for tile in tiles}
-    for (M, N, K), aligned, dropout, tma in itertools.product(SHAPES, *[(True, False)] * 3):
-        tile = gemm_tile(target, "dx", M, N, K, 16, dtype, aligned, dropout=dropout, tma=tma)
-        assert tile in listed
-        assert tile.tma is False or tma
+def test_descriptors_refuse_rows_that_overlap():
+    t = operands(8, 32, 64, 2, torch.float16)
+    x = torch.zeros(8 * 64, dtype=torch.float16).as_strided((8, 64), (32, 1))
+    with pytest.raises(ValueError, match="do not overlap"):
+        gemm_forward(x, t["weight"], None, t["S"], t["lora_B"], tile=TMA)
+    check_forward(x, t["weight"], None, t["S"], t["lora_B"])
 
 
-def test_few_rows_get_a_low_tile_and_many_a_large_one():
-    for target in TARGETS[1:]:  # Turing has one tile
-        few, many = (gemm_tile(target, "forward", M, 4096, 4096, 16, torch.float16, True) for M in (16, 16384))
-        assert few.block_m < many.block_m
-        assert few.block_m * few.block_n < many.block_m * many.block_n
-
-
-def test_unknown_gpus_get_a_relatives_tile():
-    for unknown, known in [(87, 80), (103, 100), (121, 120), (70, 75), ("gfx90a", "gfx942"), ("gfx1100", "gfx942")]:
-        backend = "hip" if isinstance(unknown, str) else "cuda"
-        args = "forward", 4096, 4096, 4096, 16, torch.float16, True
-        assert gemm_tile(Target(backend, unknown), *args) == gemm_tile(Target(backend, known), *args)
-
-
-def plan(target, N=4096, strides=(4096, 1, 1, 4096, 1, 16, 1, 1, 16), dtype=torch.float16, addresses=0, dropout=False):
-    args = 132, "forward", dtype, 8192, N, 4096, 16, strides, addresses, True, dropout, "ieee", None
-    return make_plan(target, *args)
+def launch(target, N=4096, x_strides=(4096, 1), w_strides=(4096, 1), start=0, dropout=None):
+    """Of the forward product on `target`, from tensors without memory."""
+    x = torch.empty(1 << 26, dtype=torch.float16, device="meta")[start:].as_strided((8192, 4096), x_strides, start)
+    W = torch.empty(1 << 26, dtype=torch.float16, device="meta").as_strided((N, 4096), w_strides)
+    s, u, y = (torch.empty(size, dtype=torch.float16, device="meta") for size in ((8192, 16), (16, N), (8192, N)))
+    return gemm_launch(target, x, W.t(), None, s, u, dropout, None, y)
 
 
 def test_hopper_takes_descriptors_where_rows_are_16_byte_pieces():
-    hopper = Target("cuda", 90)
-    assert plan(hopper).tile.tma and plan(hopper).grid == (132,) and plan(hopper).constants["FLATTEN"]
-    assert plan(hopper, dropout=True).tile.tma and not plan(hopper, dropout=True).constants["FLATTEN"]
-    assert plan(hopper, strides=(4096, 1, 4096, 1, 1, 16, 1, 1, 16)).constants["W_BY_N"] is False
-    assert not plan(hopper, N=4097).tile.tma
-    assert not plan(hopper, addresses=2).tile.tma
-    assert not plan(hopper, strides=(1, 8192, 1, 4096, 1, 16, 1, 1, 16)).tile.tma
-    assert not plan(hopper, strides=(0, 1, 1, 4096, 1, 16, 1, 1, 16)).tile.tma
-    assert not plan(Target("cuda", 80)).tile.tma
+    hopper, drawn = Target("cuda", 90), Dropout(0.5, torch.empty(1, dtype=torch.int64, device="meta"))
+
+    def described(target=hopper, **keywords):
+        return "x_desc" in launch(target, **keywords).args
+
+    assert described() and described(dropout=drawn) and launch(hopper).grid == (132,)
+    assert launch(hopper).args["W_BY_N"] and not launch(hopper, w_strides=(1, 4096)).args["W_BY_N"]
+    assert described(x_strides=(4104, 1))
+    for refused in (
+        {"N": 4097}, {"start": 1}, {"x_strides": (1, 8192)}, {"x_strides": (0, 1)}, {"x_strides": (4088, 1)},
+        {"w_strides": (4088, 1)}, {"target": Target("cuda", 80)},
+    ):  # fmt: skip
+        assert not described(**refused), refused

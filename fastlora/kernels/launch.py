@@ -1,0 +1,104 @@
+"""One launch of a kernel as data: production runs it, the compile matrix compiles it, a recording keeps it.
+
+Each kernel file has functions that make Launches of tensors; tensors on torch's `meta` device do as well, for those are
+shapes, strides, dtypes and an alignment without memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fastlora.kernels.tiles import Target
+
+SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+_recorded: ContextVar[list | None] = ContextVar("recorded launches", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """`fn[grid](**args, **options)`: `args` by name in the order of the signature, constexprs included.
+
+    Scratch memory is an argument like any other: a tensor that an earlier launch of the same call writes.
+    """
+
+    fn: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self) -> None:
+        """Launch on the current stream, or in Triton's interpreter. Every launch of this package passes here."""
+        kernel = self.fn[self.grid](**self.args, **self.options)
+        recorded = _recorded.get()
+        if recorded is not None:
+            recorded.append((self, kernel))
+
+    def compile(self, target: Target):
+        """The kernel that `run` would launch on `target`, compiled with no GPU."""
+        gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+        backend = make_backend(gpu)
+        bind = create_function_from_signature(self.fn.signature, self.fn.params, backend)
+        bound, specialization, _ = bind(**self.args, **self.options)
+        options, signature, constants, attrs = self.fn._pack_args(
+            backend, self.options, bound, specialization, self.options
+        )
+        source = ASTSource(self.fn, signature, constants, attrs)
+        return triton.compile(source, target=gpu, options=options.__dict__)
+
+    @property
+    def label(self) -> str:
+        """What tells this launch from others of the package: "s/bf16/a:f32/r32/aligned/dropout 32x128 w4 s4".
+
+        Kernel, dtype of its first tensor, tensors that have another, padded rank, whether tensors start and rows follow
+        at multiples of 16 ("uneven": but the K loop does not end with a block), flags that are on; then the tile.
+        """
+        args = self.args
+        tensors = {n: getattr(a, "base", a) for n, a in args.items() if n.endswith(("_ptr", "_desc"))}
+        dtypes = {n.rsplit("_", 1)[0]: SHORT[t.dtype] for n, t in tensors.items() if getattr(t, "dtype", None) in SHORT}
+        first = next(iter(dtypes.values()), "")  # the mask's kernel has none
+        rows = [v for n, v in args.items() if n.startswith("stride_") or n in ("N", "K")]
+        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors.values()) and all(
+            v % 16 == 0 or v == 1 for v in rows
+        )
+        words = [self.fn.__name__.removesuffix("_kernel"), *([first] * bool(first))]
+        words += [f"{n}:{d}" for n, d in dtypes.items() if d != first]
+        if "BLOCK_R" in args:
+            words.append(f"r{args['BLOCK_R'] * args.get('RANK_STEPS', 1)}")
+        words.append(("aligned" if args.get("EVEN_K", True) else "uneven") if aligned else "ragged")
+        words += [n.lower() for n, v in args.items() if n.isupper() and v and type(v) is bool and n != "EVEN_K"]
+        words += [[], ["dropout"], ["dropout"], ["dropout", "bits"]][args.get("DROPOUT", 0)]
+        words += ["tf32"] * (args.get("INPUT_PRECISION") == "tf32")
+        tile = "x".join(str(args[f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in args)
+        return " ".join(["/".join(words), *([tile] * bool(tile)), *(f"{n[4]}{v}" for n, v in self.options.items())])
+
+
+def number(scaling: float | torch.Tensor) -> float | torch.Tensor:
+    """`scaling` as an argument: an int would be compiled in."""
+    return scaling if isinstance(scaling, torch.Tensor) else float(scaling)
+
+
+def run(launches: Iterable[Launch]) -> None:
+    """Launch them in order."""
+    for launch in launches:
+        launch.run()
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[Launch, Any]]]:
+    """Collects (launch, compiled kernel as Triton returned it) of every launch of this thread, in order."""
+    recorded: list[tuple[Launch, Any]] = []
+    token = _recorded.set(recorded)
+    try:
+        yield recorded
+    finally:
+        _recorded.reset(token)

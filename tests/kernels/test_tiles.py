@@ -1,0 +1,75 @@
+"""The choice of tiles: every target has some for every kernel, cuts cover a matrix once, and partials stay small."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from fastlora.kernels.tiles import (
+    GEMM_TILES, INTERPRETER, RANK_TILES, TARGETS, Target, ceil_div, ds_db_tile, gemm_tiles, rank_tiles, regions, split_k,
+    split_m,
+)  # fmt: skip
+
+SHAPES = [(1, 1), (64, 100), (960, 768), (8192, 4096), (100_000, 384), (33, 50_000)]
+
+
+def kinds(target: Target):
+    return ("half", "ieee", "tf32") if target.backend == "cuda" and target.arch >= 80 else ("half", "ieee")
+
+
+@pytest.mark.parametrize("target", [*TARGETS, INTERPRETER], ids=str)
+@pytest.mark.parametrize("R", [1, 16, 17, 33, 128])
+def test_every_kernel_has_up_to_three_tiles_and_splits_cover_each_element_once(target, R):
+    for kind, kernel in itertools.product(kinds(target), RANK_TILES):
+        tiles = rank_tiles(kernel, target, R, kind)
+        assert len(tiles) <= 3 and (tiles or (kernel == "ds_db" and R > 32))
+        for tile, (M, K) in itertools.product(tiles, SHAPES):
+            assert tile.block_k % 8 == 0  # the mask's columns come by eights
+            for cut, length, block in ((split_k, K, tile.block_k), (split_m, M, tile.block_m)):
+                if block and kernel != "ds_db":
+                    splits, each = cut(target, M, K, tile)
+                    assert (splits - 1) * each < length <= splits * each and each % block == 0
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_partials_stay_below_what_they_save(target):
+    for (kind, itemsize), (M, N), R in itertools.product((("half", 2), ("ieee", 4)), SHAPES, (1, 16, 32, 128)):
+        tile = ds_db_tile(target, M, N, R, kind, itemsize)
+        if tile is not None:
+            parts_n = ceil_div(N, tile.block_n)
+            parts_m, region_m = regions(target, M, tile, parts_n)
+            assert region_m % tile.block_m == 0
+            assert 8 * R * (M * parts_n * (parts_n > 1) + N * parts_m * (parts_m > 1)) <= M * N * itemsize
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("kind", ["half", "ieee"])
+def test_the_gemm_has_up_to_three_tiles_of_its_table(target, kind):
+    listed = {tile for row in GEMM_TILES[target.family].values() for tile in row}
+    for (M, N), R, aligned, dropout, tma in itertools.product(SHAPES, (16, 128), *[(True, False)] * 3):
+        tiles = gemm_tiles(target, M, N, R, kind, aligned, dropout, tma, target.multiprocessors)
+        assert 1 <= len(tiles) <= 3 and set(tiles) <= listed
+        assert tma or not any(tile.tma for tile in tiles)
+
+
+def test_few_rows_get_a_low_tile_and_many_a_large_one():
+    for target in TARGETS[1:]:  # Turing has one tile
+        few, many = (gemm_tiles(target, M, 4096, 16, "half", True, False, False, 128)[0] for M in (16, 16384))
+        assert few.block_m < many.block_m and few.block_m * few.block_n < many.block_m * many.block_n
+
+
+def test_unknown_gpus_get_a_relatives_tile():
+    for unknown, known in [(87, 80), (103, 100), (121, 120), (70, 75), ("gfx90a", "gfx942"), ("gfx1100", "gfx942")]:
+        backend = "hip" if isinstance(unknown, str) else "cuda"
+        for kernel in RANK_TILES:
+            assert rank_tiles(kernel, Target(backend, unknown), 8, "half") == rank_tiles(
+                kernel, Target(backend, known), 8, "half"
+            )
+
+
+def test_programs_of_a_multiprocessor():
+    ampere, hopper = Target("cuda", 80), Target("cuda", 90)
+    assert hopper.programs(168, 225_312, 8) == 1
+    assert ampere.programs(128, 0, 4) == 4 and ampere.programs(129, 0, 4) == 3  # registers, in eights a thread
+    assert ampere.programs(32, 54 * 1024, 4) == 2  # a KiB of each program is the driver's
