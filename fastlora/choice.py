@@ -60,8 +60,8 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
         if len(_selected) >= 4096:  # a server with every length under the sun
             forget()
         _selected[key] = chosen
-        if NODE is not None and path is None and chosen is PATHS["cpu"]:
-            NODE.allow(x.dtype is torch.bfloat16, lora_A.dtype is torch.bfloat16, R, dropout)
+        if NODE is not None and path is None:
+            NODE.choose(chosen, x, weight, lora_A, dropout)
     return chosen
 
 
