@@ -44,7 +44,7 @@ using std::int64_t;
 using torch::autograd::variable_list;
 
 // Given once by `prepare`, and kept for good.
-std::vector<PyObject*> paths;  // the values of fastlora.paths.PATHS; a path is its place among them
+std::vector<PyObject*> paths;  // fastlora.paths.PATHS, then what has tiles of its own; a path is its place among them
 int path_cpu = -1;
 PyObject* python_gradients = nullptr;  // fastlora.autograd.gradients
 PyObject *python_forward = nullptr, *python_backward = nullptr;  // the ops of fastlora/ops.py
@@ -389,10 +389,12 @@ TORCH_LIBRARY_FRAGMENT(fastlora, library) {
 
 // ---- the module ----
 
+// A path with tiles of its own (Path.with_tiles) is met here for the first time.
 int path_of(PyObject* object) {
   for (std::size_t i = 0; i < paths.size(); ++i)
     if (paths[i] == object) return static_cast<int>(i);
-  return -1;
+  paths.push_back(Py_NewRef(object));
+  return static_cast<int>(paths.size() - 1);
 }
 
 PyObject* lora_linear(PyObject*, PyObject* const* values, Py_ssize_t count) { return call(-1, values, count); }

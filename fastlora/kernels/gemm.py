@@ -224,6 +224,16 @@ def descriptors_fit(x: Tensor, w: Tensor, y: Tensor) -> bool:
     )
 
 
+def gemm_choices(target: Target, x: Tensor, w: Tensor, y: Tensor, R: int, dropout: bool) -> tuple[Tile, ...]:
+    """At most three tiles for y (M, N) = x (M, K) w (K, N) + an update of rank R, the default first."""
+    (M, K), N = x.shape, w.shape[1]
+    kind = tiles.kind_of(x.dtype, tiles.input_precision(x.dtype, target))
+    fit = descriptors_fit(x, w, y)
+    by_n = w.stride(0) == 1 and (w.stride(1) != 1 or N == 1)
+    aligned = fit and (x.stride(0) | N | K | (w.stride(1) if by_n else w.stride(0))) % 16 == 0
+    return tiles.gemm_tiles(target, M, N, R, kind, aligned, dropout, fit, tiles.multiprocessors(x.device, target))
+
+
 def gemm_launch(
     target: Target, x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, u: Tensor, dropout: Dropout | None,
     bits: Tensor | None, y: Tensor, tile: Tile | None = None,
@@ -240,9 +250,7 @@ def gemm_launch(
     count = tiles.multiprocessors(x.device, target)
     by_n = w.stride(0) == 1 and (w.stride(1) != 1 or N == 1)  # W's rows in memory are those of (N, K)
     if tile is None:
-        w_row = w.stride(1) if by_n else w.stride(0)
-        aligned = fit and (x.stride(0) | N | K | w_row) % 16 == 0
-        tile = tiles.gemm_tiles(target, M, N, R, kind, aligned, dropout is not None, fit, count)[0]
+        tile = gemm_choices(target, x, w, y, R, dropout is not None)[0]
     elif tile.tma and not fit:
         raise ValueError(
             f"tile {tile} needs rows of whole 16-byte pieces that do not overlap: strides {x.stride()} and {w.stride()}"
