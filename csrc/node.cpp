@@ -15,7 +15,8 @@
 #include <torch/library.h>
 
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/randint.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/random.h>
 #include <ATen/ops/zeros.h>
 
 #include <cstdlib>
@@ -157,7 +158,8 @@ MaybePlan chosen_plan(const Tensor& x, const Tensor& weight, const Call& call) {
 
 Tensor draw_seed(double p, c10::Device device) {  // fastlora.paths.problem.draw_seed
   if (!(p > 0.0)) return Tensor();
-  return at::randint(std::numeric_limits<int64_t>::max(), {}, at::TensorOptions(at::kLong).device(device));
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;
+  return at::empty({}, at::TensorOptions(at::kLong).device(device)).random_(0, std::numeric_limits<int64_t>::max());
 }
 
 Result forward(const Plan& plan, const Layer& layer) {
@@ -239,18 +241,17 @@ Tensor shadow(const Tensor& x) {
 }
 
 struct LoRALinear : torch::autograd::Function<LoRALinear> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                        const Tensor& lora_A, const Tensor& lora_B, const Optional& bias, const Layer& layer,
-                        const Plan& plan) {
+  // Only what may get a gradient stands before `layer`: torch keeps sizes of each.
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& lora_A,
+                        const Tensor& lora_B, const Optional& bias, const Layer& layer, const Plan& plan) {
     const Result result = ::forward(plan, layer);
     const Tensor kept = lora_A.requires_grad()                        ? x
                         : x.requires_grad() && lora_B.requires_grad() ? shadow(x)
                                                                       : Tensor();
-    ctx->save_for_backward({kept, x.requires_grad() ? weight : Tensor(), lora_A, lora_B, result.S, layer.seed});
+    ctx->save_for_backward({kept, x.requires_grad() ? layer.weight : Tensor(), lora_A, lora_B, result.S, layer.seed});
     ctx->saved_data["scaling"] = layer.scaling;
     ctx->saved_data["p"] = layer.p;
-    ctx->saved_data["bias"] = bias.has_value();
-    ctx->saved_data["path"] = int64_t{plan.path};
+    ctx->saved_data["path, bias"] = int64_t{plan.path} << 1 | bias.has_value();
     return result.y;
   }
 
@@ -259,15 +260,16 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     const Tensor& dy = incoming[0];
     const variable_list saved = ctx->get_saved_variables();
     const double scaling = ctx->saved_data["scaling"].toDouble(), p = ctx->saved_data["p"].toDouble();
-    const int path = static_cast<int>(ctx->saved_data["path"].toInt());
-    const Needs needs{ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3),
-                      ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(4)};
+    const int64_t path_and_bias = ctx->saved_data["path, bias"].toInt();
+    const int path = static_cast<int>(path_and_bias >> 1);
+    const Needs needs{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+                      (path_and_bias & 1) && ctx->needs_input_grad(3)};
     const Incoming in{dy, needs.A ? saved[0] : Tensor(), needs.x ? saved[1] : Tensor(), saved[2], saved[3], saved[4],
                       saved[5], scaling, p, needs.B};
     const bool ours = !at::GradMode::is_enabled() && nobody_watches() && fits(in);
     const MaybePlan plan = ours ? ::plan(path, in) : std::nullopt;
     variable_list g = plan ? gradients(*plan, in, needs) : backward_in_python(dy, saved, scaling, p, path, needs);
-    return {g[0], Tensor(), g[1], g[2], g[3], Tensor(), Tensor()};
+    return {g[0], g[1], g[2], g[3], Tensor(), Tensor()};
   }
 
  private:
@@ -316,7 +318,7 @@ PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
     ReleasesGIL no_gil;
     layer.seed = draw_seed(p, x.device());
     const bool learns = x.requires_grad() || A.requires_grad() || B.requires_grad() || (bias && bias->requires_grad());
-    y = learns && at::GradMode::is_enabled() ? LoRALinear::apply(x, weight, A, B, bias, layer, *plan)
+    y = learns && at::GradMode::is_enabled() ? LoRALinear::apply(x, A, B, bias, layer, *plan)
                                              : forward(*plan, layer).y;
   }
   return THPVariable_Wrap(y);

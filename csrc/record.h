@@ -8,9 +8,10 @@
 
 #include <torch/csrc/python_headers.h>
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <dlfcn.h>
@@ -201,18 +202,22 @@ class Record {
     const Tensor* slots[SLOTS];
     char* addresses[SLOTS];
     std::array<Tensor, 3> outputs;
-    std::size_t count = COUNT;
     std::copy(inputs.begin(), inputs.end(), slots);
+    // The allocator of at::empty, without the dispatcher, which costs more than it; only ordinary tensors come here.
+    c10::Allocator* allocator = c10::GetAllocator(inputs[0]->device().type());
     for (std::size_t i = 0; i < outputs_.size(); ++i) {
       const Output& output = outputs_[i];
-      outputs[i] = at::empty(at::IntArrayRef(output.sizes, output.dims), inputs[output.like]->options());
-      slots[count++] = &outputs[i];
+      const Tensor& like = *inputs[output.like];
+      const c10::DispatchKeySet keys(like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
+      outputs[i] = at::detail::empty_generic(at::IntArrayRef(output.sizes, output.dims), allocator, keys,
+                                             like.scalar_type(), std::nullopt);
+      slots[COUNT + i] = &outputs[i];
     }
-    Tensor workspace;
-    if (workspace_) workspace = at::empty({workspace_}, inputs[0]->options().dtype(at::kByte));
-    slots[count++] = &workspace;
+    const std::size_t count = COUNT + outputs_.size();
     for (std::size_t i = 0; i < count; ++i)
       addresses[i] = slots[i]->defined() ? static_cast<char*>(slots[i]->mutable_data_ptr()) : nullptr;
+    const c10::DataPtr workspace = allocator->allocate(workspace_);
+    addresses[count] = static_cast<char*>(workspace.get());
     for (const Step& step : steps_) {
       if (step.product) {
         Tensor out = matrix(slots, step.product->out);

@@ -39,7 +39,7 @@ ALIGNMENT = 256  # of scratch memory: no less than what torch's allocator gives 
 COOPERATIVE, CLUSTER, SCHEDULING, SERIALIZATION = 2, 4, 5, 6  # CUlaunchAttributeID
 SPREAD = 1  # CUclusterSchedulingPolicy
 
-_kernels: set = set()  # compiled kernels of records: while one may be launched, it stays loaded
+kernels: set = set()  # compiled kernels of records: while one may be launched, it stays loaded
 
 
 class Unrecordable(Exception):
@@ -87,7 +87,7 @@ def observe(
         steps = tuple(_product(slots, *s) if isinstance(s[0], Tensor) else launch_step(slots, *s) for s in launches)
     except (Unrecordable, AttributeError, KeyError, ImportError) as obstacle:  # the rest: another Triton than we know
         return outputs, None, f"{type(obstacle).__name__}: {obstacle}"
-    _kernels.update(kernel for step in launches if not isinstance(step[0], Tensor) for kernel in step[1:])
+    kernels.update(kernel for step in launches if not isinstance(step[0], Tensor) for kernel in step[1:])
     return outputs, (slots.outputs, slots.workspace, steps), None
 
 
@@ -156,7 +156,7 @@ def launch_step(slots: _Slots, launch: Any, kernel: Any) -> tuple:
             raise Unrecordable(f"argument {name} of type {kind}")
     parameters.number("q", 0)  # the two kinds of Triton's scratch memory
     parameters.number("q", 0)
-    if parameters.sizes != _sizes_in_ptx(kernel):
+    if parameters.sizes != sizes_in_ptx(kernel):
         raise Unrecordable(f"{kernel.name} takes other parameters than its signature tells")
     attributes = [
         *([_attribute(SERIALIZATION, 1)] if getattr(meta, "launch_pdl", False) else ()),
@@ -172,7 +172,7 @@ def _attribute(which: int, *values: int) -> bytes:
     return struct.pack("I4x64s", which, struct.pack(f"{len(values)}I", *values))
 
 
-def _sizes_in_ptx(kernel: Any) -> list[int]:
+def sizes_in_ptx(kernel: Any) -> list[int]:
     """Bytes of each parameter of the kernel, as its PTX declares them."""
     entry = kernel.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
     found = re.findall(r"\.param(?:\s+\.align\s+\d+)?\s+\.[a-z](\d+)(?:\s+\.ptr[^,\n]*?)?\s+\w+_param_\d+(?:\[(\d+)\])?", entry)

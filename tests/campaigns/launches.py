@@ -23,7 +23,7 @@ import torch
 
 import fastlora
 from fastlora import choice, node, record
-from tests.campaigns import sync
+from . import sync
 
 PATHS = ("hybrid", "onepass", "split")
 SIZES = ((64, 96, 128), (33, 53, 41), (4096, 512, 1024), (1, 24, 40))  # M, N, K
@@ -53,10 +53,10 @@ OF_PRODUCTS = ctypes.CFUNCTYPE(
 class Trace:
     """What the driver and cuBLAS are handed: in `rows`, each (what must be the same, addresses)."""
 
-    def __init__(self) -> None:
+    def __init__(self, library: str = sync.LIBRARY) -> None:
         self.rows: list[tuple[tuple, tuple[int, ...]]] = []
         self._callbacks = OF_LAUNCHES(self._launch), OF_PRODUCTS(self._product)
-        ctypes.CDLL(sync.LIBRARY).hollow_trace(*self._callbacks)
+        ctypes.CDLL(library).hollow_trace(*self._callbacks)
 
     def take(self) -> list:
         rows, self.rows = self.rows, []
@@ -79,20 +79,19 @@ class Trace:
 
 def _parameters() -> dict[int, list[tuple[int, str]]]:
     """Of each kernel recorded so far, by its CUfunction: bytes and kind of each parameter."""
-    for kernel in record._kernels:
-        if kernel.function not in _known:
-            kinds = []
-            for kind in kernel.src.signature.values():
-                if kind.startswith("tensordesc"):
-                    kinds += ["map"] + ["number"] * 2 * (kind.split("[")[1].split("]")[0].count(",") + 1)
-                elif kind != "constexpr":
-                    kinds.append("address" if kind.startswith("*") else "number")
-            kinds += ["number"] * 2  # memory of Triton's own: none
-            _known[kernel.function] = list(zip(record._sizes_in_ptx(kernel), kinds, strict=True))
-    return _known
+    for kernel in record.kernels - {kernel for kernel, _ in _known.values()}:
+        kinds = []
+        for kind in kernel.src.signature.values():
+            if kind.startswith("tensordesc"):
+                kinds += ["map"] + ["number"] * 2 * (kind.split("[")[1].split("]")[0].count(",") + 1)
+            elif kind != "constexpr":
+                kinds.append("address" if kind.startswith("*") else "number")
+        kinds += ["number"] * 2  # memory of Triton's own: none
+        _known[kernel.function] = kernel, list(zip(record.sizes_in_ptx(kernel), kinds, strict=True))
+    return {function: found for function, (_, found) in _known.items()}
 
 
-_known: dict[int, list[tuple[int, str]]] = {}
+_known: dict[int, tuple[object, list[tuple[int, str]]]] = {}
 
 
 def differences(first: list, second: list, fixed: dict[int, int]) -> tuple[list[str], dict[int, int]]:
