@@ -9,6 +9,7 @@ can be asked: `python -m fastlora.kernels.matrix` tells. The order within a row 
 from __future__ import annotations
 
 import functools
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,12 +102,17 @@ class Tile:
     group_m: int = 8
     tma: bool = False  # through tensor descriptors, in a persistent grid
 
+    def __str__(self) -> str:
+        sides = "x".join(str(side) for side in (self.block_m, self.block_n, self.block_k) if side)
+        return f"{sides}w{self.num_warps}s{self.num_stages}" + "t" * self.tma
+
     @property
     def options(self) -> dict[str, int]:
         """The launch options, as keywords of a Triton launch."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+planned_for: ContextVar[Target] = ContextVar("the target that launches on the meta device are planned for")
 TARGETS = tuple(Target("hip" if isinstance(arch, str) else "cuda", arch) for arch in LIMITS)
 INTERPRETER = Target("interpreter", 0)
 
@@ -120,11 +126,13 @@ def _target_of_index(index: int) -> Target:
 
 
 def target_of(device: torch.device) -> Target:
-    """The target that kernels on `device` are compiled for; asks the device once.
+    """The target that kernels on `device` are compiled for; asks the device once. On `meta`: what is planned for.
 
     Raises:
         RuntimeError: `device` is no GPU, and Triton's interpreter is off.
     """
+    if device.type == "meta":
+        return planned_for.get()
     if device.type == "cuda":
         return _target_of_index(torch.cuda.current_device() if device.index is None else device.index)
     if env.interpreting():

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 from campaigns import concurrency, memory, numbers, observe, properties, sync, waits
 from campaigns.case import Case
-from fastlora.dispatch import registry
+from fastlora.paths import PATHS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,7 +87,7 @@ def test_no_step_waits_for_a_gpu(name, dropout_p):
     import torch
 
     case = (64, 96, 128, 8, torch.float16, torch.float32, dropout_p)
-    found, launched = waits.waits(registry.load(name), case, (9, 0))
+    found, launched = waits.waits(PATHS[name], case, (9, 0))
     assert not found
     assert bool(launched) == (name != "torch")
 
@@ -95,7 +95,7 @@ def test_no_step_waits_for_a_gpu(name, dropout_p):
 def test_a_step_that_waits_for_a_gpu_is_found():
     import torch
 
-    case, honest = (64, 96, 128, 8, torch.float16, torch.float16, 0.0), registry.load("torch")
+    case, honest = (64, 96, 128, 8, torch.float16, torch.float16, 0.0), PATHS["torch"]
     for asks, what in (
         (lambda y: y.sum().item(), "DataDependentOutputException"),
         (lambda y: y.cpu(), "aten._to_copy"),
