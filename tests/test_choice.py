@@ -267,12 +267,17 @@ BROKEN_KERNEL = """
 import torch
 from fastlora import check
 from fastlora.paths import PATHS
+from fastlora.paths.problem import Layout, Problem
 import fastlora.kernels.s as s
 cpu, split = torch.device("cpu"), PATHS["split"]
 assert check.examine(split, cpu) is None, check.examine(split, cpu)
+odd = Layout((48, 1), 4, (1, 24), 0)  # x unaligned and with a pitch, the weight transposed
+trials = [check.Trial(Problem(40, 24, 32, 4, *[torch.float32] * 2, cpu, True, layout)) for layout in (None, odd)]
+assert [trial.fault(split) for trial in trials] == [None, None]
 honest = s.s_forward
 s.s_forward = lambda x, A, scaling, dropout, tile: honest(x, A, scaling * 1.01, dropout, tile)
 print(check.examine(split, cpu))
+assert all("over the limit" in trial.fault(split) for trial in trials), "a trial that finds nothing"
 check.needs_check = lambda path, device: path.name != "torch"
 try:
     import fastlora
