@@ -1,22 +1,21 @@
 """The layers that LoRA can be put on, and their base weights: whatever can show itself as (N, K) for one product.
 
-A plain weight is a Tensor and shows itself. A quantised one is a `Packed`: it has the sizes of what it stands for, and
-dequantises when `dense` asks; the result is never kept for backward. Another form goes into `form_of`, `_statistics`,
-`why_not_packed` and `Packed`. No package is imported here: their weights can only be met once they have been.
+A plain weight is a Tensor and shows itself; a quantised one is a `Packed`. To add a form: `form_of`, `_statistics`,
+`why_not_packed` and `Packed`. No package is imported here: its layers can only be met once it has been.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from fastlora.packed import Packed, dense
+
+__all__ = ["DTYPES", "Packed", "base_parameters", "compute_dtype", "dense", "form_of", "is_conv1d", "logical_dtype"]
+__all__ += ["packed_of", "weight_of", "why_not_packed"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_CHUNK = 1 << 21  # bytes dequantised at a time on a CPU: they are copied while they are in its cache
-_reused = threading.local()
 
 
 def base_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
@@ -34,7 +33,7 @@ def base_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
     if form:
         reason = why_not_packed(linear)
         if reason is not None:
-            raise TypeError(f"linear.weight cannot be dequantised: {reason}")
+            raise TypeError(f"linear cannot be used: {reason}")
         return weight, bias, False
     if weight is None or type(weight.data) is not Tensor or weight.dtype not in DTYPES or weight.ndim != 2:
         what = "no plain parameter" if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
@@ -51,8 +50,10 @@ def is_conv1d(module: nn.Module) -> bool:
 def form_of(module: nn.Module) -> str | None:
     """How `module`, a linear layer, has its weight quantised: "4bit" or "8bit" of bitsandbytes, "torchao"; or None."""
     bnb = sys.modules.get("bitsandbytes.nn")
-    if bnb is not None and isinstance(module, (bnb.Linear4bit, bnb.Linear8bitLt)):
-        return "4bit" if isinstance(module, bnb.Linear4bit) else "8bit"
+    if bnb is not None:
+        forward = type(module).forward
+        if forward is bnb.Linear4bit.forward or forward is bnb.Linear8bitLt.forward:
+            return "4bit" if forward is bnb.Linear4bit.forward else "8bit"
     ao = sys.modules.get("torchao.utils")
     if ao is not None and isinstance(module, nn.Linear) and isinstance(module.weight, ao.TorchAOBaseTensor):
         return "torchao"
@@ -61,18 +62,21 @@ def form_of(module: nn.Module) -> str | None:
 
 def why_not_packed(module: nn.Module) -> str | None:
     """Why a quantised layer's weight cannot show itself as (N, K) now; None if it can."""
-    form, state = form_of(module), _statistics(module)
+    form, state, weight = form_of(module), _statistics(module), module.weight
     if form == "torchao":
-        plain = type(module).forward is nn.Linear.forward and hasattr(module.weight, "dequantize")
-        return None if plain else f"a {type(module.weight).__name__} cannot be dequantised"
+        plain = type(module).forward is nn.Linear.forward and hasattr(weight, "dequantize")
+        return None if plain else f"a {type(weight).__name__} cannot be dequantised"
+    if form == "8bit" and module.state.has_fp16_weights:
+        return "the base weight is kept in 16 bits, and quantised at each call"
     if state is None:
-        return "it is quantised when it is moved to its device, and was not yet"
-    if form == "8bit":
-        return "its weights are kept in 16 bits" if module.state.has_fp16_weights else None
+        return "the base weight is quantised when it is moved to its device, and was not yet"
     if getattr(state, "packing_format_for_cpu", False):
-        return "bitsandbytes has packed it for inference on a CPU"
-    shape = (module.out_features, module.in_features)
-    return None if tuple(state.shape) == shape else f"it was quantised as {tuple(state.shape)}, not {shape}"
+        return "bitsandbytes has packed the base weight for inference on a CPU"
+    N, K = module.out_features, module.in_features
+    size, shape = (N * K, weight.shape) if form == "8bit" else ((N * K + 1) // 2, state.shape)
+    if tuple(shape) == (N, K) and weight.nbytes == size:
+        return None
+    return f"sharded, or another's: the base weight is {weight.nbytes} bytes of {tuple(shape)}, not {size} of {(N, K)}"
 
 
 def _statistics(module: nn.Module) -> object:
@@ -81,7 +85,7 @@ def _statistics(module: nn.Module) -> object:
     if form == "4bit":
         state = getattr(weight, "quant_state", None)
         return module.quant_state if state is None else state
-    return (weight.SCB if module.state.SCB is None else module.state.SCB) if form == "8bit" else None
+    return (getattr(weight, "SCB", None) if module.state.SCB is None else module.state.SCB) if form == "8bit" else None
 
 
 def logical_dtype(module: nn.Module) -> torch.dtype:
@@ -102,65 +106,16 @@ def compute_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
     return module.compute_dtype or x.dtype
 
 
-class Packed:
-    """A quantised weight, frozen, in the place of a Tensor (N, K) of `dtype`, which `dense` makes of it."""
-
-    __slots__ = ("dtype", "form", "shape", "statistics", "weight")
-    requires_grad = False
-
-    def __init__(self, weight: Tensor, form: str, statistics: object, shape: torch.Size, dtype: torch.dtype) -> None:
-        self.weight, self.form, self.statistics, self.shape, self.dtype = weight, form, statistics, shape, dtype
-
-    @classmethod
-    def of(cls, module: nn.Module, dtype: torch.dtype) -> Packed:
-        shape = torch.Size((module.out_features, module.in_features))
-        return cls(module.weight, form_of(module), _statistics(module), shape, dtype)
-
-    def to(self, dtype: torch.dtype) -> Packed:
-        return self if dtype is self.dtype else Packed(self.weight, self.form, self.statistics, self.shape, dtype)
-
-    def dense(self, keep: bool = False) -> Tensor:
-        """The weight (N, K). On a CPU a large one lies in a buffer of the thread, until the next call: fresh memory
-        costs several times what dequantising does there. `keep` asks for memory of its own."""
-        (N, K), rows = self.shape, self._rows()
-        step = self.statistics.blocksize if self.form == "4bit" else 1  # so that blocks begin where chunks do
-        step *= max(1, _CHUNK // max(1, K * step * self.dtype.itemsize))
-        if step >= N or self.form == "torchao" or not self.weight.is_cpu:
-            return rows(0, N)
-        out = torch.empty((N, K), dtype=self.dtype) if keep else _buffer(N * K, self.dtype).view(N, K)
-        for start in range(0, N, step):
-            out[start : start + step] = rows(start, min(start + step, N))
-        return out
-
-    def _rows(self) -> Callable[[int, int], Tensor]:
-        """What makes rows `start` to `stop` of the weight, by the package's own function."""
-        data, state, K, dtype = self.weight.data, self.statistics, self.shape[1], self.dtype
-        if self.form == "torchao":
-            return lambda start, stop: self.weight.dequantize().to(dtype)
-        bnb = sys.modules["bitsandbytes.functional"]
-        if self.form == "8bit":
-            return lambda start, stop: bnb.int8_vectorwise_dequant(data[start:stop], state[start:stop]).to(dtype)
-        absmax, size, code, data = state.absmax, state.blocksize, state.code, data.view(torch.uint8).view(-1)
-        if state.nested:
-            absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
-
-        def rows(start: int, stop: int) -> Tensor:
-            first, last = start * K, stop * K
-            part = absmax[first // size : -(-last // size)]
-            part = bnb.QuantState(part, (stop - start, K), code, size, state.quant_type, dtype)
-            return bnb.dequantize_4bit(data[first // 2 : -(-last // 2)], part)
-
-        return rows
+def packed_of(module: nn.Module, dtype: torch.dtype) -> Packed:
+    """The weight of a quantised layer, to be dequantised to `dtype`."""
+    shape = torch.Size((module.out_features, module.in_features))
+    return Packed(module.weight, form_of(module), _statistics(module), shape, dtype)
 
 
-def dense(weight: Tensor | Packed, keep: bool = False) -> Tensor:
-    """A base weight as (N, K) in memory, for the length of one product: whence every path takes its weight."""
-    return weight.dense(keep) if weight.__class__ is Packed else weight
-
-
-def _buffer(size: int, dtype: torch.dtype) -> Tensor:
-    held = _reused.__dict__.get(dtype)
-    if held is None or held.numel() < size:
-        with torch.inference_mode(False):  # else training could not write into it later
-            held = _reused.__dict__[dtype] = torch.empty(size, dtype=dtype)
-    return held[:size]
+def weight_of(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | Packed, Tensor | None]:
+    """x, weight (N, K) and bias of a product: in the dtype that a quantised layer computes in, else as they are."""
+    weight, bias = module.weight, module.bias
+    if form_of(module) is None:
+        return x, weight.t() if is_conv1d(module) else weight, bias
+    dtype = compute_dtype(module, x)
+    return x.to(dtype), packed_of(module, dtype), None if bias is None else bias.to(dtype)

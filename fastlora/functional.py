@@ -71,7 +71,7 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Ten
     if isinstance(scaling, Tensor):
         lora_B, scaling = _scaled(lora_B, scaling), 1.0
     if compiling or torch._C._is_any_autocast_enabled():
-        x, weight, bias = _autocast(x, weight, bias)
+        x, weight, bias = cast_for_autocast(x, weight, bias)
     if path is None and not compiling and NODE is not None:
         y = NODE.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         if y is not None:
@@ -97,7 +97,7 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Ten
     return autograd.run(select(x, weight, lora_A, dropout_p, path), x, weight, lora_A, lora_B, bias, scaling, dropout_p)
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def cast_for_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast would hand to F.linear on x's device; it leaves float64 alone."""
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type) or x.dtype is torch.float64:

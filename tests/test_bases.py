@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.base_layer import Packed, dense
+from fastlora.base_layer import dense, packed_of
 
 bnb = pytest.importorskip("bitsandbytes")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,7 +68,7 @@ BASES = {
 @pytest.mark.parametrize("K, N, blocksize", [(64, 48, 64), (2048, 1500, 64), (1000, 1300, 64), (1026, 1100, 4096)])
 def test_four_bits_are_dequantised_as_bitsandbytes_does(quant_type, double, dtype, K, N, blocksize):
     layer = four_bit(K, N, dtype, quant_type, double, blocksize=blocksize)
-    packed, want = Packed.of(layer, dtype), of_package(layer, dtype)
+    packed, want = packed_of(layer, dtype), of_package(layer, dtype)
     assert torch.equal(dense(packed), want) and torch.equal(dense(packed, keep=True), want)
 
 
@@ -76,11 +76,11 @@ def test_four_bits_are_dequantised_as_bitsandbytes_does(quant_type, double, dtyp
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_eight_bits_are_dequantised_as_their_package_does(kind, dtype):
     layer = BASES[kind](1024, 1100, dtype)
-    assert torch.equal(dense(Packed.of(layer, dtype)), of_package(layer, dtype))
+    assert torch.equal(dense(packed_of(layer, dtype)), of_package(layer, dtype))
 
 
 def test_large_weights_share_one_buffer_of_the_thread_and_kept_ones_do_not():
-    first, second = (Packed.of(four_bit(2048, 1500, torch.bfloat16), torch.bfloat16) for _ in range(2))
+    first, second = (packed_of(four_bit(2048, 1500, torch.bfloat16), torch.bfloat16) for _ in range(2))
     kept = dense(first, keep=True)
     with torch.inference_mode():
         shared = dense(first)
@@ -97,6 +97,6 @@ def test_error_rule_against_the_dequantised_reference(kind, dtype, adapter):
     inputs = replace(inputs, weight=of_package(layer, dtype))
 
     def function(x, weight, *rest):
-        return fastlora.lora_linear(x, Packed.of(layer, dtype), *rest)
+        return fastlora.lora_linear(x, packed_of(layer, dtype), *rest)
 
     assert not accuracy.violations(accuracy.run(function, inputs), inputs)
