@@ -119,8 +119,10 @@ def explain(layer, x: Tensor) -> Choice:
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    (N, K), dropout = layer.weight.shape, bool(layer.training and layer.lora_dropout > 0.0)
-    problem = Problem(x.shape[:-1].numel(), N, K, layer.lora_A.shape[0], dtype, layer.lora_A.dtype, x.device, dropout)
+    (N, R), K = layer.lora_B.shape, layer.lora_A.shape[1]
+    dora = getattr(layer, "lora_magnitude_vector", None) is not None  # which drops elements of x itself
+    dropout = bool(layer.training and layer.lora_dropout > 0.0 and not dora)
+    problem = Problem(x.shape[:-1].numel(), N, K, R, dtype, layer.lora_A.dtype, x.device, dropout)
     forced = env.forced_path()
     return choose(problem) if forced is None else Choice(_forced(problem, forced).name, "FASTLORA_PATH asks for it")
 

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import functional
+from fastlora import functional, reference
 from fastlora.base_layer import Packed, dense
+from fastlora.errors import warn_once
 from fastlora.gate import through_ops
 from fastlora.paths.problem import base_product, rows
 
@@ -96,6 +97,22 @@ def fused(
     else:
         y = u.addcmul_(u, (g - 1.0).to(u.dtype))
     return y if more is None else y.add_(more)
+
+
+def dora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude, norms) -> Tensor:
+    """`fused`, or where it may not run the reference, said once."""
+    y = fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, magnitude, norms)
+    if y.__class__ is not str:
+        return y
+    warn_once(("eager", y), f"fastlora.dora runs fastlora.reference.dora_linear, since {y}")
+    return eager(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude, norms)
+
+
+def eager(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training, magnitude, norms=None) -> Tensor:
+    """The same by the reference."""
+    mask = torch.rand(x.shape, device=x.device) >= dropout_p if training and dropout_p > 0.0 else None
+    weight = dense(weight, keep=True)
+    return reference.dora_linear(x, weight, lora_A, lora_B, magnitude, bias, scaling, mask=mask, dropout_p=dropout_p)
 
 
 class _Scale(torch.autograd.Function):
