@@ -34,6 +34,9 @@ class Norms:
     def __init__(self) -> None:
         self.held: tuple | None = None
 
+    def __reduce__(self) -> tuple:
+        return Norms, ()  # a copy makes its own
+
     def squares(self, weight: Tensor | Packed, W: Tensor, wide: torch.dtype) -> Tensor:
         """(N,) of `wide`; W is `weight` made dense."""
         stored = weight.weight if weight.__class__ is Packed else weight

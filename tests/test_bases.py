@@ -100,3 +100,69 @@ def test_error_rule_against_the_dequantised_reference(kind, dtype, adapter):
         return fastlora.lora_linear(x, packed_of(layer, dtype), *rest)
 
     assert not accuracy.violations(accuracy.run(function, inputs), inputs)
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_layer_over_a_quantised_base(kind, use_dora):
+    base = BASES[kind](128, 96, torch.float32)
+    layer = fastlora.FusedLoRALinear.from_linear(base, r=4, use_dora=use_dora)
+    assert layer.weight is base.weight and layer.lora_A.dtype is torch.float32
+    plain = torch.nn.Linear(128, 96)
+    plain.weight.data, plain.bias.data = of_package(base, torch.float32), base.bias.data
+    twin = fastlora.FusedLoRALinear.from_linear(plain, r=4, use_dora=use_dora)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        twin.lora_A.copy_(layer.lora_A), twin.lora_B.copy_(layer.lora_B)
+    x = torch.randn(5, 128, requires_grad=True)
+    y, want = layer(x), twin(x)
+    torch.testing.assert_close(y, want)
+    for mine, theirs in zip(
+        torch.autograd.grad(y.square().sum(), [x, layer.lora_A, layer.lora_B]),
+        torch.autograd.grad(want.square().sum(), [x, twin.lora_A, twin.lora_B]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+    packed = layer.state_dict()["weight"]
+    layer.merge(), twin.merge()
+    torch.testing.assert_close(layer(x), twin(x))
+    if "torchao" not in kind:  # whose tensors know no equality
+        assert torch.equal(layer.state_dict()["weight"], packed)
+    layer.unmerge()
+    assert layer.weight is base.weight
+    torch.testing.assert_close(layer(x), y)
+    if "nf4" in kind:
+        assert {"weight.absmax", "weight.nested_absmax"} <= layer.state_dict().keys()
+
+
+def test_inject_over_four_bits_and_the_adapter_of_a_base_that_computes_in_16_bits():
+    model = torch.nn.Sequential(four_bit(64, 64, torch.bfloat16), torch.nn.Tanh(), four_bit(64, 32, torch.bfloat16))
+    packed = model[0].weight
+    fastlora.inject(model, r=2, adapter_dtype=torch.float32)
+    assert model[0].weight is packed and model[2].lora_A.dtype is torch.float32
+    y = model(torch.randn(3, 64))
+    assert y.dtype is torch.float32
+    y.sum().backward()
+    assert model[2].lora_B.grad is not None
+    assert fastlora.explain(model[0], torch.randn(3, 64)).path in ("cpu", "torch")
+
+
+def test_reasons_for_which_a_base_is_refused():
+    fresh = bnb.nn.Linear4bit(64, 64)
+    with pytest.raises(TypeError, match="quantised when it is moved"):
+        fastlora.FusedLoRALinear.from_linear(fresh)
+    with pytest.raises(TypeError, match="kept in 16 bits"):
+        fastlora.FusedLoRALinear.from_linear(bnb.nn.Linear8bitLt(64, 64).to("cpu"))
+    layer = fastlora.FusedLoRALinear.from_linear(four_bit(64, 32, torch.float32))
+    with pytest.raises(ValueError, match=r"x has shape \(3, 65\) and weight \(32, 64\)"):
+        layer(torch.randn(3, 65))
+    with pytest.raises(TypeError, match="drawn anew"):
+        layer.reset_parameters()
+
+
+def test_nothing_is_imported_until_it_is_needed():
+    import subprocess
+    import sys
+
+    code = "import fastlora, sys; print({'bitsandbytes', 'torchao', 'transformers', 'peft'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
