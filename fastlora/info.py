@@ -6,8 +6,8 @@ import torch
 
 import fastlora
 from fastlora import env
-from fastlora.finetune.locate import found
-from fastlora.finetune.report import versions
+from fastlora.finetune.data import found
+from fastlora.finetune.run import versions
 from fastlora.node import NODE
 
 

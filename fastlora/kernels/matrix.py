@@ -80,8 +80,8 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
     bias = _tensor(1, n, dtype, aligned)[0]
     drawn = Dropout(0.1, SEED)
     for R, dropout, m in itertools.product((16, 32, 128), (drawn, None), (M, FEW)):
-        if m == FEW and dropout is None:
-            continue
+        if (m == FEW or adapter != dtype) and (dropout is None or R != 32):
+            continue  # partials differ by their dtype, float32 adapters by their load
         x, y, W = _tensor(m, n, dtype, aligned), _tensor(m, n, dtype, aligned), _tensor(n, n, dtype, aligned)
         S, A, B = _tensor(m, R, dtype), _tensor(R, n, adapter, aligned), _tensor(n, R, adapter, aligned)
         if R != 16:  # the tables' cuts are for 32 and 128, but for ds_db
@@ -97,7 +97,7 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
                     yield from hybrid.da_dx_launches(target, S, x, A, dropout, dA, y, tile)
             for tile in tiles.rank_tiles("onepass", target, R, kind):
                 yield onepass.onepass_launch(target, x, W, bias, A, B, 2.0, dropout, y, S, tile)
-        if dropout is None or m == FEW:
+        if dropout is None or m == FEW or adapter != dtype:
             for tile in tiles.rank_tiles("ds_db", target, R, kind):
                 narrow, dS = _tensor(m, 16 if aligned else 17, dtype, aligned), torch.empty_like(S)
                 yield from grads.ds_db_launches(target, y, B, S, 2.0, dS, torch.empty_like(B), tile)
@@ -110,9 +110,11 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
 def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
     """Every tile of the GEMM: forward, dX with the mask from bits or from the seed, or with none."""
     kind = tiles.kind_of(dtype, tiles.input_precision(dtype, target))
-    for R, tma in itertools.product((16, 128), (True, False) if target.has_tma else (False,)):
-        # whole 16-byte rows and no more; nothing of the sort; whole tiles, and a K that ends within one
-        for n in (4096,) if aligned and tma else (4104,) if tma else (4096, 4112) if aligned else (4097,):
+    for R, tma in itertools.product((32, 128), (True, False) if target.has_tma else (False,)):
+        if adapter != dtype and R != 32:
+            continue
+        # whole tiles, and a K that ends within one; whole 16-byte rows and no more; nothing of the sort
+        for n in (4096, *[4112] * (R == 32 and not tma)) if aligned else (4104,) if tma else (4097,):
             whole = aligned or tma
             x, y, W = _tensor(2 * n, n, dtype, whole), _tensor(2 * n, n, dtype, whole), _tensor(n, n, dtype, whole)
             S, A, B = _tensor(2 * n, R, dtype), _tensor(R, n, adapter, whole), _tensor(n, R, adapter, whole)

@@ -205,10 +205,9 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         (86, "half"): ((32, 0, 64, 4, 4), (32, 0, 32, 4, 3)),
         (86, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 4, 2)),
         (86, "tf32"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 3)),
-        (90, "half"): ((32, 0, 128, 8, 5), (32, 0, 32, 8, 3)),
-        (90, "ieee"): ((32, 0, 64, 8, 3), (32, 0, 64, 8, 3)),
+        (90, "half"): ((32, 0, 64, 4, 5), (32, 0, 32, 8, 3)),
+        (90, "ieee"): ((32, 0, 64, 8, 2), (32, 0, 64, 8, 2)),
         (90, "tf32"): ((32, 0, 64, 8, 4), (32, 0, 32, 8, 3)),
-        (100, "half"): ((32, 0, 128, 8, 4), (32, 0, 32, 8, 3)),
         (120, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 8, 2)),
         (120, "tf32"): ((32, 0, 64, 8, 3), (32, 0, 32, 8, 3)),
         ("gfx942", "half"): ((32, 0, 64, 4, 4), (32, 0, 32, 4, 2)),
@@ -236,6 +235,7 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         (80, "half"): ((32, 128, 128, 4, 4), (32, 64, 64, 8, 3)),
         (80, "ieee"): ((32, 64, 64, 4, 3), (32, 32, 32, 4, 2)),
         (80, "tf32"): ((32, 64, 64, 4, 4), (32, 64, 32, 4, 3)),
+        (90, "ieee"): ((32, 64, 64, 8, 2), (32, 32, 32, 4, 2)),
         (86, "half"): ((32, 128, 64, 4, 4), (32, 64, 32, 4, 3)),
         (86, "ieee"): ((32, 64, 64, 4, 3), (16, 32, 32, 4, 2)),
         (86, "tf32"): ((32, 64, 64, 4, 3), (32, 64, 32, 4, 3)),
@@ -246,7 +246,7 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         (75, "half"): ((32, 0, 64, 4, 2), (16, 0, 32, 4, 2)),
         (75, "ieee"): ((32, 0, 64, 4, 2), (16, 0, 32, 4, 2)),
         (80, "half"): ((32, 0, 64, 4, 3), (32, 0, 64, 4, 2)),
-        (80, "ieee"): ((32, 0, 64, 4, 2), (16, 0, 32, 4, 2)),
+        (80, "ieee"): ((32, 0, 64, 8, 2), (16, 0, 32, 4, 2)),
         (80, "tf32"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 2)),
         ("gfx942", "half"): ((32, 0, 64, 4, 2), (32, 0, 64, 4, 2)),
         ("gfx942", "ieee"): ((32, 0, 64, 4, 2), (32, 0, 32, 4, 2)),
@@ -254,10 +254,9 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
     "ds_db": {
         (75, "half"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
         (75, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
-        (80, "half"): ((64, 512, 0, 8, 3), (32, 512, 0, 8, 3)),
+        (80, "half"): ((64, 256, 0, 4, 3), (32, 256, 0, 4, 2)),
         (80, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
         (80, "tf32"): ((64, 256, 0, 8, 3), (64, 256, 0, 8, 3)),
-        (86, "half"): ((64, 512, 0, 8, 3), (32, 512, 0, 8, 3)),
         (86, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
         (86, "tf32"): ((32, 256, 0, 8, 2), (32, 64, 0, 8, 2)),
         (90, "half"): ((64, 512, 0, 8, 3), (64, 256, 0, 8, 3)),
@@ -271,16 +270,16 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
     "onepass": {
         (75, "half"): ((32, 32, 16, 8, 2), (16, 16, 16, 8, 2)),
         (75, "ieee"): ((32, 32, 16, 8, 2), (16, 16, 16, 8, 2)),
-        (80, "half"): ((64, 64, 32, 4, 3), (32, 32, 32, 4, 3)),
+        (80, "half"): ((32, 64, 64, 8, 3), (32, 32, 32, 4, 3)),
         (80, "ieee"): ((32, 64, 32, 8, 3), (16, 32, 16, 8, 2)),
         (80, "tf32"): ((32, 32, 32, 4, 3), (32, 32, 32, 4, 3)),
-        (86, "half"): ((32, 64, 32, 4, 3), (32, 64, 32, 8, 3)),
+        (86, "half"): ((32, 64, 64, 8, 3), (32, 64, 32, 8, 3)),
         (86, "ieee"): ((32, 64, 32, 8, 3), (16, 32, 16, 8, 2)),
-        (86, "tf32"): ((32, 32, 32, 4, 3), (32, 32, 16, 4, 2)),
-        (90, "half"): ((32, 64, 32, 4, 3), (32, 64, 32, 8, 3)),
+        (86, "tf32"): ((32, 32, 32, 4, 3), (32, 32, 16, 8, 2)),
+        (90, "half"): ((32, 64, 64, 8, 3), (32, 64, 32, 8, 3)),
         (90, "ieee"): ((32, 32, 16, 8, 3), (32, 32, 16, 8, 2)),
-        (90, "tf32"): ((32, 32, 32, 4, 3), (32, 32, 16, 4, 2)),
-        (120, "half"): ((32, 64, 32, 4, 3), (32, 64, 32, 4, 3)),
+        (90, "tf32"): ((32, 32, 32, 4, 3), (32, 32, 16, 8, 2)),
+        (120, "half"): ((32, 64, 64, 8, 3), (32, 64, 32, 4, 3)),
         (120, "ieee"): ((32, 32, 32, 8, 3), (16, 32, 16, 8, 2)),
         ("gfx942", "half"): ((64, 64, 32, 4, 2), (32, 32, 32, 4, 2)),
         ("gfx942", "ieee"): ((32, 64, 32, 4, 2), (32, 32, 32, 4, 2)),
@@ -294,7 +293,7 @@ def rank_tiles(kernel: str, target: Target, R: int, kind: str) -> tuple[Tile, ..
     """At most three tiles of a kernel of RANK_TILES, the default first; () where no tile holds that rank."""
     limits = HOLDS[kernel]
     if target.backend == "interpreter":
-        return (INTERPRETER_RANK,) if R <= limits[-1] else ()
+        return (INTERPRETER_RANK,) if limits[-1] >= R else ()
     table, arch = RANK_TILES[kernel], target.family
     while (arch, kind) not in table:
         arch = LIKE[arch]
@@ -304,17 +303,17 @@ def rank_tiles(kernel: str, target: Target, R: int, kind: str) -> tuple[Tile, ..
 
 def split_k(target: Target, M: int, K: int, tile: Tile) -> tuple[int, int]:
     """How many programs of `s_kernel` share K, and the columns of each."""
-    return split(target, K, tile.block_k, 2048, ceil_div(M, tile.block_m))
+    return split(target, K, tile.block_k, 512, ceil_div(M, tile.block_m))
 
 
 def split_m(target: Target, M: int, K: int, tile: Tile) -> tuple[int, int]:
     """How many programs of `da_kernel` share M, and the rows of each."""
-    return split(target, M, tile.block_m, 512, ceil_div(K, tile.block_k))
+    return split(target, M, tile.block_m, 128, ceil_div(K, tile.block_k))
 
 
 def regions(target: Target, M: int, tile: Tile, parts_n: int) -> tuple[int, int]:
     """How many regions of rows `ds_db_kernel` walks, and the rows of each."""
-    return split(target, M, tile.block_m, 256, 2 * parts_n)  # a region fills a multiprocessor: one each is enough
+    return split(target, M, tile.block_m, 128, parts_n)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -336,7 +335,7 @@ def _cut(*cuts: tuple[int, int, int, int, int], tma: bool = False) -> tuple[Tile
 
 
 _COMMON = {
-    "aligned": _cut((128, 128, 64, 8, 2), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
+    "aligned": _cut((128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
     "ragged": _cut((64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
     "aligned tf32": _cut((64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
     "ragged tf32": _cut((64, 64, 32, 8, 3), (32, 32, 32, 4, 2)),
@@ -359,7 +358,7 @@ GEMM_TILES: dict[int | str, dict[str, tuple[Tile, ...]]] = {
     },
     80: _COMMON
     | {
-        "aligned": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
+        "aligned": _cut((128, 256, 32, 8, 3), (128, 128, 32, 4, 4), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
         "aligned wide": _cut((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
         "ragged": _cut((128, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
         "aligned tf32": _cut((128, 128, 32, 8, 3), (64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
@@ -371,8 +370,7 @@ GEMM_TILES: dict[int | str, dict[str, tuple[Tile, ...]]] = {
     90: _COMMON
     | {
         "tma": _cut((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
-        "tma dropout": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
-        "tma dropout wide": _cut((128, 128, 64, 8, 4), (64, 64, 64, 4, 4), tma=True),
+        "tma wide": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
         "aligned": _cut((128, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
         "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
         "ragged": _cut((128, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
@@ -390,7 +388,7 @@ GEMM_TILES: dict[int | str, dict[str, tuple[Tile, ...]]] = {
     },
     120: _COMMON
     | {
-        "aligned wide": _cut((128, 128, 64, 8, 2), (64, 64, 64, 4, 3)),
+        "aligned wide": _cut((128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
         "aligned ieee": _cut((32, 64, 16, 4, 1)),
     },
     "gfx942": _CDNA,
@@ -410,7 +408,7 @@ def gemm_row(target: Target, kind: str, R: int, aligned: bool, dropout: bool, tm
         # through descriptors a wide dropped update on rows not aligned would spill
         if kind != "half" or (dropout and not aligned and R > RANK_WIDE):
             return ()
-        row = "tma dropout" if dropout else "tma"
+        row = "tma dropout" if dropout and "tma dropout" in table else "tma"
     elif kind != "half":
         row += f" {kind}"
     return table.get(f"{row} wide" if R > RANK_WIDE else row, table.get(row, ()))
