@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from fastlora import env
 
 _CHUNK = 1 << 21  # bytes dequantised at a time on a CPU: they are copied while they are in its cache
 _reused = threading.local()
@@ -32,6 +35,13 @@ class Packed:
         """The weight (N, K). On a CPU a large one lies in a buffer of the thread, until the next call: fresh memory
         costs several times what dequantising does there. `keep` asks for memory of its own."""
         (N, K), rows = self.shape, self._rows()
+        if self.form == "4bit" and (not self.weight.is_cpu or env.interpreting()) and not is_compiling():
+            from fastlora.paths import gpu
+
+            if gpu.why_not(self.weight.device, None) is None:
+                from fastlora.kernels.dequantise import four_bits
+
+                return four_bits(self.weight.data, self.statistics, self.shape, self.dtype, lambda: rows(0, N))
         step = self.statistics.blocksize if self.form == "4bit" else 1  # so that blocks begin where chunks do
         step *= max(1, _CHUNK // max(1, K * step * self.dtype.itemsize))
         if step >= N or self.form == "torchao" or not self.weight.is_cpu:
