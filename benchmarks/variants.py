@@ -1,10 +1,10 @@
-"""QLoRA and DoRA on a tiny Llama: PEFT's own layers and the same ones patched, interleaved, in one run.
+"""QLoRA and DoRA: PEFT's own layers and the same ones patched, interleaved, in one run.
 
     python -m benchmarks.variants [--rounds 15] [--out benchmarks/results/variants.json]
 
-Both models of a case start from the same numbers and take the same steps (AdamW, the same batch), so that their losses
-can be compared as well as their times. Times are of forward and backward, medians with the 20th and 80th percentile;
-`overhead` is over the same model with its adapters switched off in forward and backward.
+First a small Llama: both models of a case start from the same numbers and take the same steps (AdamW, the same batch),
+so that their losses can be compared as well as their times. Then one layer, DoRA over plain LoRA. Times are of forward
+and backward, medians with the 20th and 80th percentile.
 """
 
 from __future__ import annotations
@@ -75,13 +75,41 @@ def measure(case: str, rounds: int, hidden: int, layers: int, tokens: int, dtype
     report = fastlora.peft.report(models["fastlora"])
     return {
         "case": case,
-        "ms": {name: statistics.median(t) for name, t in times.items()},
-        "ms_20_80": {name: [sorted(t)[len(t) // 5], sorted(t)[-1 - len(t) // 5]] for name, t in times.items()},
+        **spread(times),
         "losses": losses,
         "largest_loss_difference": max(abs(a - b) for a, b in zip(losses["peft"], losses["fastlora"], strict=True)),
         "fused_calls": report.fused_calls,
         "fallback_calls": report.fallback_calls,
     }
+
+
+def spread(times: dict[str, list[float]]) -> dict:
+    return {
+        "ms": {name: statistics.median(t) for name, t in times.items()},
+        "ms_20_80": {name: [sorted(t)[len(t) // 5], sorted(t)[-1 - len(t) // 5]] for name, t in times.items()},
+    }
+
+
+def measure_layer(M: int, K: int, N: int, dtype: torch.dtype, rounds: int) -> dict:
+    """Plain LoRA and DoRA, PEFT's and patched, on one linear layer."""
+    from peft import LoraConfig, get_peft_model
+
+    import fastlora.peft
+
+    layers = {}
+    for use_dora, name in ((False, "LoRA"), (True, "DoRA")):
+        config = LoraConfig(r=16, lora_alpha=32, target_modules=["0"], use_dora=use_dora)
+        stock = get_peft_model(torch.nn.Sequential(torch.nn.Linear(K, N, bias=False, dtype=dtype)), config).train()
+        layers |= {f"PEFT {name}": stock, f"fastlora {name}": fastlora.peft.patch(copy.deepcopy(stock))}
+    x, dy = torch.randn(M, K, dtype=dtype).requires_grad_(), torch.randn(M, N, dtype=dtype)
+    times = {name: [] for name in layers}
+    for number in range(rounds + 2):
+        for name, layer in layers.items():
+            start = time.perf_counter()
+            layer(x).backward(dy)
+            if number >= 2:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {"case": f"layer {M}x{K}x{N} {dtype}", **spread(times)}
 
 
 def main() -> None:
@@ -108,6 +136,17 @@ def main() -> None:
             f"   losses apart {found['largest_loss_difference']:.2g}   fallbacks {found['fallback_calls']}",
             flush=True,
         )
+    for M, K, N in ((512, 1024, 1024), (512, 1024, 4096), (1024, 2048, 2048)):
+        for dtype in (torch.bfloat16, torch.float32):
+            found = measure_layer(M, K, N, dtype, options.rounds)
+            cases.append(found)
+            ms = found["ms"]
+            print(
+                f"{found['case']:<34} DoRA over LoRA: PEFT {ms['PEFT DoRA'] / ms['PEFT LoRA']:.2f}"
+                f"   fastlora {ms['fastlora DoRA'] / ms['fastlora LoRA']:.2f}"
+                f"   PEFT's DoRA over fastlora's {ms['PEFT DoRA'] / ms['fastlora DoRA']:.2f}",
+                flush=True,
+            )
     if options.out:
         versions = {"torch": torch.__version__, "peft": peft.__version__, "bitsandbytes": bitsandbytes.__version__}
         versions |= {"python": platform.python_version(), "threads": torch.get_num_threads()}

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlora import functional, reference
 from fastlora.base_layer import Packed, dense
 from fastlora.errors import warn_once
-from fastlora.gate import through_ops
+from fastlora.gate import through_ops, why_eager
 from fastlora.paths.problem import base_product, rows
 
 _CHUNK = {"cpu": 1 << 18}  # elements that a pass over a large tensor takes at a time: what a core's cache holds
@@ -130,7 +130,7 @@ class _Scale(torch.autograd.Function):
     def backward(ctx, dy):
         u, g = ctx.saved_tensors
         need_u, need_g = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or why_eager(dy) is not None:
             dims = tuple(range(dy.dim() - 1))
             return dy * g.to(dy.dtype) if need_u else None, (dy * u).sum(dims).to(g.dtype) if need_g else None
         shape, dy, u, less = dy.shape, rows(dy), rows(u), (g - 1.0).to(dy.dtype)

@@ -190,6 +190,21 @@ def test_function_transforms_run_the_reference():
     torch.testing.assert_close(got, made(X))
 
 
+def test_batches_of_gradients_and_second_derivatives():
+    tensors = draw(5, 6, 12, 2, torch.float64)
+    x, W, A, B, m, bias, dy = (t.requires_grad_() if i in (0, 2, 3, 4) else t for i, t in enumerate(tensors))
+    dys = torch.stack([dy, dy.sin()])
+    found = []
+    for function in (ours, reference.dora_linear):
+        y = function(x, W, A, B, m, bias, 2.0)
+        batch = torch.autograd.grad(y, [x, A, B, m], dys, is_grads_batched=True, retain_graph=True)
+        first = torch.autograd.grad(y.square().sum(), [x, A, B, m], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, A, B, m])
+        found.append([*batch, *first, *second])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_compiled():
     torch._dynamo.reset()
     made = layer(lora_dropout=0.0)

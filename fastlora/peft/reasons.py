@@ -138,7 +138,15 @@ def of_call(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> str | Non
             return "the base is quantised, and compiled code would keep it dequantised for backward"
     elif any(len(hooks) for hooks in GLOBAL_HOOKS):
         return "hooks for all modules are registered"
+    elif _decodes(layer, x):
+        return "few rows and no gradient: bitsandbytes multiplies them by the 4 bits themselves"
     return _of_dtypes(layer, x)
+
+
+def _decodes(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a GPU's kernel of bitsandbytes serves the call, with no weight made dense: up to 7 rows, by its rule."""
+    few = not torch.is_grad_enabled() and not x.is_cpu and x.shape[:-1].numel() < 8
+    return few and form_of(layer.base_layer) == "4bit"
 
 
 def _of_dtypes(layer: nn.Module, x: Tensor) -> str | None:

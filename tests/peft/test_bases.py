@@ -218,3 +218,53 @@ def test_backward_twice_through_one_dora_graph():
     y.backward()
     for name, gradient in once.items():
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, 2 * gradient, msg=name)
+
+
+def test_decoding_on_a_gpu_is_left_to_bitsandbytes():
+    from fastlora.peft import reasons
+
+    layer = fastlora.peft.patch(build("nf4")).base_model.model[0]
+    on_gpu = type("OnGPU", (torch.Tensor,), {"is_cpu": False})
+    few, many = (torch.randn(rows, WIDTH).as_subclass(on_gpu) for rows in (7, 8))
+    with torch.no_grad():
+        assert reasons._decodes(layer, few) and not reasons._decodes(layer, many)
+    assert not reasons._decodes(layer, few)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tiny_llama_in_four_bits_trains_as_stock_does(dora, dtype):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def losses(dtype, patch):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).bfloat16().to(dtype)  # the same 4 bits in each
+        for name, linear in list(model.named_modules()):
+            if type(linear) is nn.Linear and name != "lm_head":
+                packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, dtype, True, "nf4")
+                packed.load_state_dict(linear.state_dict())
+                model.set_submodule(name, packed.to("cpu"))
+        model.is_loaded_in_4bit = True
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_dora=dora)).train()
+        model.enable_input_require_grads()
+        if patch:
+            fastlora.peft.patch(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        ids, found = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1)), []
+        for _ in range(8):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        assert not patch or fused_only(model) == 8 * 14
+        return torch.tensor(found)
+
+    ours, stock = losses(dtype, True), losses(dtype, False)
+    assert ours[-1] < ours[0] - 0.3
+    if dtype is torch.float32:
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=0)
+    else:
+        truth = losses(torch.float32, False)
+        assert (ours - truth).norm() <= 2 * (stock - truth).norm() + 8**0.5 * torch.finfo(dtype).eps
