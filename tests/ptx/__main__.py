@@ -103,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     seed = random.randrange(1 << 31) if args.seed is None else args.seed
     chance = random.Random(seed)
+    torch.set_num_threads(1)
     chosen: list[Case] = []
     for arch in args.target:
         target = Target("cuda", arch)
