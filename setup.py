@@ -52,17 +52,17 @@ def installed_torch():
     return (folder, found[1]) if found else (None, None)
 
 
-def cpu_node():
-    """Path `cpu` as an autograd node: for the torch that is here and no other, whose version its name bears."""
+def node():
+    """The autograd node: for the torch that is here and no other, whose version its name bears."""
     folder, version = installed_torch()
     if folder is None:
         return []
-    name = "_cpu_node_" + re.sub(r"\W", "_", version)
+    name = "_node_" + re.sub(r"\W", "_", version)
     include = folder / "include"
     return [
         Extension(
             f"fastlora.{name}",
-            sources=["csrc/cpu_node.cpp"],
+            sources=["csrc/node.cpp"],
             depends=["csrc/call.h"],
             include_dirs=[str(include), str(include / "torch" / "csrc" / "api" / "include")],
             library_dirs=[str(folder / "lib")],
@@ -76,7 +76,7 @@ def cpu_node():
 
 
 # Without a compiler or Python's headers the install goes on: the path `torch` then runs on CPUs. So it does without
-# `cpu_node`, whose part Python then does.
+# `node`, whose part Python then does.
 cpu_kernels = Extension(
     "fastlora._cpu",
     sources=["csrc/cpu.cpp"],
@@ -89,6 +89,6 @@ cpu_kernels = Extension(
 
 # Elsewhere torch does not run on GNU OpenMP, whose threads the kernels borrow.
 if platform.system() == "Linux":
-    setup(ext_modules=[cpu_kernels, *cpu_node()], cmdclass={"bdist_wheel": StableABIWheel, "build_ext": FreshExtension})
+    setup(ext_modules=[cpu_kernels, *node()], cmdclass={"bdist_wheel": StableABIWheel, "build_ext": FreshExtension})
 else:
     setup()

@@ -67,9 +67,7 @@ def _gpt2_steps(args: argparse.Namespace, device: torch.device):
     torch.manual_seed(0)
     base = gpt2.GPT2(gpt2.CONFIGS["gpt2"]).to(device)
     base.blocks[0].register_forward_pre_hook(lambda _, inputs: (inputs[0].detach().requires_grad_(),))
-    batches = [
-        (torch.randint(50257, (8, 120), device=device), torch.randint(2, (8,), device=device)) for _ in range(4)
-    ]
+    batches = [(torch.randint(50257, (8, 120), device=device), torch.randint(2, (8,), device=device)) for _ in range(4)]
     yield _measure("gpt2 124M, 8 x 120 tokens", _spam_arms(base, device, args), batches, args, SHARES["gpt2"])
 
 
@@ -167,8 +165,9 @@ def _spam_runs(args: argparse.Namespace, device: torch.device):
     data = spam._load(given, spam.Recipe(), ALONE, device)
     torch.manual_seed(0)
     arms = _spam_arms(gpt2.GPT2(gpt2.CONFIGS["nano"]).to(device), device, args)
-    yield _runs("spam nano, 1 epoch", arms, (data.train, data.valid, data.test), 1, lambda _: None, args,
-                SHARES["spam runs"])
+    yield _runs(
+        "spam nano, 1 epoch", arms, (data.train, data.valid, data.test), 1, lambda _: None, args, SHARES["spam runs"]
+    )
 
 
 def _program_arguments(program, args: argparse.Namespace, folder: str) -> argparse.Namespace:
@@ -197,8 +196,14 @@ def _runs(what: str, arms: dict, parts: tuple, epochs: int, schedule, args: argp
             losses[name] = [row["train_loss"] for row in history]
             if name not in accuracy:
                 accuracy[name] = trainer.evaluate(test)[1]
-    return {"what": what, "kind": "run", "losses": losses, "same_loss": _close(losses, runs=True),
-            "test_accuracy": accuracy, **_compared(samples)}
+    return {
+        "what": what,
+        "kind": "run",
+        "losses": losses,
+        "same_loss": _close(losses, runs=True),
+        "test_accuracy": accuracy,
+        **_compared(samples),
+    }
 
 
 def _line(row: dict) -> str:

@@ -13,7 +13,7 @@ try:
     from fastlora import reference
     from fastlora._version import __version__
     from fastlora.adapters import load_adapter, save_adapter
-    from fastlora.dispatch import explain, paths, selfcheck
+    from fastlora.choice import explain, paths, selfcheck
     from fastlora.functional import lora_linear
     from fastlora.inject import inject
     from fastlora.linear import FusedLoRALinear

@@ -29,6 +29,11 @@ def base_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None, bool]:
     return (weight.detach().t() if transposed else weight), bias, transposed
 
 
+def dense(weight: Tensor) -> Tensor:
+    """A base weight as (N, K) in memory, for the length of one product: whence every path takes its weight."""
+    return weight
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' `Conv1D`, which stores its weight as (K, N)."""
     home = sys.modules.get("transformers.pytorch_utils")

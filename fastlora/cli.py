@@ -23,8 +23,16 @@ PROGRAMS = {
     "distilbert": ("fastlora.finetune.distilbert", "sentiment of film reviews, with DistilBERT and PEFT"),
 }
 PREPARE = ("fastlora.finetune.prepare", "a raw SMSSpamCollection file to the balanced split that train reads")
-EXTRAS = {"pandas": "train", "pyarrow": "train", "tiktoken": "train", "tqdm": "train", "matplotlib": "train",
-          "peft": "peft", "transformers": "peft", "accelerate": "peft"}
+EXTRAS = {
+    "pandas": "train",
+    "pyarrow": "train",
+    "tiktoken": "train",
+    "tqdm": "train",
+    "matplotlib": "train",
+    "peft": "peft",
+    "transformers": "peft",
+    "accelerate": "peft",
+}
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 MAX_LINE, MAX_INPUT = 500, 100_000_000  # characters of a message, and of standard input
 # what would steer a terminal, or turn its text around
@@ -139,13 +147,13 @@ def _check_forced_path(device: str) -> None:
     path = env.forced_path()
     if path is None:
         return
-    from fastlora.dispatch import check, registry
+    from fastlora.choice import why_not
     from fastlora.finetune.options import pick_device
 
-    if path not in registry.NAMES:
-        raise UserError(f"FASTLORA_PATH is {path!r}; it needs to be one of {', '.join(registry.NAMES)}, or unset")
-    device = pick_device(device)
-    reason = registry.load(path).unavailable(device) or check.admit(path, device)
+    try:
+        reason = why_not(path, pick_device(device))
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if reason:
         raise UserError(f"FASTLORA_PATH={path} cannot run here: {reason}")
 

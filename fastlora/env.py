@@ -2,8 +2,8 @@
 
 | variable              | meaning                                                                                  |
 | --------------------- | ---------------------------------------------------------------------------------------- |
-| `FASTLORA_PATH`       | force a path (`torch`, `cpu`, `onepass`, `split`, `cuda`) for every call that names none   |
-| `FASTLORA_AUTOTUNE`   | `1`: on a GPU, measure the usable paths once per shape bucket and remember the winner     |
+| `FASTLORA_PATH`       | force a path (one of `fastlora.paths()`) for every call that names none                    |
+| `FASTLORA_AUTOTUNE`   | `0`: time nothing; else, on a GPU, the usable paths are timed once per bucket of shapes    |
 | `FASTLORA_CACHE`      | folder for verdicts, tuning results and downloads (default `~/.cache/fastlora`)            |
 | `FASTLORA_DATA`       | folder that `--data auto` looks in before the cache and the network                        |
 | `FASTLORA_BUILD_CUDA` | `1` at install: build the optional CUDA C++ library                                        |
@@ -32,8 +32,8 @@ def forced_path() -> str | None:
 
 
 def autotune() -> bool:
-    """True when `FASTLORA_AUTOTUNE` asks for tuning on first use."""
-    return os.environ.get("FASTLORA_AUTOTUNE", "") not in ("", "0")
+    """False when `FASTLORA_AUTOTUNE` turns timing on first use off."""
+    return os.environ.get("FASTLORA_AUTOTUNE", "1") not in ("", "0")
 
 
 def expanded(path: str | os.PathLike) -> Path:

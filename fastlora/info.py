@@ -6,9 +6,9 @@ import torch
 
 import fastlora
 from fastlora import env
-from fastlora.dispatch import cpu
 from fastlora.finetune.locate import found
 from fastlora.finetune.report import versions
+from fastlora.node import NODE
 
 
 def info() -> str:
@@ -23,6 +23,6 @@ def info() -> str:
 
 
 def _node() -> str:
-    if cpu.NODE is not None:
+    if NODE is not None:
         return "in C++"
     return f"in Python (for torch {torch.__version__} none was compiled: install fastlora again, after torch)"

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from fastlora.accuracy import Inputs, draw, run, violations
-from fastlora.dispatch import select
+from fastlora.choice import select
+from fastlora.paths.problem import draw_seed
 
 __all__ = ["Inputs", "check", "draw", "run", "violations", "with_mask"]
 
@@ -22,9 +23,9 @@ def check(function, inputs: Inputs, **keywords) -> dict:
 
 def with_mask(inputs: Inputs, dropout_p: float, seed: int, path: str | None = None) -> Inputs:
     """The inputs with the mask that the next call after this one draws: torch's generator is left at `seed`."""
-    module = select(inputs.x, inputs.weight, inputs.lora_A, dropout_p, path)
+    chosen = select(inputs.x, inputs.weight, inputs.lora_A, dropout_p, path)
     torch.manual_seed(seed)
-    drawn = module.draw(inputs.x, dropout_p)
-    mask = module.mask(drawn, inputs.x.shape[:-1].numel(), inputs.x.shape[-1], dropout_p).view(inputs.x.shape)
+    drawn = draw_seed(inputs.x.device)
+    mask = chosen.mask(drawn, inputs.x.shape[:-1].numel(), inputs.x.shape[-1], dropout_p).view(inputs.x.shape)
     torch.manual_seed(seed)
     return replace(inputs, dropout_p=dropout_p, mask=mask)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import errors, functional
+from fastlora import autograd, errors, functional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # for `import accuracy`
@@ -59,8 +59,9 @@ def poisoned(monkeypatch):
 def either_node(request, monkeypatch):
     """Path `cpu` by way of either of its autograd nodes."""
     if request.param == "Python":
-        monkeypatch.setattr(functional, "_node", None)
-    elif functional._node is None:
+        monkeypatch.setattr(functional, "NODE", None)
+        monkeypatch.setattr(autograd, "NODE", None)
+    elif functional.NODE is None:
         pytest.skip("the node in C++ was not compiled here")
 
 

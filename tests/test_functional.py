@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 
 import accuracy
 import numpy as np
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.dispatch import torch as torch_path
+from fastlora.paths import mask as masks
 
 pytestmark = pytest.mark.usefixtures("either_node")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -184,46 +185,58 @@ def test_output_is_no_view_and_takes_in_place_ops(shape):
     assert x.grad.shape == x.shape
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("path", ["cpu", "torch"])
 @pytest.mark.parametrize("asks", ["xAB", "AB", "xB", "xA", "x", "A", "B"])
-@pytest.mark.parametrize("dy_asks", [False, True])
-def test_double_backward_is_a_clear_error_wherever_eager_has_a_gradient(either_node, dtype, asks, dy_asks):
-    inputs = accuracy.draw(40, 50, 60, 2, dtype)  # too large for ATen's own nodes, where it works
+@pytest.mark.parametrize(("dropout_p", "dy_asks"), [(0.0, False), (0.0, True), (0.4, True)])
+def test_gradients_can_be_differentiated_again(path, asks, dropout_p, dy_asks, cpu_path):
+    inputs = accuracy.draw(9, 7, 8, 2, torch.float32)
+    path = "torch" if cpu_path == "torch" else path
+    inputs = accuracy.with_mask(inputs, dropout_p, seed=1, path=path) if dropout_p else inputs
 
-    def gradients(function):
-        x, A, B = (
-            t.clone().requires_grad_(n in asks)
-            for n, t in zip("xAB", (inputs.x, inputs.lora_A, inputs.lora_B), strict=True)
-        )
-        y = function(x, inputs.weight, A, B, scaling=2.0, path="torch" if dtype is torch.float16 else "cpu")
-        leaves = [t for t in (x, A, B) if t.requires_grad]
+    def second(function, **keywords):
+        named = zip("xAB", (inputs.x, inputs.lora_A, inputs.lora_B), strict=True)
+        x, A, B = (t.clone().requires_grad_(n in asks) for n, t in named)
         dy = inputs.dy.clone().requires_grad_(dy_asks)
-        return torch.autograd.grad(y, leaves, dy, create_graph=True)
+        torch.manual_seed(1)
+        y = function(x, inputs.weight, A, B, inputs.bias, 2.0, dropout_p, **keywords)
+        leaves = [t for t in (x, A, B) if t.requires_grad]
+        first = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        ends = [*leaves, dy] if dy_asks else leaves
+        if not any(g.requires_grad for g in first):
+            return [*first, *(None for _ in ends)]
+        total = sum((g * g).sum() for g in first if g.requires_grad)
+        return [*first, *torch.autograd.grad(total, ends, allow_unused=True)]
 
-    eager, ours = gradients(fastlora.reference.lora_linear), gradients(fastlora.lora_linear)
-    assert [g.requires_grad for g in ours] == [g.requires_grad for g in eager]
-    for g in ours:
-        if g.requires_grad:
-            with pytest.raises(RuntimeError, match="no gradient of its gradient"):
-                g.sum().backward()
+    ours = second(fastlora.lora_linear, path=path)
+    for mine, eager in zip(ours, second(fastlora.reference.lora_linear, mask=inputs.mask), strict=True):
+        if eager is None or mine is None:  # a zero may be said either way
+            assert mine is eager or not (eager if mine is None else mine).any()
+        else:
+            torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("path", ["cpu", "torch"])
-@pytest.mark.parametrize("weighted", [False, True])  # dy then learns from something else
-def test_what_a_step_of_gradients_depends_on_is_not_lost_to_who_names_its_inputs(either_node, path, weighted):
-    """As in MAML: a directed gradient never comes to an error node that hangs beside the way."""
-    inputs = accuracy.draw(40, 50, 60, 2, torch.float32)
-    x, A, B = (t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
-    y = fastlora.lora_linear(x, inputs.weight, A, B, path=path)
-    y = y * torch.ones(50, requires_grad=True) if weighted else y
-    dA, dB = torch.autograd.grad(y.sum(), (A, B), create_graph=True)  # which keeps the graph
-    with pytest.raises(RuntimeError, match="no gradient of its gradient"):
-        torch.autograd.grad((A - dA).sum(), B)
-    with pytest.raises(RuntimeError, match="no gradient of its gradient"):
-        torch.autograd.grad((B - dB).sum(), x)
-    with pytest.raises(RuntimeError, match="no gradient of its gradient"):
-        batch = torch.ones(3, *y.shape)
-        torch.autograd.grad(y, A, batch, is_grads_batched=True, create_graph=True)
+def test_a_batch_of_gradients_can_be_differentiated_again(path, cpu_path):
+    inputs = accuracy.draw(9, 7, 8, 2, torch.float32)
+    path = "torch" if cpu_path == "torch" else path
+    found = []
+    for function in (partial(fastlora.lora_linear, path=path), fastlora.reference.lora_linear):
+        x, A, B = (t.clone().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+        y = function(x, inputs.weight, A, B)
+        batch = torch.stack([inputs.dy, -inputs.dy])
+        first = torch.autograd.grad(y, (x, A, B), batch, is_grads_batched=True, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum((g * g).sum() for g in first), (x, A, B))])
+    for mine, eager in zip(*found, strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-3)
+
+
+def test_a_frozen_lora_A_keeps_no_x():
+    inputs = accuracy.draw(64, 24, 40, 4, torch.float32)
+    x, B, kept = inputs.x.requires_grad_(), inputs.lora_B.requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fastlora.lora_linear(x, inputs.weight, inputs.lora_A, B)
+    assert x.data_ptr() not in {t.data_ptr() for t in kept}
+    assert max(t.untyped_storage().nbytes() for t in kept if t.shape == x.shape) == 4
 
 
 def test_gradients_accumulate_and_graphs_are_retained():
@@ -267,20 +280,13 @@ def test_checkpoint_recomputes_the_same_mask(reentrant):
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_mask_statistics(p):
-    keep, scale = torch_path.keep_mask(torch.tensor(12345), 1000, 1000, p, torch.float32)
+    keep = masks.keep_mask(torch.tensor(12345), 1000, 1000, p, torch.float32)
     kept = 65536 - round(p * 65536)
-    assert set(keep.unique().tolist()) == {0.0, 1.0} and scale == 1 / (1 - p)
+    assert set(keep.unique().tolist()) == {0.0, 1.0}
     sigma = (p * (1 - p) / 1e6) ** 0.5
     assert abs(keep.mean().item() - kept / 65536) < 5 * sigma
     for axis in (0, 1):  # no row or column stands out: 5 sigma over 1000 of them
         assert (keep.mean(axis) - kept / 65536).abs().max().item() < 5.5 * (p * (1 - p) / 1000) ** 0.5
-
-
-def test_mask_without_the_host_has_the_same_statistics():
-    bits = torch_path._splitmix64(torch.tensor(99), (250_000,)).view(torch.int16).view(1000, 1000)
-    keep = (bits >= round(0.1 * 65536) - 32768).double()
-    assert abs(keep.mean().item() - 0.9) < 5 * (0.09 / 1e6) ** 0.5
-    assert abs((keep[:, 1:] * keep[:, :-1]).mean().item() - 0.81) < 1e-3
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-6, 1.0])
@@ -351,12 +357,8 @@ def test_a_wrong_scaling_is_named(wrong):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_a_scaling_beyond_float32_is_eagers(path, scaling, dtype):
     inputs = replace(accuracy.draw(4, 3, 5, 2, dtype), scaling=scaling)
-    ours = fastlora.lora_linear(
-        inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, scaling, path=path
-    )
-    eager = fastlora.reference.lora_linear(
-        inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, scaling
-    )
+    ours = fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, scaling, path=path)
+    eager = fastlora.reference.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, scaling)
     torch.testing.assert_close(ours, eager, equal_nan=True)
 
 
@@ -523,9 +525,6 @@ def test_the_registered_ops_check_what_they_are_given():
         forward(x[:, :5], W, A, B, bias, 2.0, 0.0, None, "")
     rest = (2.0, 0.0, None, "", True, True, True)
     torch.testing.assert_close(backward(dy, x, W, A, B, S, *rest)[0], dy @ W + 2.0 * dy @ B @ A)
-    with pytest.raises(ValueError, match="dy is"):
-        backward(dy[:, :4], x, W, A, B, S, *rest)
-    with pytest.raises(ValueError, match="S is"):
-        backward(dy, x, W, A, B, S[:3], *rest)
-    with pytest.raises(ValueError, match="S is"):
-        backward(dy, x, W, A, B, S.bfloat16(), *rest)
+    for wrong in ((dy[:, :4], x, W, A, B, S), (dy, x, W, A, B, S[:3]), (dy, x, W, A, B, S.bfloat16())):
+        with pytest.raises(RuntimeError, match="came back from saved-tensor hooks as"):
+            backward(*wrong, *rest)

@@ -186,15 +186,10 @@ def split(target: Target, length: int, block: int, least: int, others: int) -> t
 # The rank-R kernels. kernel -> (arch, type of product) -> tiles BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: one for ranks
 # up to the first of HOLDS, one up to the second. Preferred: 128 bytes of a row or more, shared memory for two programs;
 # for ds_db a region as wide as registers allow, for the partials of dS cost 8 * R / (BLOCK_N * itemsize) of dY's bytes.
-HOLDS = {"s": (32, 128), "s_y": (32, 128), "da": (32, 128), "da_dx": (32, 128), "onepass": (32, 128), "ds_db": (16, 32)}
-LIKE = {
-    89: 86,
-    120: 86,
-    86: 80,
-    100: 90,
-    90: 80,
-    "gfx950": "gfx942",
-}  # whose row serves where an architecture has none of its own
+HOLDS = {
+    "s": (32, 128), "s_y": (32, 128), "da": (32, 128), "da_dx": (32, 128), "onepass": (32, 128), "ds_db": (16, 32),
+}  # fmt: skip
+LIKE = {89: 86, 120: 86, 86: 80, 100: 90, 90: 80, "gfx950": "gfx942"}  # whose row serves one that has none of its own
 RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] = {
     "s": {
         (75, "half"): ((32, 0, 64, 8, 3), (16, 0, 32, 8, 2)),

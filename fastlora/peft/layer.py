@@ -11,18 +11,15 @@ from types import SimpleNamespace
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 from transformers.pytorch_utils import Conv1D
 
-from fastlora.dispatch import Explanation, explain
+from fastlora.choice import Choice, explain
 from fastlora.errors import warn_once
-from fastlora.functional import lora_linear
+from fastlora.functional import fused
 from fastlora.peft import reasons
 
-_functorch_active = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
@@ -95,7 +92,7 @@ class FusedLinear(PeftLinear):
         if is_compiling():
             if (reasons.of_layer(self) or reasons.of_call(self, x, args, kwargs)) is not None:
                 return PeftLinear.forward(self, x, *args, **kwargs)
-            return lora_linear(x, *FusedLinear._arguments(self))
+            return fused(x, *FusedLinear._arguments(self))
 
         record = self.__dict__.get("_fastlora")
         parts = record.parts if record is not None else None
@@ -112,20 +109,15 @@ class FusedLinear(PeftLinear):
             or type(lora_B) is not Parameter
             or weight.requires_grad
             or adapter["bias"] is not None
-            or (type(x) is not Tensor and type(x) is not Parameter)
             or (type(scaling) is not float and reasons.of_scaling(scaling) is not None)
             or hasattr(weight, "ds_id")
             or hasattr(lora_A, "ds_id")
             or (not _any_autocast() and x_dtype is not weight.dtype)
             or (x_dtype is not lora_A.dtype and not self.cast_input_dtype_enabled)
             or lora_A.dtype is not lora_B.dtype
-            or _functorch_active()
-            or forward_ad._current_level >= 0
-            or _tracing_state() is not None
         ):
             return FusedLinear._examine(self, x, args, kwargs)
-        record.fused_calls += 1
-        return lora_linear(
+        y = fused(
             x,
             weight if parts.base_type is nn.Linear else weight.t(),
             lora_A,
@@ -134,6 +126,10 @@ class FusedLinear(PeftLinear):
             scaling,
             drop.p if parts.drop_type is nn.Dropout and drop.training else 0.0,
         )
+        if y.__class__ is str:  # a function transform, tracing: see fastlora/gate.py
+            return FusedLinear._by_peft(self, record, y, x)
+        record.fused_calls += 1
+        return y
 
     def _examine(self, x, args, kwargs) -> Tensor:
         """The slow road: find out whether this call can be fused, and remember what the next ones may rely on."""
@@ -145,11 +141,18 @@ class FusedLinear(PeftLinear):
         if reason is None:
             record.parts = _Parts(self)
             reason = reasons.of_call(self, x, args, kwargs)
-        record.last = reason
         if reason is None:
-            record.fused_calls += 1
-            record.path = FusedLinear.explain(self, x).path
-            return lora_linear(x, *FusedLinear._arguments(self))
+            y = fused(x, *FusedLinear._arguments(self))
+            if y.__class__ is not str:
+                record.fused_calls += 1
+                record.last, record.path = None, FusedLinear.explain(self, x).path
+                return y
+            reason = y
+        return FusedLinear._by_peft(self, record, reason, x, *args, **kwargs)
+
+    def _by_peft(self, record, reason, x, *args, **kwargs) -> Tensor:
+        """PEFT's own forward, counted and explained."""
+        record.last = reason
         record.fallback_calls += 1
         record.reasons[reason] = record.reasons.get(reason, 0) + 1
         warn_once(
@@ -159,11 +162,11 @@ class FusedLinear(PeftLinear):
         )
         return PeftLinear.forward(self, x, *args, **kwargs)
 
-    def explain(self, x: Tensor) -> Explanation:
+    def explain(self, x: Tensor) -> Choice:
         """Which path `self(x)` runs and why; path "peft" is PEFT's own forward. `fastlora.explain` asks this."""
         reason = reasons.of_layer(self) or reasons.of_call(self, x, (), {})
         if reason is not None:
-            return Explanation("peft", reason)
+            return Choice("peft", reason)
         weight, lora_A, _, _, scaling, dropout_p = FusedLinear._arguments(self)
         view = SimpleNamespace(weight=weight, lora_A=lora_A, scaling=scaling, training=True, lora_dropout=dropout_p)
         return explain(view, x)

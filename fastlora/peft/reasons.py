@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.nn.modules import module as nn_module
@@ -119,15 +118,8 @@ def of_call(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> str | Non
     if is_compiling():
         if torch.compiler.is_exporting():
             return "the model is being exported"
-    else:
-        if type(x) is not Tensor and type(x) is not Parameter:
-            return f"x is a {type(x).__name__}, not a plain tensor"
-        if any(len(hooks) for hooks in GLOBAL_HOOKS):
-            return "hooks for all modules are registered"
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return "a function transform (vmap, grad, jvp) is active"
-        if torch._C._get_tracing_state() is not None:
-            return "the model is being traced by torch.jit"
+    elif any(len(hooks) for hooks in GLOBAL_HOOKS):
+        return "hooks for all modules are registered"
     return _of_dtypes(layer, x)
 
 

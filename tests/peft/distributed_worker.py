@@ -108,8 +108,11 @@ def main() -> None:
             dist.all_reduce(difference, dist.ReduceOp.MAX)
             report = fastlora.peft.report(inner)
             results[way.__name__] = {
-                "losses": (losses / 2).tolist(), "want": want, "difference": difference.item(),
-                "fused_calls": report.fused_calls, "fallback_calls": report.fallback_calls,
+                "losses": (losses / 2).tolist(),
+                "want": want,
+                "difference": difference.item(),
+                "fused_calls": report.fused_calls,
+                "fallback_calls": report.fallback_calls,
                 "entries": {name.rsplit(".", 1)[-1]: str.__str__(entry) for name, entry in report.items()},
                 "reasons": sorted({reason for entry in report.values() for reason in entry.reasons}),
             }

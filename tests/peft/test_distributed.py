@@ -21,7 +21,10 @@ def results(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(HERE / "distributed_worker.py"), str(path)],
-        env=environment, capture_output=True, text=True, timeout=400,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(path.read_text())

@@ -42,8 +42,12 @@ def outputs(layer: lora.Linear, inputs: accuracy.Inputs) -> dict:
     x = inputs.x.detach().requires_grad_()
     y = layer(x)
     y.backward(inputs.dy.to(y.dtype))
-    return {"Y": y.detach(), "dX": x.grad, "dA": layer.lora_A["default"].weight.grad,
-            "dB": layer.lora_B["default"].weight.grad}
+    return {
+        "Y": y.detach(),
+        "dX": x.grad,
+        "dA": layer.lora_A["default"].weight.grad,
+        "dB": layer.lora_B["default"].weight.grad,
+    }
 
 
 def fused_calls(layer) -> int:
@@ -144,8 +148,12 @@ def test_autocast(base, adapter):
             x = inputs.x.clone().requires_grad_()
             y = module(x)
         y.backward(inputs.dy.to(y.dtype))
-        results[name] = {"Y": y.detach(), "dX": x.grad, "dA": module.lora_A["default"].weight.grad,
-                         "dB": module.lora_B["default"].weight.grad}
+        results[name] = {
+            "Y": y.detach(),
+            "dX": x.grad,
+            "dA": module.lora_A["default"].weight.grad,
+            "dB": module.lora_B["default"].weight.grad,
+        }
     truth = accuracy.run(fastlora.reference.lora_linear, inputs.map(torch.Tensor.double))
     absolute = accuracy.run(fastlora.reference.lora_linear, inputs.map(lambda t: t.double().abs()))
     for name, mine in results["fused"].items():

@@ -198,8 +198,9 @@ def test_all_modules_of_a_transformers_model_are_found(cpu_path):
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50, n_positions=16))
-    model = get_peft_model(model, LoraConfig(target_modules=["c_attn", "c_proj", "c_fc"], init_lora_weights=False,
-                                             fan_in_fan_out=True))
+    model = get_peft_model(
+        model, LoraConfig(target_modules=["c_attn", "c_proj", "c_fc"], init_lora_weights=False, fan_in_fan_out=True)
+    )
     ids = torch.arange(10)[None]
     want = model.eval()(ids).logits
     fastlora.peft.patch(model)

@@ -76,9 +76,18 @@ class Rows(torch.utils.data.Dataset):
 
 def fit(model, folder):
     settings = TrainingArguments(
-        output_dir=str(folder), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=5e-3, use_cpu=True,
-        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", load_best_model_at_end=True, seed=3,
-        report_to="none", disable_tqdm=True,
+        output_dir=str(folder),
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        learning_rate=5e-3,
+        use_cpu=True,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        load_best_model_at_end=True,
+        seed=3,
+        report_to="none",
+        disable_tqdm=True,
     )
     trainer = Trainer(model=model, args=settings, train_dataset=Rows(), eval_dataset=Rows())
     trainer.train()

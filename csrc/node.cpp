@@ -1,13 +1,12 @@
-// fastlora._cpu_node_<torch's version>: path `cpu` as an autograd node of torch's own, for ordinary tensors.
+// fastlora._node_<torch's version>: path `cpu` as an autograd node of torch's own, for ordinary tensors.
 //
-// It does what fastlora/functional.py and fastlora/dispatch/cpu.py do, with the same kernels, seeds and ATen calls, and
+// It does what fastlora/functional.py, autograd.py and paths/cpu.py do, with the same kernels, seeds and ATen calls, and
 // saves most of the time that a small layer spends in Python. Whatever is out of the ordinary (a subclass, a function
 // transform, a wrong shape, a gradient of another kind) it leaves to Python, which explains and serves it: no message is
 // written here. It is bound to one version of torch, which its name says, and optional: without it Python does it all.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -19,13 +18,13 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/randint.h>
+#include <ATen/ops/zeros.h>
 
-#include <cmath>
-#include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <memory>
 #include <optional>
-#include <string>
-#include <type_traits>
 #include <utility>
 
 #include "call.h"
@@ -34,17 +33,17 @@ namespace {
 
 using at::Tensor;
 using std::int64_t;
-using torch::autograd::Edge;
-using torch::autograd::edge_list;
 using torch::autograd::variable_list;
 typedef std::optional<Tensor> Optional;
 
 // Given once by `prepare`, and kept for good.
 const fastlora::Kernels* kernels = nullptr;
-PyObject* path_cpu = nullptr;         // the module fastlora.dispatch.cpu
-PyObject* python_gradients = nullptr;  // fastlora.functional._gradients
-int64_t tiny = 0;                     // fastlora.dispatch.choice.TINY
-std::string twice;                    // fastlora.functional.TWICE
+PyObject* path_cpu = nullptr;          // fastlora.paths.PATHS["cpu"]
+PyObject* python_gradients = nullptr;  // fastlora.autograd.gradients
+
+// What fastlora.choice has found: whether path `cpu` runs for the dtypes of x and of the adapters (bfloat16 or float32),
+// the rank, and dropout on or off. Read and written under the GIL.
+bool allowed[2][2][fastlora::MAX_RANK + 1][2];
 
 bool is_bfloat16(const Tensor& t) { return t.scalar_type() == at::kBFloat16; }
 bool kernels_take(const Tensor& t) { return is_bfloat16(t) || t.scalar_type() == at::kFloat; }
@@ -79,7 +78,8 @@ struct Result {
 Result forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Optional& bias,
                double scaling, double p) {
   Tensor seed;
-  if (p > 0.0) seed = at::empty({}, at::TensorOptions(at::kLong).device(at::kCPU)).random_();
+  if (p > 0.0)  // fastlora.paths.problem.draw_seed
+    seed = at::randint(std::numeric_limits<int64_t>::max(), {}, at::TensorOptions(at::kLong).device(at::kCPU));
   const Tensor rows = dense_rows(x), A = lora_A.contiguous(), B = lora_B.contiguous();
   fastlora::Call call{};
   call.M = rows.size(0);
@@ -139,7 +139,7 @@ variable_list backward(const Tensor& dy, const Tensor& x, const Tensor& weight, 
     dB = at::empty_like(B);
     call.dB = dB.data_ptr();
   }
-  call.add = is_bfloat16(rows);  // as in fastlora/dispatch/cpu.py
+  call.add = is_bfloat16(rows);  // as in fastlora/paths/cpu.py
   if (needs.x) {
     dx = call.add ? at::mm(rows, weight) : at::empty({call.M, call.K}, rows.options());
     call.dx = dx.data_ptr();
@@ -200,20 +200,22 @@ variable_list backward_in_python(const Tensor& dy, const variable_list& saved, d
   return gradients;
 }
 
-// A node that raises `message`. Nodes are held by std::shared_ptr up to some version of torch, by intrusive_ptr after.
-template <typename Pointer, typename Message>
-Pointer error_node(const Message& message, edge_list&& next) {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
-    return std::make_shared<torch::autograd::Error>(message, std::move(next));
-  else
-    return c10::make_intrusive<torch::autograd::Error>(message, std::move(next));
+// Zeros of x's shape in no memory, with x's history: see fastlora.autograd._shadow.
+Tensor shadow(const Tensor& x) {
+  at::AutoDispatchBelowADInplaceOrView no_views;
+  const Tensor zeros = at::zeros({}, x.options()).expand(x.sizes());
+  torch::autograd::impl::set_gradient_edge(zeros, torch::autograd::impl::gradient_edge(x));
+  return zeros;
 }
 
 struct LoRALinear : torch::autograd::Function<LoRALinear> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const Tensor& lora_A, const Tensor& lora_B, const Optional& bias, double scaling, double p) {
     const Result result = ::forward(x, weight, lora_A, lora_B, bias, scaling, p);
-    ctx->save_for_backward({lora_A.requires_grad() ? x : Tensor(), x.requires_grad() ? weight : Tensor(), lora_A, lora_B,
+    const Tensor kept = lora_A.requires_grad()                        ? x
+                        : x.requires_grad() && lora_B.requires_grad() ? shadow(x)
+                                                                      : Tensor();
+    ctx->save_for_backward({kept, x.requires_grad() ? weight : Tensor(), lora_A, lora_B,
                             result.S, result.seed});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["p"] = p;
@@ -222,52 +224,22 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& incoming) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Tensor& dy = incoming[0];
     const variable_list saved = ctx->get_saved_variables();
-    if (!at::GradMode::is_enabled()) return inputs_order(gradients(ctx, dy, saved));
-    variable_list found;
-    {
-      at::NoGradGuard no_grad;
-      found = gradients(ctx, dy, saved);
-    }
-    // each depends on dy and on all that learns but itself
-    const Edge of_dy = torch::autograd::impl::gradient_edge(dy);
-    const auto& inputs = torch::autograd::get_current_node()->next_edges();
-    const Edge &of_x = inputs[0], &of_A = inputs[2], &of_B = inputs[3];
-    return inputs_order({once(found[0], {of_dy, of_A, of_B}), once(found[1], {of_dy, of_x, of_B}),
-                         once(found[2], {of_dy, of_x, of_A}), once(found[3], {of_dy})});
-  }
-
- private:
-  // A gradient made under create_graph=True: it may be used, but not differentiated by what it depends on.
-  static Tensor once(const Tensor& gradient, const edge_list& dependences) {
-    edge_list learning;
-    for (const Edge& edge : dependences)
-      if (edge.is_valid()) learning.push_back(edge);
-    if (!gradient.defined() || learning.empty()) return gradient;
-    // of a batch of gradients (is_grads_batched) the history would be lost in silence
-    TORCH_CHECK(!gradient.key_set().has(c10::DispatchKey::Batched), twice);
-    Tensor same = gradient.detach();
-    const auto error = error_node<decltype(Edge::function)>(twice, std::move(learning));
-    torch::autograd::impl::set_gradient_edge(same, Edge(error, error->add_input_metadata(same)));
-    return same;
-  }
-
-  static variable_list inputs_order(const variable_list& g) {
-    return {g[0], Tensor(), g[1], g[2], g[3], Tensor(), Tensor()};
-  }
-
-  static variable_list gradients(torch::autograd::AutogradContext* ctx, const Tensor& dy, const variable_list& saved) {
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const double scaling = ctx->saved_data["scaling"].toDouble(), p = ctx->saved_data["p"].toDouble();
     const Needs needs{ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3),
                       ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(4)};
-    const Tensor &x = saved[0], &weight = saved[1], &A = saved[2], &B = saved[3], &S = saved[4], &seed = saved[5];
-    if (nobody_watches() && is_plain(dy) && as_expected(dy, x, weight, A, B, S, seed))
-      return ::backward(dy, x, weight, A, B, S, seed, scaling, p, needs);
-    return backward_in_python(dy, saved, scaling, p, needs);
+    const Tensor x = needs.A ? saved[0] : Tensor();
+    const Tensor &weight = saved[1], &A = saved[2], &B = saved[3], &S = saved[4], &seed = saved[5];
+    const bool ours = !at::GradMode::is_enabled() && nobody_watches() && is_plain(dy) &&
+                      as_expected(dy, x, weight, A, B, S, seed);
+    const variable_list g = ours ? ::backward(dy, x, weight, A, B, S, seed, scaling, p, needs)
+                                 : backward_in_python(dy, saved, scaling, p, needs);
+    return {g[0], Tensor(), g[1], g[2], g[3], Tensor(), Tensor()};
   }
 
+ private:
   // Hooks of saved tensors may have changed them, and the kernels read addresses.
   static bool as_expected(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                           const Tensor& S, const Tensor& seed) {
@@ -286,7 +258,7 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
   }
 };
 
-// What fastlora.functional._check lets pass, and the kernels take.
+// What fastlora.arguments.check lets pass, and the kernels take.
 bool fits(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B, const Optional& bias, double p) {
   for (const Tensor* t : {&x, &weight, &A, &B})
     if (!is_plain(*t)) return false;
@@ -299,19 +271,12 @@ bool fits(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& 
          p >= 0.0 && p <= 1.0;
 }
 
-// fastlora.dispatch.choice.is_tiny, of what fits
-bool is_tiny(const Tensor& x, const Tensor& weight, const Tensor& A, double scaling, double p) {
-  const bool rides_on_gemm = std::abs(scaling) > 1e-37 && std::abs(scaling) < 1e37;
-  return p == 0.0 && rides_on_gemm && !x.requires_grad() && x.dim() == 2 && x.size(0) * weight.numel() <= tiny &&
-         x.scalar_type() == A.scalar_type();
-}
-
-// lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, selected): y, or None for what is left to Python.
-// `selected` says which path runs, as fastlora.dispatch.choice.select keeps it; None: path `cpu`.
-PyObject* lora_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
+// The seven arguments of `lora_linear` and `run`: y, or None for what is left to Python.
+template <bool CHOOSING>
+PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 8) return PyErr_Format(PyExc_TypeError, "8 arguments needed, got %zd", count);
-  PyObject *bias_or_none = values[4], *selected = values[7];
+  if (count != 7) return PyErr_Format(PyExc_TypeError, "7 arguments needed, got %zd", count);
+  PyObject* bias_or_none = values[4];
   for (int i = 0; i < 4; ++i)
     if (!THPVariable_CheckExact(values[i])) Py_RETURN_NONE;
   if (bias_or_none != Py_None && !THPVariable_CheckExact(bias_or_none)) Py_RETURN_NONE;
@@ -327,25 +292,10 @@ PyObject* lora_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Optional bias;
   if (bias_or_none != Py_None) bias = THPVariable_Unpack(bias_or_none);
   if (!kernels || !fits(x, weight, A, B, bias, p) || weight.requires_grad() || !nobody_watches()) Py_RETURN_NONE;
+  if (CHOOSING && !allowed[is_bfloat16(x)][is_bfloat16(A)][A.size(0)][p > 0.0]) Py_RETURN_NONE;
 
   Tensor y;
-  const bool choosing = selected != Py_None;
-  if (choosing) {
-    const char* forced = std::getenv("FASTLORA_PATH");
-    if (forced && *forced) Py_RETURN_NONE;
-  }
-  if (choosing && is_tiny(x, weight, A, scaling, p)) {
-    ReleasesGIL no_gil;
-    y = at::addmm(at::linear(x, weight, bias), at::linear(x, A), B.t(), 1, scaling);
-  } else {
-    if (choosing) {  // fastlora.dispatch.cpu.node_key
-      const int64_t key = ((A.size(0) * 2 + (p > 0.0)) * 2 + is_bfloat16(x)) * 2 + is_bfloat16(A);
-      const Owned number(PyLong_FromLongLong(key));
-      if (!number || PyDict_GetItemWithError(selected, number.get()) != path_cpu) {
-        if (PyErr_Occurred()) return nullptr;
-        Py_RETURN_NONE;
-      }
-    }
+  {
     ReleasesGIL no_gil;
     const bool learns = x.requires_grad() || A.requires_grad() || B.requires_grad() || (bias && bias->requires_grad());
     y = learns && at::GradMode::is_enabled() ? LoRALinear::apply(x, weight, A, B, bias, scaling, p)
@@ -355,26 +305,42 @@ PyObject* lora_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// prepare(kernels, path_cpu, gradients, tiny, twice): once, before anything else
+// prepare(kernels, gradients, path): once, before anything else
 PyObject* prepare(PyObject*, PyObject* arguments) {
-  PyObject *capsule, *path, *gradients;
-  long long most;
-  const char* message;
-  if (!PyArg_ParseTuple(arguments, "OOOLs", &capsule, &path, &gradients, &most, &message)) return nullptr;
+  PyObject *capsule, *gradients, *path;
+  if (!PyArg_ParseTuple(arguments, "OOO", &capsule, &gradients, &path)) return nullptr;
   const void* table = PyCapsule_GetPointer(capsule, fastlora::KERNELS);
   if (!table) return nullptr;
   kernels = static_cast<const fastlora::Kernels*>(table);
   path_cpu = Py_NewRef(path);
   python_gradients = Py_NewRef(gradients);
-  tiny = most;
-  twice = message;
   Py_RETURN_NONE;
 }
 
+// allow(x16, adapter16, R, dropout)
+PyObject* allow(PyObject*, PyObject* arguments) {
+  int x16, adapter16, R, dropout;
+  if (!PyArg_ParseTuple(arguments, "ppip", &x16, &adapter16, &R, &dropout)) return nullptr;
+  if (R >= 0 && R <= fastlora::MAX_RANK) allowed[x16][adapter16][R][dropout] = true;
+  Py_RETURN_NONE;
+}
+
+PyObject* forget(PyObject*, PyObject*) {
+  std::memset(allowed, 0, sizeof allowed);
+  Py_RETURN_NONE;
+}
+
+template <bool CHOOSING>
+PyCFunction fastcall() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call<CHOOSING>));
+}
+
 PyMethodDef methods[] = {
-    {"lora_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(lora_linear)), METH_FASTCALL,
-     "y, or None for what is left to Python"},
+    {"lora_linear", fastcall<true>(), METH_FASTCALL, "y where path `cpu` was chosen; None: left to Python"},
+    {"run", fastcall<false>(), METH_FASTCALL, "y by path `cpu`; None: left to Python"},
     {"prepare", prepare, METH_VARARGS, "hand over the kernels and what is left to Python"},
+    {"allow", allow, METH_VARARGS, "say for which calls path `cpu` was chosen"},
+    {"forget", forget, METH_NOARGS, "take back all that `allow` said"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,0 +1,112 @@
+"""The registered ops that a compiler sees. They choose their path when they run, so that one graph serves every M.
+
+A dispatcher call costs several times what `autograd.run` costs, so eager calls never take this road.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlora import env
+from fastlora.arguments import check
+from fastlora.base_layer import dense
+from fastlora.choice import select
+from fastlora.paths.problem import Update, check_saved, draw_seed, rows
+
+
+def call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path) -> Tensor:
+    """y of a call that a compiler, or a mode that watches ATen's operations, sees."""
+    seed = draw_seed(x.device) if dropout_p > 0.0 else None
+    return torch.ops.fastlora.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path or "")[0]
+
+
+@torch.library.custom_op("fastlora::forward", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    path: str,
+) -> tuple[Tensor, Tensor]:
+    check(x, weight, lora_A, lora_B, bias, dropout_p)  # a caller of torch.ops has passed by `lora_linear`
+    chosen = select(x, weight, lora_A, dropout_p, path or env.forced_path())
+    return chosen.forward(x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))
+
+
+@_forward_op.register_fake
+def _(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path):
+    M = rows(x).shape[0]  # symbolic where x's is, so that one graph serves every M
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((M, lora_A.shape[0]))
+
+
+@torch.library.custom_op("fastlora::backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    path: str,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = select(x, weight, lora_A, dropout_p, path or env.forced_path())
+    update, weight = Update(lora_A, lora_B, scaling, dropout_p, seed), dense(weight)
+    check_saved(rows(dy), x, weight, S, update)
+    dx, dA, dB = chosen.backward(rows(dy), x if need_A else None, weight if need_x else None, S, update, need_B)
+    return (
+        dx.view(x.shape) if need_x else x.new_empty(0),
+        dA.to(lora_A.dtype).contiguous() if need_A else lora_A.new_empty(0),
+        dB.to(lora_B.dtype).contiguous() if need_B else lora_B.new_empty(0),
+    )
+
+
+@_backward_op.register_fake
+def _(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, path, need_x, need_A, need_B):
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        lora_A.new_empty(lora_A.shape if need_A else 0),
+        lora_B.new_empty(lora_B.shape if need_B else 0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, lora_A, lora_B, _, scaling, dropout_p, seed, path = inputs
+    ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], seed)
+    ctx.call = (scaling, dropout_p, path)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _op_backward(ctx, dy, _):
+    x, weight, lora_A, lora_B, S, seed = ctx.saved_tensors
+    scaling, dropout_p, path = ctx.call
+    need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+    dx = dA = dB = None
+    if need_x or need_A or need_B:
+        dx, dA, dB = torch.ops.fastlora.backward(
+            dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, path, need_x, need_A, need_B
+        )
+    return (
+        dx if need_x else None,
+        None,
+        dA if need_A else None,
+        dB if need_B else None,
+        rows(dy).sum(0) if need_bias else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_forward_op.register_autograd(_op_backward, setup_context=_setup_context)

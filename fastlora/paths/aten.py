@@ -1,0 +1,102 @@
+"""Path `torch`: ATen's own GEMMs with nothing computed twice. The floor under every other path.
+
+Forward:   Y = X Wᵀ + bias;  S = drop(X)·Aᵀ;  Y += s·S·Bᵀ in place.
+Backward:  dB = s·(Sᵀ·dY)ᵀ;  dS = s·dY·B;  dA = dSᵀ·drop(X);  dX = dY·W;  dX += drop'(dS·A) in place.
+
+The scaling s rides on GEMMs as their alpha: no pass of its own. It stands where eager has it, S without and dS with
+s, so that 16 bits overflow and underflow where eager's do. The mask is made twice from one seed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastlora.paths.mask import keep_mask
+from fastlora.paths.path import Path
+from fastlora.paths.problem import Update, base_product, rows
+
+
+def forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
+    if update.lora_A.dtype is torch.float64 and x.dtype is not torch.float64:  # whose range is all of the reference's
+        y, S = forward(*_double(x, weight, bias), _double_update(update))
+        return y.to(x.dtype), S.to(x.dtype)
+    x2, y = rows(x), base_product(x, weight, bias)
+    lora_A, lora_B, scaling, p, seed = update
+    if p > 0.0:
+        x2 = x2 * keep_mask(seed, *x2.shape, p, x.dtype)
+        scaling = s_factor(scaling, p)
+    S = torch.mm(x2, lora_A.to(x.dtype).t())
+    _add_product(y.view(S.shape[0], weight.shape[0]), S, lora_B.to(x.dtype).t(), scaling)
+    return y, S
+
+
+def backward(dy, x, weight, S, update, need_B):
+    if update.lora_A.dtype is torch.float64 and dy.dtype is not torch.float64:
+        dx, dA, dB = backward(*_double(dy, x, weight, S), _double_update(update), need_B)
+        return None if dx is None else dx.to(dy.dtype), dA, dB
+    lora_A, lora_B, scaling, p, seed = update
+    if (dy.stride(1) != 1 and dy.stride(0) != 1) or 0 in dy.stride():
+        dy = dy.contiguous()  # y.sum().backward() hands out an expanded scalar, and three GEMMs would each copy it
+    keep = keep_mask(seed, dy.shape[0], lora_A.shape[1], p, dy.dtype) if p > 0.0 else None
+    kept = s_factor(1.0, p)
+    dx = dA = dB = None
+    if need_B:
+        dB = _product(S.t(), dy, s_factor(scaling, p)).t()
+    if weight is None and x is None:
+        return dx, dA, dB
+    dS = _product(dy, lora_B.to(dy.dtype), scaling)
+    if x is not None:
+        x = rows(x)
+        dA = torch.mm(dS.t(), x) if keep is None else _product(dS.t(), x * keep, kept)
+    if weight is not None:
+        dx = torch.mm(dy, weight)
+        if keep is None:
+            dx.addmm_(dS, lora_A.to(dy.dtype))
+        else:
+            dx.addcmul_(torch.mm(dS, lora_A.to(dy.dtype)), keep, value=kept)
+    return dx, dA, dB
+
+
+def s_factor(scaling: float, p: float) -> float:
+    """S holds neither the scaling nor dropout's factor."""
+    return scaling / (1.0 - p) if p < 1.0 else 0.0
+
+
+def _double(*tensors: Tensor | None):
+    return (None if t is None else t.double() for t in tensors)
+
+
+def _double_update(update: Update) -> Update:
+    return update._replace(lora_A=update.lora_A.double(), lora_B=update.lora_B.double())
+
+
+def _rides_on_gemm(scaling: float) -> bool:
+    """Whether BLAS takes the factor as its alpha: at one that float32 holds as 0 it would look at no operand and lose
+    its NaN, and one beyond float32 it refuses."""
+    return 1e-37 < abs(scaling) < 1e37
+
+
+def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * (a @ b), rounded once and without a pass of its own for the factor."""
+    if not _rides_on_gemm(scaling):
+        return torch.mm(a, b).mul_(scaling)
+    return torch.addmm(_nothing(a.dtype, a.device), a, b, beta=0, alpha=scaling)
+
+
+def _add_product(y: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
+    """y += scaling * (a @ b)."""
+    if _rides_on_gemm(scaling):
+        y.addmm_(a, b, alpha=scaling)
+    else:
+        y.add_(torch.mm(a, b).mul_(scaling))
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device)
+
+
+PATH = Path("torch", lambda device, problem: None, forward, backward, keep_mask, s_factor)

@@ -1,0 +1,166 @@
+"""Path `cpu`: ATen's GEMM with the frozen weight, and all that has the rank in it in kernels compiled from `csrc/`.
+
+Forward:   Y = X Wᵀ + bias (ATen);  then S = drop(X)·Aᵀ and Y += s·S·Bᵀ, block by block, with one read of X.
+Backward:  dS = s·dY·B, dBᵀ = s·Sᵀ·dY, dA = dSᵀ·drop(X) and dX = drop'(dS·A), block by block, with one read of dY and
+           one of X;  then dX += dY·W (ATen).
+
+In forward the GEMM comes first, so that a new layer, whose B is zero, gives its base's output to the bit. In backward
+it comes last, because it can add to what it writes, which the kernels would have to read again; but not in bfloat16,
+where oneDNN adds at a greater cost than they do.
+
+The dropout mask is a hash of the seed and of an element's place, made where it is needed. The kernels use torch's own
+threads, and the fastest instruction set that the processor has. Where they were not compiled, path `torch` runs.
+
+Ordinary calls take the same kernels by way of the autograd node in C++ (csrc/node.cpp), without Python.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import pathlib
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastlora.paths.path import Path
+from fastlora.paths.problem import Problem, base_product, check_saved, rows
+
+try:
+    from fastlora import _cpu
+except ImportError:
+    _cpu = None
+
+_MISSING = (
+    f"its kernels are not in {pathlib.Path(__file__).parents[1]}: they were not compiled at install, or only for an "
+    "installed copy (`pip install -e .` compiles them for a checkout)"
+)
+MAX_RANK = 0 if _cpu is None else _cpu.MAX_RANK
+MEASURED = ("avx512bf16", "avx512", "avx2")  # instruction sets on which these kernels were timed against ATen's
+FAST_RANK = 32  # above it ATen's GEMMs make up for the passes that they take, where nothing is dropped
+_CODES = {torch.float32: 0, torch.bfloat16: 1}
+# Sizes that several threads share, rows too long for a whole block, and each mixture of dtypes.
+CASES = (
+    *((131, 200, 300, 16, 0.25, dtype, dtype) for dtype in (torch.float32, torch.bfloat16)),
+    (61, 40, 9000, 5, 0.0, torch.float32, torch.float32),
+    (40, 50, 60, 8, 0.25, torch.bfloat16, torch.float32),
+    (40, 50, 60, 8, 0.25, torch.float32, torch.bfloat16),
+)
+
+
+def why_not(device: torch.device, problem: Problem | None) -> str | None:
+    if device.type != "cpu":
+        return f"its kernels are for the CPU, not for {device.type!r}"
+    missing = _MISSING if _cpu is None else _borrow_threads()
+    if missing or problem is None:
+        return missing
+    if problem.dtype not in _CODES:
+        return f"x is {problem.dtype}; the CPU kernels take float32 and bfloat16"
+    if problem.adapter_dtype not in _CODES:
+        return f"the adapters are {problem.adapter_dtype}; the CPU kernels take float32 and bfloat16"
+    if problem.R > MAX_RANK:
+        return f"R is {problem.R}; the CPU kernels take at most {MAX_RANK}"
+    return None
+
+
+def why_slow(problem: Problem) -> str | None:
+    if _cpu.instructions()[0] not in MEASURED:
+        return f"it has not been measured on instruction set {_cpu.instructions()[0]!r}"
+    if problem.R > FAST_RANK and not problem.dropout:
+        return f"'torch' measured faster on a CPU for R above {FAST_RANK} without dropout"
+    return None
+
+
+def kernels() -> object:
+    """The compiled kernels as the node in C++ takes them."""
+    return _cpu.kernels()
+
+
+@cache
+def _borrow_threads() -> str | None:
+    """Hand torch's OpenMP pool to the kernels: a second one would fight the first for the cores."""
+    library = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).GOMP_parallel  # found in what libtorch_cpu itself is linked with
+    except (OSError, AttributeError) as error:
+        return f"torch's OpenMP threads were not found ({error})"
+    _cpu.use_threads_of(ctypes.cast(function, ctypes.c_void_p).value)
+    return None
+
+
+def fingerprint() -> str:
+    """These kernels, with the instruction set that this processor has."""
+    return f"{_cpu.instructions()[0]} {hashlib.sha256(pathlib.Path(_cpu.__file__).read_bytes()).hexdigest()}"
+
+
+def forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
+    lora_A, lora_B, scaling, p, seed = update
+    if not (weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)):
+        _refuse_devices(weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    x2, lora_A, lora_B = _dense_rows(rows(x)), _dense(lora_A), _dense(lora_B)
+    (M, K), (N, R) = x2.shape, lora_B.shape
+    S = x.new_empty((M, R))
+    y = base_product(x, weight, bias)
+    _cpu.forward(
+        y.data_ptr(), _CODES[x.dtype], _CODES[lora_A.dtype], x2.data_ptr(), x2.stride(0), lora_A.data_ptr(),
+        lora_B.data_ptr(), S.data_ptr(), M, N, K, R, scaling, p, _address(seed), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, S
+
+
+def backward(dy, x, weight, S, update, need_B):
+    check_saved(dy, x, weight, S, update)
+    lora_A, lora_B, scaling, p, seed = update
+    dy, S, lora_A, lora_B = _dense_rows(dy), _dense(S), _dense(lora_A), _dense(lora_B)
+    (M, N), (R, K) = dy.shape, lora_A.shape
+    add = dy.dtype is torch.bfloat16  # the kernels add to ATen's product; else ATen adds to what they wrote
+    x = None if x is None else _dense_rows(rows(x))
+    dA = None if x is None else torch.empty_like(lora_A)
+    dB = torch.empty_like(lora_B) if need_B else None
+    dx = None if weight is None else torch.mm(dy, weight) if add else dy.new_empty((M, K))
+    _cpu.backward(
+        _address(dx), add, _CODES[dy.dtype], _CODES[lora_A.dtype], dy.data_ptr(), dy.stride(0), _address(x),
+        0 if x is None else x.stride(0), lora_A.data_ptr(), lora_B.data_ptr(), S.data_ptr(), _address(dA), _address(dB),
+        M, N, K, R, scaling, p, _address(seed), torch.get_num_threads(),
+    )  # fmt: skip
+    if dx is not None and not add:
+        dx.addmm_(dy, weight)
+    return dx, dA, dB
+
+
+def s_factor(scaling: float, p: float) -> float:
+    """S holds dropout's factor, but not the scaling."""
+    return scaling
+
+
+def mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    factors = torch.empty((M, K), dtype=torch.float32, device="cpu")
+    _cpu.mask(factors.data_ptr(), M, K, p, seed.data_ptr())
+    return factors != 0
+
+
+def _refuse_devices(**tensors: Tensor | None) -> None:
+    """What ATen would say, said before the kernels read an address that is not theirs."""
+    for name, t in tensors.items():
+        if t is not None and not t.is_cpu:
+            raise RuntimeError(f"{name} is on {t.device} and x on cpu; they need one device")
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _dense(t: Tensor) -> Tensor:
+    """t with dense memory that holds its numbers: neither negated nor zero by declaration."""
+    if t.is_neg():
+        t = t.resolve_neg()
+    return t.clone() if t._is_zerotensor() else t.contiguous()
+
+
+def _dense_rows(t: Tensor) -> Tensor:
+    """t (M, K) with the elements of a row side by side; a row may lie anywhere."""
+    return t if t.stride(1) == 1 and not t.is_neg() and not t._is_zerotensor() else _dense(t)
+
+
+PATH = Path("cpu", why_not, forward, backward, mask, s_factor, CASES, fingerprint, why_slow)

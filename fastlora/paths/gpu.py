@@ -1,0 +1,167 @@
+"""A GPU's paths, of Triton's kernels: `hybrid`, `onepass` and `split`.
+
+| path      | forward                                             | backward                                          |
+| --------- | --------------------------------------------------- | ------------------------------------------------- |
+| `hybrid`  | S and Y = S Bᵀ + bias, then ATen: Y += X Wᵀ         | dS, dB; dA and dX = drop'(dS A); ATen: dX += dY W |
+| `onepass` | Y and S from one read of X                          | dS, dB; dA; one GEMM with the update inside       |
+| `split`   | S, then one GEMM with the update in its accumulator | as `onepass`                                      |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from contextlib import nullcontext
+from functools import cache
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from fastlora import env
+from fastlora.paths.mask import threshold
+from fastlora.paths.path import Path
+from fastlora.paths.problem import Problem, Update, check_saved, rows
+
+MAX_RANK = 128
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not(device: torch.device, problem: Problem | None) -> str | None:
+    reason = _triton_missing()
+    if reason is None and device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
+            reason = "the GPU is older than compute capability 7.5"
+    elif reason is None and device.type == "cpu":
+        reason = None if env.interpreting() else "tensors on the CPU need TRITON_INTERPRET=1"
+    elif reason is None:
+        reason = f"no Triton kernels for device type {device.type!r}"
+    if reason or problem is None:
+        return reason
+    if problem.dtype not in _DTYPES:
+        return f"x is {problem.dtype}; the kernels take float16, bfloat16 and float32"
+    if problem.adapter_dtype not in (problem.dtype, torch.float32):
+        return f"the adapters are {problem.adapter_dtype}; the kernels take x's dtype and float32"
+    if problem.R > MAX_RANK:
+        return f"R is {problem.R}; the kernels take at most {MAX_RANK}"
+    if problem.empty:
+        return "M, N or K is 0: nothing to multiply"
+    if device.type == "cpu" and problem.dtype is torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    return None
+
+
+@cache
+def _triton_missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # a broken Triton raises more than ImportError
+        return f"triton cannot be imported ({error})"
+    return None
+
+
+def hybrid_forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
+    from fastlora.kernels import hybrid
+
+    x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
+    y2 = y.view(x2.shape[0], weight.shape[0])
+    with _on_device_of(x):
+        S = hybrid.s_y(x2, update.lora_A, update.lora_B, bias, _exact(update), _dropout(update), y2)
+        torch.addmm(y2, x2, weight.t(), out=y2)
+    return y, S
+
+
+def hybrid_backward(dy, x, weight, S, update, need_B):
+    from fastlora.kernels import grads, hybrid
+
+    check_saved(dy, x, weight, S, update)
+    lora_A = update.lora_A
+    with _on_device_of(dy):
+        dS, dB = grads.ds_db(dy, update.lora_B, S, _exact(update))
+        dx = None if weight is None else dy.new_empty((dy.shape[0], lora_A.shape[1]))
+        dA = None
+        if x is not None or dx is not None:
+            dA = hybrid.da_dx(
+                dS, None if x is None else rows(x), lora_A, _dropout(update), None if x is None else lora_A.dtype, dx
+            )
+        if dx is not None:
+            dx.addmm_(dy, weight)
+    return dx, dA, dB
+
+
+def onepass_forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
+    from fastlora.kernels import onepass
+
+    x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
+    with _on_device_of(x):
+        _, S = onepass.onepass_forward(
+            x2, weight, bias, update.lora_A, update.lora_B, _exact(update), _dropout(update),
+            out=y.view(x2.shape[0], weight.shape[0]),
+        )  # fmt: skip
+    return y, S
+
+
+def split_forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
+    from fastlora.kernels import gemm, s
+
+    x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
+    with _on_device_of(x):
+        S = s.s_forward(x2, update.lora_A, _exact(update), _dropout(update))
+        gemm.gemm_forward(x2, weight, bias, S, update.lora_B, out=y.view(x2.shape[0], weight.shape[0]))
+    return y, S
+
+
+def split_backward(dy, x, weight, S, update, need_B):
+    from fastlora.kernels import gemm, grads
+
+    check_saved(dy, x, weight, S, update)
+    dropout, lora_A = _dropout(update), update.lora_A
+    with _on_device_of(dy):
+        dS, dB = grads.ds_db(dy, update.lora_B, S, _exact(update))
+        dA = None if x is None else grads.da(dS, rows(x), dropout, lora_A.dtype)
+        dx = None if weight is None else gemm.gemm_dx(dy, weight, dS, lora_A, dropout)
+    return dx, dA, dB
+
+
+def mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    from fastlora.kernels.dropout import Dropout, keep_mask
+
+    return keep_mask(Dropout(p, seed), M, K)
+
+
+def s_factor(scaling: float, p: float) -> float:
+    """S holds every factor."""
+    return 1.0
+
+
+def _dropout(update: Update):
+    """The kernels' `Dropout`, or None when nothing is dropped."""
+    from fastlora.kernels.dropout import Dropout
+
+    return Dropout(update.dropout_p, update.seed) if update.dropout_p > 0.0 else None
+
+
+def _exact(update: Update) -> float:
+    """The scaling to hand to kernels, which divide what they keep by 1 - round(p·65536)/65536, so that it is 1 - p."""
+    scaling, p = update.scaling, update.dropout_p
+    return scaling if p in (0.0, 1.0) else scaling * (1.0 - threshold(p) / 65536) / (1.0 - p)
+
+
+def _on_device_of(x: Tensor):
+    """A context in which x's GPU is the current one: Triton launches there, wherever its arguments lie."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
+def fingerprint() -> str:
+    """The sources of the kernels, and the compiler's version."""
+    digest = hashlib.sha256()
+    for source in sorted((pathlib.Path(__file__).parents[1] / "kernels").glob("*.py")):
+        digest.update(source.read_bytes())
+    return f"{metadata.version('triton')} {digest.hexdigest()}"
+
+
+HYBRID = Path("hybrid", why_not, hybrid_forward, hybrid_backward, mask, s_factor, (), fingerprint)
+ONEPASS = Path("onepass", why_not, onepass_forward, split_backward, mask, s_factor, (), fingerprint)
+SPLIT = Path("split", why_not, split_forward, split_backward, mask, s_factor, (), fingerprint)

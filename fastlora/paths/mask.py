@@ -1,0 +1,84 @@
+"""Dropout masks of path `torch`: the same on each device however they are made, from the seed alone.
+
+There are four generators of masks in this project: on CPUs torch's own generator (here, for path `torch`) and a hash in
+C++ (csrc/cpu_kernels.h, for path `cpu`); on GPUs one function of (seed, row, column), Philox-4x32-7, as a Triton kernel
+(kernels/dropout.py, for all paths there) and in ATen's operations (here, where Triton cannot run).
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+
+def threshold(p: float) -> int:
+    """What 16 random bits must reach for an element to be kept: p to the nearest 1/65536."""
+    return round(p * 65536)
+
+
+def keep_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = torch.bool) -> Tensor:
+    """1 where x is kept and 0 where it is dropped, (M, K), on seed's device; bool, or on a CPU `dtype`."""
+    if seed.is_cpu:
+        return _of_generator(seed, M, K, threshold(p), dtype)
+    if _kernel_agrees(seed.device):
+        from fastlora.kernels import dropout
+
+        return dropout.keep_mask(dropout.Dropout(p, seed), M, K)
+    return philox_mask(seed, M, K, p)
+
+
+class _Private(threading.local):
+    """Each thread's own generator, seeded anew for every mask: making one costs more than seeding it."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+
+
+_private = _Private()
+
+
+def _of_generator(seed: Tensor, M: int, K: int, least: int, dtype: torch.dtype) -> Tensor:
+    words = (M, K // 4) if K % 4 == 0 else ((M * K + 3) // 4,)
+    generator = _private.generator.manual_seed(seed.item())
+    bits = torch.empty(words, dtype=torch.int64).random_(-(2**63), None, generator=generator).view(torch.int16)
+    keep = torch.empty((M, K), dtype=dtype)
+    if least > 65535:  # no 16 bits reach it
+        return keep.zero_()
+    # uniform over [-32768, 32768): ATen compares no unsigned 16-bit integers
+    return torch.ge(bits if K % 4 == 0 else bits[: M * K].view(M, K), least - 32768, out=keep)
+
+
+def philox_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """The mask of kernels/dropout.py in ATen's operations, bool (M, K): many passes, and no word from the host."""
+    word = 0xFFFFFFFF
+    zero = torch.zeros((M, -(-K // 8)), dtype=torch.int64, device=seed.device)
+    c0 = zero + torch.arange(zero.shape[1], device=seed.device)
+    c1 = zero + torch.arange(M, device=seed.device)[:, None]
+    c2, c3, k0, k1 = zero, zero, seed & word, (seed >> 32) & word
+    for _ in range(7):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # which wrap: the upper word is right all the same
+        c0, c1, c2, c3 = (b >> 32 & word) ^ c1 ^ k0, b & word, (a >> 32 & word) ^ c3 ^ k1, a & word
+        k0, k1 = k0 + 0x9E3779B9 & word, k1 + 0xBB67AE85 & word
+    halves = [half for c in (c0, c2, c1, c3) for half in (c & 0xFFFF, c >> 16)]
+    return (torch.stack(halves, -1).flatten(1)[:, :K] >= threshold(p)).contiguous()
+
+
+_agrees: dict[torch.device, bool] = {}
+
+
+def _kernel_agrees(device: torch.device) -> bool:
+    """Whether the Triton kernel runs on `device` and gives the very bits of `philox_mask`; looked at once."""
+    if device not in _agrees:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        try:
+            from fastlora.kernels import dropout
+
+            seed = torch.full((), 0x1234_5678_9ABC_DEF0, device=device)
+            kernel = dropout.keep_mask(dropout.Dropout(0.3, seed), 37, 77)
+            _agrees[device] = torch.equal(kernel, philox_mask(seed, 37, 77, 0.3))
+        except Exception:  # whatever a missing Triton, a compiler or a driver raises
+            _agrees[device] = False
+    return _agrees[device]

@@ -1,0 +1,99 @@
+"""What a path is given: the sizes and types of one call, and the update that it adds to the base's product."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """One call of the layer. M tokens, N out_features, K in_features, R rank; hashable, to keep a choice by."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    device: torch.device
+    dropout: bool
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to multiply. Such calls are ATen's: kernels take sizes from 1."""
+        return self.M == 0 or self.N == 0 or self.K == 0
+
+
+class Update(NamedTuple):
+    """All that makes scaling · drop(x) Aᵀ Bᵀ of x, and the only way by which paths learn of it.
+
+    lora_A (R, K), lora_B (N, R), the dropout probability and the seed of its mask (int64, one element; None without
+    dropout). Which rows of x belong to which adapter would stand here.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float
+    seed: Tensor | None
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed, int64 and of one element, drawn by torch's generator of `device` and left there.
+
+    Eager and compiled calls draw it alike: Dynamo knows no `Tensor.random_`.
+    """
+    return torch.randint(2**63 - 1, (), device=device)
+
+
+def rows(t: Tensor) -> Tensor:
+    """(..., K) as (M, K), a view wherever strides allow one. `reshape(-1, K)` cannot tell M when K is 0."""
+    dims = t.dim()
+    return t if dims == 2 else t.flatten(0, -2) if dims > 2 else t.unsqueeze(0)
+
+
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` of x (..., K) as a fresh (..., N): F.linear may return a view, on which autograd forbids
+    in-place operations."""
+    if x.dim() == 2:
+        return torch.nn.functional.linear(x, weight, bias)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    out = y.view(x.shape[:-1].numel(), weight.shape[0])
+    if bias is None:
+        torch.mm(rows(x), weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows(x), weight.t(), out=out)
+    return y
+
+
+def check_saved(dy: Tensor, x: Tensor | None, weight: Tensor | None, S: Tensor, update: Update) -> None:
+    """Refuse what hooks of saved tensors have made of them: kernels read addresses. One expression when all is well."""
+    lora_A, lora_B, seed = update.lora_A, update.lora_B, update.seed
+    (M, N), (R, K), dtype, adapter_dtype, device = dy.shape, lora_A.shape, dy.dtype, lora_A.dtype, dy.device
+    if (
+        S.dtype is dtype
+        and S.shape == (M, R)
+        and lora_B.dtype is adapter_dtype
+        and lora_B.shape == (N, R)
+        and S.device == lora_A.device == lora_B.device == device
+        and (seed is None or (seed.dtype is torch.int64 and seed.numel() == 1 and seed.device == device))
+        and (x is None or (x.dtype is dtype and x.shape[-1] == K and x.shape[:-1].numel() == M and x.device == device))
+        and (weight is None or (weight.dtype is dtype and weight.shape == (N, K) and weight.device == device))
+    ):
+        return
+    expected = {
+        "S": (S, (M, R), dtype),
+        "x": (x if x is None else rows(x), (M, K), dtype),
+        "weight": (weight, (N, K), dtype),
+        "lora_A": (lora_A, (R, K), adapter_dtype),
+        "lora_B": (lora_B, (N, R), adapter_dtype),
+        "the dropout seed": (seed if seed is None else seed.squeeze(), (), torch.int64),
+    }
+    for name, (t, shape, kind) in expected.items():
+        if t is not None and (t.shape != shape or t.dtype is not kind or t.device != device):
+            raise RuntimeError(
+                f"{name} came back from saved-tensor hooks as {tuple(t.shape)} {t.dtype} on {t.device}; backward needs "
+                f"{shape} {kind} on {device}"
+            )
