@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 import warnings
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -92,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, nargs="+", default=TARGETS, help="compute capabilities (default: all)")
     parser.add_argument("--kernel", nargs="+", help="s, s_y, da, da_dx, dx, ds_db, onepass, gemm, gemm_dx, mask")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose line has this in it")
     parser.add_argument("--all", action="store_true", help="every case, not one for each launch of the matrix")
     parser.add_argument("--count", type=int, help="so many of all cases of each target, drawn by the seed")
     parser.add_argument(
@@ -108,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     for arch in args.target:
         target = Target("cuda", arch)
         found = cases(target) if args.all or args.count else covering(target)
-        found = [c for c in found if not args.kernel or c.kernel in args.kernel]
+        found = [c for c in found if (not args.kernel or c.kernel in args.kernel) and args.only in str(c)]
         chosen += chance.sample(found, min(args.count, len(found))) if args.count else found
     order = [case.dtype for case in chosen]
     chosen.sort(key=lambda case: order.index(case.dtype))  # what is broken off has seen every kernel of every target
@@ -116,10 +118,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows: dict[tuple[str, str], str] = {}
     table: dict[tuple[str, str], list[float]] = {}
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork")) as pool:
-        items = [(case, seed + i) for i, case in enumerate(chosen)]
-        for (case, own), (labels, verdict, seconds) in zip(items, pool.map(_examine, items), strict=True):
+        items = [(case, zlib.crc32(f"{seed} {case}".encode())) for case in chosen]
+        for case, (labels, verdict, seconds) in zip(chosen, pool.map(_examine, items), strict=True):
             if verdict != "ok":
-                print(f"{case}, seed {own}: {verdict}", flush=True)
+                arch = f"--target {case.target.arch} --kernel {case.kernel}"
+                print(f'{verdict}\n   python -m tests.ptx --all {arch} --seed {seed} --only "{case}"', flush=True)
             for label in labels:
                 if rows.get((str(case.target), label), "ok") == "ok":
                     rows[str(case.target), label] = verdict.splitlines()[0]
