@@ -26,6 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -296,8 +297,8 @@ def read(file: Path) -> tuple[str, list[Report]]:
 
 
 def summary(version: str, reports: list[Report]) -> str:
-    """A Markdown table, a row for each target and kernel."""
-    ran = executed()
+    """A Markdown table, a row for each target and kernel; of the launches that there are now."""
+    ran, there = executed(), Counter((str(t), launch.label.split("/")[0]) for t, launch in launches())
     lines = [
         f"| target, triton {version} | kernel | launches | most registers | spills | most shared memory, KiB "
         "| programs an SM | with wgmma | executed | claims that fail |",
@@ -308,7 +309,7 @@ def summary(version: str, reports: list[Report]) -> str:
         programs = sorted({r.programs or 0 for r in own} - {0})
         many = f"{programs[0]}–{programs[-1]}" if len(programs) > 1 else str(*programs or "–")
         lines.append(
-            f"| {target} | {kernel} | {len(own)} | {max(r.registers or 0 for r in own)} "
+            f"| {target} | {kernel} | {len(own)} of {there[target, kernel]} | {max(r.registers or 0 for r in own)} "
             f"| {sum(bool(r.spilled) for r in own)} | {max(r.shared or 0 for r in own) / 1024:.0f} | {many} "
             f"| {sum(bool(r.wgmma) for r in own) or '–'} "
             f"| {sum(ran.get((r.target, r.label)) == 'ok' for r in own) or '–'} "
