@@ -107,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / f"triton-{triton.__version__}.json",
                         help="write a line for each launch (default: where the compile matrix looks)")  # fmt: skip
     args = parser.parse_args(arguments)
+    if args.missing and not args.json:
+        parser.error("--missing wants --json, the file that says what is there")
     seed = random.randrange(1 << 31) if args.seed is None else args.seed
     chance = random.Random(seed)
     torch.set_num_threads(1)
