@@ -73,7 +73,7 @@ def run(function: Callable[..., Tensor], inputs: Inputs, **keywords) -> dict[str
     return {"Y": y.detach(), **gradients}
 
 
-def violations(got: dict[str, Tensor], inputs: Inputs, units: float = 2.0) -> list[str]:
+def violations(got: dict[str, Tensor], inputs: Inputs, units: float = 2.0, run: Callable = run) -> list[str]:
     """Every way in which `got`, what `run` returned, breaks the rule, for that many units; empty when it is correct.
 
     NaN and infinity must stand where the eager reference has them, and are left out of the figures. Where eager only

@@ -6,24 +6,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("peft")
 
-from campaigns import concurrency, downloads, files, memory, numbers, observe, properties, runs, sync, waits
+from campaigns import concurrency, downloads, files, memory, numbers, observe, properties, runs
 from campaigns.case import Case
 from campaigns.loaders import LOADERS
-from fastlora.dispatch import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,9 +29,8 @@ def _one_thread():
 
 def test_numbers():
     said = []
-    ran, failed, _ = numbers.campaign(600, 300, seed=1, say=said.append)
-    assert not failed, said
-    assert ran == 600
+    ran, failed, _ = numbers.campaign(250, 300, seed=1, say=said.append)
+    assert ran == 250 and not failed, said
 
 
 def test_a_wrong_layer_is_found_and_shrunk(monkeypatch):
@@ -55,7 +51,7 @@ def test_a_wrong_layer_is_found_and_shrunk(monkeypatch):
 
 
 def test_numbers_in_the_interpreter():
-    command = [sys.executable, "-m", "tests.campaigns.numbers", "--interpreter", "--count", "40", "--seconds", "20"]
+    command = [sys.executable, "-m", "tests.campaigns.numbers", "--interpreter", "--count", "15", "--seconds", "10"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([*command, "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and " 0 wrong" in done.stdout, done.stdout + done.stderr[-2000:]
@@ -73,52 +69,13 @@ def test_what_is_kept_for_backward():
 
 @pytest.mark.parametrize("kind", memory.KINDS)
 def test_steps_leave_nothing_behind(kind):
-    more, tensors = memory.steps(200, kind)
+    more, tensors = memory.steps(100, kind, warm=200)
     assert tensors <= 0
     assert more < 4 << 20
 
 
 def test_broken_steps_leave_nothing_behind():
-    assert memory.broken_steps(100, seed=1) <= 0
-
-
-@pytest.mark.parametrize("name", waits.PATHS)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_no_step_waits_for_a_gpu(name, dropout_p):
-    import torch
-
-    case = (64, 96, 128, 8, torch.float16, torch.float32, dropout_p)
-    found, launched = waits.waits(registry.load(name), case, (9, 0))
-    assert not found
-    assert bool(launched) == (name != "torch")
-
-
-def test_a_step_that_waits_for_a_gpu_is_found():
-    import torch
-
-    case, honest = (64, 96, 128, 8, torch.float16, torch.float16, 0.0), registry.load("torch")
-    for asks, what in (
-        (lambda y: y.sum().item(), "DataDependentOutputException"),
-        (lambda y: y.cpu(), "aten._to_copy"),
-        (lambda y: bool((y > 0).all()), "DataDependentOutputException"),
-    ):
-        path = SimpleNamespace(forward=lambda *a, asks=asks: (asks(honest.forward(*a)[0]), None))
-        found, _ = waits.waits(path, case, (9, 0))
-        assert found and what in found[0]
-
-
-def test_the_hollow_gpu_compiles(tmp_path):
-    reason = sync.compiler_missing()
-    if reason:
-        pytest.skip(reason)
-    symbols = sync.build(tmp_path).read_bytes()
-    assert all(name in symbols for name in (b"cudaStreamSynchronize", b"cuLaunchKernelEx", b"hollow_waits"))
-
-
-def test_the_hollow_gpu_says_what_it_lacks(monkeypatch, capsys):
-    monkeypatch.setattr("torch.version.cuda", None)
-    assert sync.main([]) == sync.CANNOT_RUN
-    assert capsys.readouterr().out.endswith("it stands in for CUDA 13, and this torch was built for no CUDA\n")
+    assert memory.broken_steps(50, seed=1) <= 0
 
 
 def test_properties():
@@ -159,7 +116,7 @@ def test_threads_forks_and_workers():
 
 @pytest.mark.parametrize("name", concurrency.NEIGHBOURS)
 def test_calls_beside_other_work(name):
-    calls, wrong = concurrency.neighbours(name, 1.0)
+    calls, wrong = concurrency.neighbours(name, 0.4)
     assert wrong == 0 and calls > 10
 
 
