@@ -220,8 +220,8 @@ from dataclasses import replace
 from fastlora.paths import PATHS
 from fastlora.paths.problem import draw_seed
 assert fastlora.paths("cpu")["split"] == "usable"
-assert {fastlora.selfcheck("cpu")[name] for name in ("torch", "onepass", "split")} == {"ok"}
-for name in ("onepass", "split"):
+assert {fastlora.selfcheck("cpu")[name] for name in ("torch", "hybrid", "onepass", "split")} == {"ok"}
+for name in ("hybrid", "onepass", "split"):
     for dtype, dropout_p in ((torch.float32, 0.3), (torch.float16, 0.0)):
         inputs = accuracy.draw(30, 20, 24, 5, dtype)
         inputs = replace(inputs, x=inputs.x.view(5, 6, 24), dy=inputs.dy.view(5, 6, 20), dropout_p=dropout_p)

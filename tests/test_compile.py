@@ -70,6 +70,16 @@ def test_dropout_in_a_graph_uses_one_mask_and_differs_between_calls():
     assert not torch.equal(*masks)
 
 
+def test_eager_and_compiled_calls_draw_alike():
+    inputs = accuracy.draw(64, 32, 40, 4, torch.float32)
+    arguments = (inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias, 2.0, 0.5)
+    results = []
+    for function in (fastlora.lora_linear, torch.compile(fastlora.lora_linear, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(3)
+        results.append(function(*arguments))
+    assert torch.equal(*results)
+
+
 def test_autocast_in_a_graph():
     x, weight, A, B, bias = operands()
 

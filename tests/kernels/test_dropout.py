@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastlora.kernels.dropout import Dropout, keep_mask
+from fastlora.paths.mask import philox_mask
 
 
 def seeded(p, seed=1234):
@@ -81,3 +82,9 @@ def test_seed_is_read_when_the_kernel_runs():
     seed.fill_(6)
     assert not torch.equal(first, keep_mask(dropout, 16, 64))
     assert torch.equal(keep_mask(dropout, 16, 64), keep_mask(seeded(0.5, 6), 16, 64))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_atens_operations_make_the_same_mask(p):
+    seed = torch.tensor(-0x1234_5678_9ABC_DEF0)
+    assert torch.equal(philox_mask(seed, 37, 77, p), keep_mask(Dropout(p, seed), 37, 77))
