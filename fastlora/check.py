@@ -70,8 +70,10 @@ def recheck(path: Path, device: torch.device) -> str | None:
 def examine(path: Path, device: torch.device) -> str | None:
     """Compare `path` with the reference on `device` now, by the road of eager calls; None, or the first fault."""
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if _has_bfloat16(device) else [])
-    # whatever surrounds the first call must not reach the check: its generator, no_grad, autocast, the default device
+    # whatever surrounds the first call must not reach the check: its generator, no_grad, autocast, the default device,
+    # hooks of saved tensors (a checkpoint's, which count what is saved)
     with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(False),
         torch.enable_grad(),

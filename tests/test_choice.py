@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import check, choice, tuning
@@ -147,6 +149,33 @@ def test_selfcheck_finds_a_broken_torch_path(monkeypatch, operation):
     real = getattr(owner, operation)
     monkeypatch.setattr(owner, operation, lambda *a, **k: real(*a, **k).mul_(1.01))
     assert "error" in check.examine(PATHS["torch"], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selfcheck_examines_every_dtype_and_the_paths_own_cases(dtype):
+    """A path that is wrong in one of them only."""
+    aten = PATHS["torch"]
+
+    def broken(x, weight, bias, update):
+        y, S = aten.forward(x, weight, bias, update)
+        return (y * 1.1 if x.dtype is dtype and x.shape != (9, 9) else y), S
+
+    assert str(dtype)[6:] in check.examine(replace(aten, forward=broken), torch.device("cpu"))
+    own = replace(
+        aten,
+        cases=((9, 8, 9, 2, 0.0, dtype, dtype),),
+        forward=lambda x, *rest: aten.forward(x * 1.1 if x.shape == (9, 9) else x, *rest),
+    )
+    assert "M=9 N=8" in check.examine(own, torch.device("cpu"))
+
+
+def test_the_first_call_may_be_inside_a_checkpoint(monkeypatch):
+    """Whose hooks count the tensors that are saved, those of a self-check too."""
+    monkeypatch.setattr(check, "_verdicts", {})
+    choice.forget()
+    layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert layer.lora_B.grad.any() and check._verdicts in ({}, {("cpu", torch.device("cpu")): None})
 
 
 def test_forced_by_the_environment(monkeypatch):

@@ -105,6 +105,33 @@ def test_sizes_that_several_threads_share(instructions, dtype, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_beyond_a_tensors_rows_and_columns_is_read_or_written(instructions, dtype):
+    """Blocks of rows end anywhere, also within a pair of them; what lies behind is NaN."""
+    inputs = accuracy.draw(61, 64, 96, 5, dtype)
+
+    def amid_nan(t):
+        return torch.nn.functional.pad(t, (0, 32, 0, 1), value=float("nan"))[:-1, :-32]
+
+    accuracy.check(fastlora.lora_linear, replace(inputs, x=amid_nan(inputs.x), dy=amid_nan(inputs.dy)), path="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adapters_may_lie_anyhow(dtype):
+    inputs = accuracy.draw(20, 12, 16, 3, dtype)
+    laid = {name: getattr(inputs, name).t().contiguous().t() for name in ("lora_A", "lora_B", "dy")}
+    accuracy.check(fastlora.lora_linear, replace(inputs, **laid), path="cpu")
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_a_nan_that_rounding_would_carry_over_stays_one(instructions, name):
+    """All ones in its fraction: rounded to bfloat16 as a number it would be a zero."""
+    inputs = accuracy.draw(40, 53, 71, 19, torch.bfloat16, adapter_dtype=torch.float32)
+    changed = getattr(inputs, name).clone()
+    changed.view(torch.int32)[2, 1] = 0x7FFFFFFF
+    accuracy.check(fastlora.lora_linear, replace(inputs, **{name: changed}), path="cpu")
+
+
 @pytest.mark.parametrize("needs", ["x", "A", "B", "xA", "xB", "AB"])
 def test_each_gradient_alone_is_the_same(needs):
     inputs = accuracy.with_mask(accuracy.draw(70, 40, 48, 4, torch.float32), 0.5, seed=3, path="cpu")
@@ -161,7 +188,7 @@ def test_what_runs_on_a_cpu():
         return choice.select(torch.empty(4, 8, dtype=dtype), weight, lora_A, dropout, None).name
 
     assert chosen(torch.float32, 16, 0.0) == chosen(torch.bfloat16, 64, 0.1) == "cpu"
-    assert chosen(torch.float32, cpu.FAST_RANK + 1, 0.0) == "torch"
+    assert chosen(torch.float32, cpu.FAST_RANK + 1, 0.0) == "torch" and chosen(torch.float32, 33, 0.1) == "cpu"
     assert chosen(torch.float64, 4, 0.0) == chosen(torch.float16, 4, 0.1) == chosen(torch.float32, 129, 0.1) == "torch"
 
 
