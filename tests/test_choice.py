@@ -246,20 +246,12 @@ import sys, torch
 sys.path.insert(0, "tests")
 import accuracy, fastlora
 from dataclasses import replace
-from fastlora.paths import PATHS
-from fastlora.paths.problem import draw_seed
 assert fastlora.paths("cpu")["split"] == "usable"
-assert {fastlora.selfcheck("cpu")[name] for name in ("torch", "hybrid", "onepass", "split")} == {"ok"}
 for name in ("hybrid", "onepass", "split"):
     for dtype, dropout_p in ((torch.float32, 0.3), (torch.float16, 0.0)):
         inputs = accuracy.draw(30, 20, 24, 5, dtype)
-        inputs = replace(inputs, x=inputs.x.view(5, 6, 24), dy=inputs.dy.view(5, 6, 20), dropout_p=dropout_p)
-        if dropout_p:
-            torch.manual_seed(1)
-            seed = draw_seed(inputs.x.device)
-            mask = PATHS[name].mask(seed, 30, 24, dropout_p).view(5, 6, 24)
-            inputs = replace(inputs, mask=mask)
-        torch.manual_seed(1)
+        inputs = replace(inputs, x=inputs.x.view(5, 6, 24), dy=inputs.dy.view(5, 6, 20))
+        inputs = accuracy.with_mask(inputs, dropout_p, 1, name) if dropout_p else inputs
         got = accuracy.check(fastlora.lora_linear, inputs, path=name)
         torch.manual_seed(1)
         again = accuracy.run(fastlora.lora_linear, inputs, path=name)
@@ -267,8 +259,7 @@ for name in ("hybrid", "onepass", "split"):
     nothing = torch.zeros(0, 24, dtype=dtype)
     empty = fastlora.lora_linear(nothing, inputs.weight, inputs.lora_A, inputs.lora_B, path=name)
     assert empty.shape == (0, 20)
-    y = fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, path=name)
-    assert not y._is_view()
+    assert not fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, path=name)._is_view()
 for bad in (torch.float64, torch.bfloat16):
     i = accuracy.draw(4, 4, 4, 2, bad)
     try:

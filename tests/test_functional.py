@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("R", [1, 2, 3, 8, 16, 33, 64, 128])
+@pytest.mark.parametrize("R", [1, 3, 16, 33, 128])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_error_rule(poisoned, dtype, R, dropout_p):
     inputs = accuracy.draw(37, 53, 71, R, dtype, seed=R)
@@ -42,7 +42,7 @@ def test_float64_adapters_keep_their_range_over_a_narrower_base():
     assert got["dA"].isfinite().all() and got["dA"].max() > torch.finfo(torch.float32).max
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     lead=st.lists(st.integers(0, 5), min_size=0, max_size=3),
     N=st.integers(1, 40),
