@@ -24,9 +24,9 @@ import fastlora
 from benchmarks.measure import interleave, metadata, ratio, summary, write_results
 from fastlora.finetune import gpt2, imdb, options, spam
 from fastlora.finetune.parallel import ALONE
-from fastlora.finetune.report import LAYERS
+from fastlora.finetune.run import LAYERS
 from fastlora.finetune.step import PRECISIONS, Step, StepSettings
-from fastlora.finetune.trainer import Plan, Trainer
+from fastlora.finetune.trainer import Settings, Trainer
 
 ARMS = ("bare", "eager", "fused")
 SHARES = {"gpt2": 0.45, "imdb": 0.12, "imdb runs": 0.18, "spam runs": 0.25}
@@ -137,9 +137,9 @@ def _imdb(args: argparse.Namespace, device: torch.device):
     with tempfile.TemporaryDirectory() as folder:
         given = _program_arguments(imdb, args, folder)
         recipe = imdb.RECIPES["default"]
-        data = imdb._load(imdb.locate(args.data, "imdb", "ag_news"), given, recipe, device)
-        base, _ = imdb._base(given, recipe, data, device, False)
-    base.new_head(2)
+        data = imdb.load_data(imdb.locate(args.data, "imdb", "ag_news"), given, recipe, device)
+        base, _ = imdb.make_base(given.seed, recipe, data, device)
+    base.fc2 = nn.Linear(base.fc1.out_features, len(imdb.LABELS), device=device)
 
     def optimiser(trained):
         return torch.optim.SGD(trained, lr=recipe.lr, fused=device.type == "cuda")
@@ -162,7 +162,7 @@ def _imdb(args: argparse.Namespace, device: torch.device):
 def _spam_runs(args: argparse.Namespace, device: torch.device):
     """Whole epochs of spam with the nano model, evaluation included."""
     given = _program_arguments(spam, args, "unused")
-    data = spam._load(given, spam.Recipe(), ALONE, device)
+    data = spam.load_data(given, spam.Recipe(), ALONE, device)
     torch.manual_seed(0)
     arms = _spam_arms(gpt2.GPT2(gpt2.CONFIGS["nano"]).to(device), device, args)
     yield _runs(
@@ -188,8 +188,8 @@ def _runs(what: str, arms: dict, parts: tuple, epochs: int, schedule, args: argp
         for name in sorted(samples, reverse=len(samples["fused"]) % 2 == 1):
             model, optimiser, how = arms[name]()
             torch.manual_seed(2)
-            plan = Plan(epochs, clip=how.clip, precision=how.precision, graph=how.graph, progress=False)
-            trainer = Trainer(model, optimiser, train, valid, plan, torch.device(args.device), schedule(optimiser))
+            settings = Settings(epochs=epochs, clip=how.clip, precision=how.precision, graph=how.graph)
+            trainer = Trainer(model, optimiser, train, valid, settings, schedule(optimiser), progress=False)
             began = time.perf_counter()
             history = trainer.fit()
             samples[name].append(time.perf_counter() - began)

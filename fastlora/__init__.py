@@ -7,18 +7,13 @@ from __future__ import annotations
 
 import importlib
 
-from fastlora import _interrupt
-
-try:
-    from fastlora import reference
-    from fastlora._version import __version__
-    from fastlora.adapters import load_adapter, save_adapter
-    from fastlora.choice import explain, paths, selfcheck
-    from fastlora.functional import lora_linear
-    from fastlora.inject import inject
-    from fastlora.linear import FusedLoRALinear
-finally:  # whoever catches that torch is missing has Ctrl-C as it was
-    _interrupt.over()
+from fastlora import reference
+from fastlora._version import __version__
+from fastlora.adapters import load_adapter, save_adapter
+from fastlora.choice import explain, paths, selfcheck
+from fastlora.functional import lora_linear
+from fastlora.inject import inject
+from fastlora.linear import FusedLoRALinear
 
 __all__ = [
     "FusedLoRALinear",

@@ -18,24 +18,31 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastlora import adapter_checks, adapter_config
-from fastlora.adapter_checks import PREFIX
-from fastlora.adapter_files import CONFIG_NAME, AdapterError, TensorFile, read_config, write_adapter
+from fastlora.adapter_files import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    AdapterError,
+    as_held,
+    fits,
+    read_config,
+    read_tensors,
+    to_json,
+    write_adapter,
+)
 from fastlora.errors import warn_once
 from fastlora.inject import attach, tied_modules
 from fastlora.linear import FusedLoRALinear
-from fastlora.targets import AdapterConfig, matched, names, plan, saved_modules
+from fastlora.targets import AdapterConfig, by_pattern, matched, names, plan, saved_modules
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save: Iterable[str] | None = None) -> None:
     """Write the LoRA layers of `model`, and its modules that are trained in full, as an adapter that PEFT loads.
 
-    An adapter already in `directory` is replaced; its other files are not touched. Each file is whole or not there at
-    all. Layers put in by hand, without `inject`, are saved as well. A model in DistributedDataParallel or
-    `torch.compile` is saved as the model inside. Merged layers are saved as if unmerged. A `scaling` set outright is
-    saved as the lora_alpha that gives it, to the last bit or, where no alpha does, to the one next to it. Ranks and
-    alphas by pattern are saved under the layers' whole names. Trainable parameters that are not part of the adapter
-    are named in a warning.
+    An adapter already in `directory` is replaced, whole or not at all. Layers put in by hand, without `inject`, are
+    saved as well, merged ones as if unmerged. A model in DistributedDataParallel or `torch.compile` is saved as the
+    model inside. A `scaling` set outright is saved as the lora_alpha that gives it, or the one next to it. Trainable
+    parameters that are not part of the adapter are named in a warning.
 
     Args:
         model: a model with `FusedLoRALinear` layers.
@@ -65,12 +72,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     if modules_to_save is None:
         _name_what_is_left_out(model, layers, tensors)
-    for key, tensor in tensors.items():
-        adapter_checks.check_writable(key, tensor)
-
     base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
     fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
-    settings = adapter_config.to_json(config, fan_in_fan_out, base_model if isinstance(base_model, str) else None)
+    settings = to_json(config, fan_in_fan_out, base_model if isinstance(base_model, str) else None)
     write_adapter(directory, settings, tensors)
 
 
@@ -81,51 +85,52 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     by `inject`. They are kept in float32 if the file has float32, else in the weight's dtype. A model that has LoRA
     layers must have them where the adapter has, of the same rank; they take over its scaling.
 
-    Everything is checked before anything is changed: that both files are whole, that all tensors and no others are
-    there, their shapes, ranks and dtypes, and that every number is finite. Memory is bounded by the size of the model's
-    own adapter, whatever the files claim. No regular expression out of the configuration is run.
+    Layers are found, and ranks and alphas given to them, by PEFT's rules. Everything is checked before anything is
+    changed: that both files are whole, that all tensors and no others are there, their shapes and dtypes, and that
+    every number is finite. Memory is bounded by the size of the model's own adapter, whatever the files claim.
 
     Raises:
         AdapterError: (a UserError and a ValueError) the adapter is missing, damaged or unsupported, or does not fit
             the model; the one line says which tensor or setting, and the model is unchanged.
     """
     outer, model = model, _inner(model)
-    where = Path(directory) / CONFIG_NAME
-    config = adapter_config.from_json(read_config(directory), where)
-    layers = _lora_layers(model)
+    where, config = Path(directory), read_config(directory)
+    layers, todo = _lora_layers(model), None
     if any(layer.merged for layer in layers.values()):
         raise ValueError("model has merged LoRA layers: call unmerge() on them first")
-    todo = None
-    with TensorFile(directory) as file:
-        there = {name for name, _ in model.named_modules()}
-        ranks = {name: r for name, r in adapter_checks.ranks_in(file, config).items() if name in there}
-        alphas = adapter_config.alphas_of(config, ranks)
-        config = _exactly(config, ranks, alphas)
-        if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
-            config = dataclasses.replace(config, target_modules=tuple(sorted(ranks)), exclude_modules=())
-        adapter_checks.check_named(where, ranks, config.target_modules)
+    try:
         if layers:
             targets, saved = layers, saved_modules(model, config)
             if tied_modules(model, saved.values()):
-                raise AdapterError(
-                    f"{where}: modules_to_save shares parameters in this model: load into one not yet injected"
-                )
+                raise AdapterError(f"{where / CONFIG_NAME}: modules_to_save shares parameters in this model: load into "
+                                   "one not yet injected")  # fmt: skip
+            ranks = by_pattern("rank_pattern", config.rank_pattern, layers, config.r)
+            for name, r in ranks.items():
+                if r != layers[name].r:
+                    raise AdapterError(f"the adapter has rank {r} at {name}, the model has rank {layers[name].r}")
+            alphas = by_pattern("alpha_pattern", config.alpha_pattern, layers, config.lora_alpha)
         else:
-            try:
-                todo = plan(model, config, ranks, alphas)
-            except ValueError as error:
-                raise AdapterError(f"{where} does not fit the model: {error}") from None
-            targets, saved = todo.targets, todo.saved
-        wanted = adapter_checks.wanted_shapes(targets, saved, ranks)
-        copies = adapter_checks.base_copies(file, targets)
-        adapter_checks.check_names_and_shapes(file, wanted, copies)
-        file.check_sum()
-        adapter_checks.check_base_copies(file, copies)
-        dtype = adapter_checks.adapter_dtype(file, targets, injected=bool(layers))
-        tensors = {key: adapter_checks.read_finite(file, key) for key in wanted}
-    for key, (_, held) in wanted.items():
-        if held is not None:
-            tensors[key] = adapter_checks.as_held(file.path, key, tensors[key], held)
+            todo = plan(model, config)
+            targets, saved, config, ranks, alphas = todo.targets, todo.saved, todo.config, todo.ranks, todo.alphas
+    except AdapterError:
+        raise
+    except (ValueError, re.error) as error:
+        raise AdapterError(f"{where / CONFIG_NAME} does not fit the model: {error}") from None
+    if any(parameter.is_meta for module in (*targets.values(), *saved.values()) for parameter in module.parameters()):
+        raise ValueError("model is on the meta device: give its parameters memory first")
+    held = {f"{PREFIX}{name}.{key}": t for name, module in saved.items() for key, t in module.state_dict().items()}
+    wanted = {key: tuple(tensor.shape) for key, tensor in held.items()}
+    copies = {}  # PEFT adds the base weight of an adapted output head
+    for name, module in targets.items():
+        weight = module.weight if isinstance(module, nn.Linear | FusedLoRALinear) else module.weight.t()
+        wanted[f"{PREFIX}{name}.lora_A.weight"] = (ranks[name], weight.shape[1])
+        wanted[f"{PREFIX}{name}.lora_B.weight"] = (weight.shape[0], ranks[name])
+        copies[f"{PREFIX}{name}.base_layer.weight"] = weight.t() if getattr(module, "fan_in_fan_out", False) else weight
+        if module.bias is not None:
+            copies[f"{PREFIX}{name}.base_layer.bias"] = module.bias
+    tensors = read_tensors(where, wanted, copies)
+    dtype = _adapter_dtype(where / WEIGHTS_NAME, tensors, targets)
+    tensors |= {key: as_held(where / WEIGHTS_NAME, key, tensors[key], tensor) for key, tensor in held.items()}
 
     if todo is not None:
         attach(model, todo, dtype)
@@ -136,10 +141,34 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             layer.lora_B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
             layer.set_scaling(alphas[name], config.use_rslora)
         for name in saved:
-            for key, held in model.get_submodule(name).state_dict().items():
-                held.copy_(tensors[f"{PREFIX}{name}.{key}"])
-    model.fastlora_config = config if todo is None else todo.config
+            for key, place in model.get_submodule(name).state_dict().items():
+                place.copy_(tensors[f"{PREFIX}{name}.{key}"])
+    model.fastlora_config = config
     return outer
+
+
+def _adapter_dtype(path: Path, tensors: Mapping[str, Tensor], targets: Mapping[str, nn.Module]) -> torch.dtype | None:
+    """The dtype for new LoRA layers, None for each weight's own; AdapterError where numbers would be lost.
+
+    float32 where the file has float32, or more than the weight can hold.
+    """
+    places = {}
+    for name, module in targets.items():
+        for part in ("lora_A", "lora_B"):
+            there = getattr(module, part if isinstance(module, FusedLoRALinear) else "weight")
+            places[f"{PREFIX}{name}.{part}.weight"] = there.dtype
+    dtype = None
+    if not any(isinstance(module, FusedLoRALinear) for module in targets.values()):
+        kinds = {tensors[key].dtype for key in places}
+        if kinds == {torch.float32} or not all(fits(tensors[key].dtype, place) for key, place in places.items()):
+            dtype = torch.float32
+    for key, place in places.items():
+        if not tensors[key].is_floating_point():
+            raise AdapterError(f"{path}: {key} has dtype {tensors[key].dtype}, which is not floating point")
+        if not fits(tensors[key].dtype, dtype or place):
+            what = f"{tensors[key].dtype}, which the model's {dtype or place}"
+            raise AdapterError(f"{path}: {key} is {what} adapter cannot hold exactly")
+    return dtype
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -190,11 +219,10 @@ def _config_of(
 
 def _exactly(config: AdapterConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> AdapterConfig:
     """`config` with the layers' own names in the place of every regular expression in a pattern of ranks or alphas."""
-    exact = adapter_config.exact_key
     return dataclasses.replace(
         config,
-        rank_pattern={exact(name): r for name, r in ranks.items() if r != config.r},
-        alpha_pattern={exact(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha},
+        rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != config.r},
+        alpha_pattern={f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != config.lora_alpha},
     )
 
 

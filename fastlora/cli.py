@@ -16,6 +16,7 @@ from typing import NoReturn
 from fastlora import env
 from fastlora._version import __version__
 from fastlora.errors import UserError, WorkError, shown
+from fastlora.files import FULL
 
 PROGRAMS = {
     "imdb": ("fastlora.finetune.imdb", "sentiment of film reviews, on mean word vectors"),
@@ -29,6 +30,7 @@ EXTRAS = {
     "tiktoken": "train",
     "tqdm": "train",
     "matplotlib": "train",
+    "filelock": "train",
     "peft": "peft",
     "transformers": "peft",
     "accelerate": "peft",
@@ -57,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KeyboardInterrupt:
-        exec("")  # else an interrupt that came out of an exec() makes `python -m` end by the signal, not by our status
         return _say("interrupted; what was written whole is kept", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left
         _abandon_output()
@@ -78,16 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: OSError) -> int:
-    from fastlora.finetune.files import explain_os_error
-
     try:
         if error.filename is None:  # a write's: was it standard output's?
             print(flush=True)
     except OSError as unwritten:
         _abandon_output()
         return _say(f"standard output cannot be written to ({unwritten.strerror})", FAILED)
+    what = error.strerror or error
+    if error.errno in FULL:
+        what = "the disk is full; what was written whole before is kept (make room, then run again with --resume)"
     named_wrongly = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # only users choose such names
-    return _say(explain_os_error(error), MISTAKE if named_wrongly else FAILED)
+    return _say(f"{error.filename}: {what}" if error.filename else what, MISTAKE if named_wrongly else FAILED)
 
 
 def _abandon_output() -> None:
@@ -170,7 +172,7 @@ def _train_parsers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
 
 def _predict(folder: str, texts: list[str]) -> None:
-    from fastlora.finetune.report import read_report
+    from fastlora.finetune.run import read_report
 
     if not folder:
         raise UserError("the name of the run's folder is empty")

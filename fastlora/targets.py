@@ -59,16 +59,8 @@ class Plan:
     alphas: Mapping[str, float]
 
 
-def plan(
-    model: nn.Module,
-    config: AdapterConfig,
-    ranks: Mapping[str, int] | None = None,
-    alphas: Mapping[str, float] | None = None,
-) -> Plan:
-    """Which modules `config` names in `model`; the errors of `inject`, and no change to the model.
-
-    `ranks` and `alphas` by layer, where they are known, say which layers: no pattern of `config` is then looked at.
-    """
+def plan(model: nn.Module, config: AdapterConfig) -> Plan:
+    """Which modules `config` names in `model`; the errors of `inject`, and no change to the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.Linear) or is_conv1d(model):
@@ -86,7 +78,7 @@ def plan(
     if config.modules_to_save and not saved and config.modules_to_save != TASK_HEADS.get(config.task_type):
         raise ValueError(_nothing_matches("modules_to_save", config.modules_to_save, modules))
 
-    wanted = _wanted(model, modules, config) if ranks is None else list(ranks)
+    wanted = _wanted(model, modules, config)
     targets = {name: modules[name] for name in wanted if not _inside(name, saved)}
     if not targets:
         linears = {name: module for name, module in modules.items() if _is_linear(module)}
@@ -104,9 +96,8 @@ def plan(
     if config.target_modules == "all-linear" or len(targets) < len(wanted):
         # The names themselves, as PEFT records "all-linear", so that PEFT finds the same layers again.
         config = dataclasses.replace(config, target_modules=tuple(sorted(targets)))
-    if ranks is None:
-        ranks = _by_pattern("rank_pattern", config.rank_pattern, targets, config.r)
-        alphas = _by_pattern("alpha_pattern", config.alpha_pattern, targets, config.lora_alpha)
+    ranks = by_pattern("rank_pattern", config.rank_pattern, targets, config.r)
+    alphas = by_pattern("alpha_pattern", config.alpha_pattern, targets, config.lora_alpha)
     return Plan(targets, saved, config, ranks, alphas)
 
 
@@ -205,7 +196,7 @@ def _inside(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
 
 
-def _by_pattern(argument: str, patterns: Mapping, names: Iterable[str], default) -> dict:
+def by_pattern(argument: str, patterns: Mapping, names: Iterable[str], default) -> dict:
     """The value of each of `names`: that of the first pattern which matches it or its end after a dot."""
     compiled = []
     for pattern, value in patterns.items():

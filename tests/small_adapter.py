@@ -57,7 +57,6 @@ def rewrite(directory: Path, change) -> None:
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header, data = json.loads(raw[8 : 8 + length]), bytearray(raw[8 + length :])
-    header["__metadata__"].pop("sha256", None)
     header, data = change(header, data) or (header, data)
     text = json.dumps(header).encode() if isinstance(header, dict) else header
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))

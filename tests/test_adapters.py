@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import random
 import warnings
@@ -16,7 +15,7 @@ from small_adapter import IDS, adapter_entries, same_values, shaken, small, trai
 from torch import nn
 
 import fastlora
-from fastlora import FusedLoRALinear, adapter_files, inject, load_adapter, save_adapter
+from fastlora import FusedLoRALinear, inject, load_adapter, save_adapter
 from fastlora.adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_config
 from fastlora.errors import WorkError
 
@@ -82,8 +81,6 @@ class TestRoundTrip:
         assert torch.equal(other(IDS), model(IDS))
         save_adapter(other, tmp_path / "again")
         written, again = (read_config(folder) for folder in (tmp_path, tmp_path / "again"))
-        if isinstance(written["target_modules"], str):  # the caller's own, for PEFT; the layers' names once loaded
-            assert again.pop("target_modules") == ["fc1"] and written.pop("target_modules") == given["target_modules"]
         assert again == written
 
     def test_a_name_that_is_the_end_of_another(self, tmp_path):
@@ -93,7 +90,7 @@ class TestRoundTrip:
         model = make().requires_grad_(False)
         model["fc1"] = FusedLoRALinear.from_linear(model["fc1"], r=2)
         save_adapter(model, tmp_path)
-        assert read_config(tmp_path)["target_modules"] == "fc1"
+        assert read_config(tmp_path).target_modules == "fc1"
         other = load_adapter(make(), tmp_path)
         assert type(other["fc1"]) is FusedLoRALinear and type(other["block"]["fc1"]) is nn.Linear
 
@@ -236,17 +233,14 @@ class TestSavingRefuses:
             assert (tmp_path / CONFIG_NAME).read_text() == foreign
         assert sorted(os.listdir(tmp_path)) == [CONFIG_NAME, "file"]
 
-    @pytest.mark.parametrize("failing", range(2))
+    @pytest.mark.parametrize("failing", ["write_bytes", "write_text"])
     def test_a_full_disk_leaves_the_old_adapter(self, saved, monkeypatch, failing):
         before = {name: (saved / name).read_bytes() for name in os.listdir(saved)}
-        calls = []
 
-        def full(file):
-            calls.append(file)
-            if len(calls) > failing:
-                raise OSError(28, "No space left on device")
+        def full(*_):
+            raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(adapter_files, "_flush", full)
+        monkeypatch.setattr(Path, failing, full)
         with pytest.raises(WorkError, match="No space left"):
             save_adapter(trained(r=4), saved)
         assert {name: (saved / name).read_bytes() for name in os.listdir(saved)} == before
@@ -265,7 +259,7 @@ class TestSavingRefuses:
             real(source, target)
 
         def unlink(path, missing_ok=False, real=Path.unlink):
-            if moment == "unlink" and path.name == CONFIG_NAME:
+            if moment == "unlink":
                 raise Killed
             real(path, missing_ok=missing_ok)
 
@@ -281,11 +275,3 @@ class TestSavingRefuses:
                 load_adapter(small(), saved)
         save_adapter(trained(r=4), saved)
         assert load_adapter(small(), saved).fc1.r == 4
-
-
-def test_tensors_for_layers_that_the_configuration_does_not_name_are_refused(saved):
-    config = read_config(saved)
-    config["target_modules"] = ["fc2" if name == "fc1" else name for name in config["target_modules"]]
-    (saved / CONFIG_NAME).write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match=f"{CONFIG_NAME}: target_modules do not name 'fc1'"):
-        load_adapter(small(), saved)

@@ -1,205 +1,125 @@
-"""Labelled texts from parquet files, tokenised once and held in memory; the batches that training reads.
-
-A batch is (ids, offsets, labels): the words of all its texts one after the other, and where each text begins. Nothing
-is padded between texts; words after the last text (`pad_to`) form a bag of their own, which no mean contains.
-"""
+"""Data: where it is, labelled texts out of parquet files, and the batches that the trainer reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fastlora import env
-from fastlora.errors import UserError, WorkError, shown
-from fastlora.finetune.vocabulary import PAD, Vocabulary
-from fastlora.regular_files import read_regular
+from fastlora.errors import UserError, shown
+from fastlora.files import read_regular
+from fastlora.finetune.parallel import ALONE, World
 
-# the programs hold all words in memory, some ten times the text: a table beyond either bound is no table of texts
-MAX_FILE, MAX_TEXT, MAX_ROWS = 1 << 30, 1 << 30, 50_000_000
-ROWS_AT_ONCE = 256  # few: a dictionary makes a row cost four bytes of the file, whatever its length
+Batch = tuple[Tensor, ...]  # the model's inputs, then the labels
+FILES = {
+    "imdb": ("imdb/train.parquet", "imdb/test.parquet"),
+    "ag_news": ("ag_news/train.parquet", "ag_news/test.parquet"),
+    "spam": ("spam/train.parquet", "spam/valid.parquet", "spam/test.parquet"),
+    "gpt2": ("gpt2/encoder.json", "gpt2/vocab.bpe"),
+}
+MAX_FILE, MAX_TEXT = 1 << 30, 1 << 30  # the programs hold all words in memory, some ten times the text
+
+
+def locate(where: str, *needed: str) -> Path:
+    """The folder that holds the data sets `needed` (keys of `FILES`).
+
+    Args:
+        where: `--data`: a folder; "sample", made by the package; or "auto": the folder named by FASTLORA_DATA, then
+            the cache, then the data sets' public homes. A folder that is really named so can be given as ./auto.
+
+    Raises:
+        UserError: the folder or one of its files is missing.
+        WorkError: a download failed.
+    """
+    if where == "sample":
+        from fastlora.finetune.sample import VERSION, make_sample
+
+        return make_sample(env.cache_dir() / f"sample-{VERSION}")
+    if where != "auto":
+        folder = env.expanded(where)
+        if not (where and os.path.isdir(folder)):  # Path's own is_dir raises for a name that is too long
+            raise UserError(f"--data {where!r}: no such folder")
+        if absent := missing(folder, *needed):
+            raise UserError(f"--data {where!r}: lacks {absent[0]}")
+        return folder
+    named, cache = env.data_dir(), env.cache_dir() / "data"
+    if named is not None and not missing(named, *needed):
+        return named
+    from fastlora.finetune.download import fetch
+
+    for name in needed:
+        fetch(name, cache)
+    return cache
+
+
+def missing(folder: Path, *needed: str) -> list[str]:
+    """Those files of the data sets `needed` that `folder` lacks."""
+    return [file for name in needed for file in FILES[name] if not os.path.isfile(folder / file)]
+
+
+def found() -> dict[str, str]:
+    """For each data set where `auto` would find it without the network, or "not here"."""
+    folders = [folder for folder in (env.data_dir(), env.cache_dir() / "data") if folder is not None]
+    return {name: next((str(folder) for folder in folders if not missing(folder, name)), "not here") for name in FILES}
 
 
 def read_texts(
     path: Path, classes: int, limit: int | None = None, text: str = "text", label: str = "label"
 ) -> tuple[list[str], list[int]]:
-    """Texts and labels of a parquet file.
+    """Texts and labels (0 .. classes - 1) of a parquet file's columns; of its first `limit` rows.
 
-    Args:
-        path: the file.
-        classes: labels are 0 .. classes - 1.
-        limit: take the first rows only; no more of the file is unpacked.
-        text, label: the columns' names.
-
-    Raises:
-        UserError: the file is missing, damaged, empty or too large, lacks a column, or a row has no text or an unknown
-            label.
-        WorkError: there is not memory enough.
+    Raises UserError when the file is missing, damaged, empty or too large, lacks a column, or a row has no text or an
+    unknown label.
     """
     import pyarrow
+    import pyarrow.parquet
 
     texts: list[str] = []
     labels: list[int] = []
     size = 0
     try:
-        for words, numbers in _pieces(path, limit, text, label):
-            for row, (said, number) in enumerate(zip(words, numbers, strict=True), len(texts)):
-                if not isinstance(said, str):
-                    raise UserError(f"{path}: row {row} has no text in column {text!r}")
-                if number is None or not 0 <= number < classes:
-                    raise UserError(f"{path}: row {row} has the unknown label {number}; known are 0 to {classes - 1}")
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(read_regular(path, MAX_FILE)))
+        if file.metadata.num_rows < 1:  # less, where it is damaged
+            raise UserError(f"{path}: holds no rows")
+        types = pyarrow.types
+        for name, fits, needs in ((text, _is_text, "texts"), (label, types.is_integer, "whole numbers")):
+            if name not in file.schema_arrow.names:
+                has = ", ".join(shown(other) for other in file.schema_arrow.names[:10]) or "none"
+                raise UserError(f"{path}: no column {name!r}; it has {has}")
+            kind = file.schema_arrow.field(name).type
+            if not fits(kind.value_type if types.is_dictionary(kind) else kind):
+                raise UserError(f"{path}: column {name!r} holds {shown(str(kind)[:60])}, not {needs}")
+        for batch in file.iter_batches(1024, columns=[text, label]):
+            batch = batch.slice(0, None if limit is None else limit - len(texts))
+            for said, number in zip(batch.column(text).to_pylist(), batch.column(label).to_pylist(), strict=True):
+                if said is None:
+                    raise UserError(f"{path}: row {len(texts)} has no text in column {text!r}")
+                if number not in range(classes):
+                    raise UserError(
+                        f"{path}: row {len(texts)} has the unknown label {number}; known are 0 to {classes - 1}"
+                    )
+                texts.append(said)
+                labels.append(number)
                 size += len(said)
             if size > MAX_TEXT:
                 raise UserError(f"{path}: holds more text than the {MAX_TEXT} characters that are read")
-            texts += words
-            labels += numbers
+            if len(texts) == limit:
+                break
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except MemoryError:
-        raise WorkError(f"{path}: there is not memory enough to read it; --train-samples takes fewer rows") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: damaged, a text is not UTF-8{_hint(path)}") from None
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        again = "; delete it, and it is made again" if env.cache_dir() in Path(path).parents else ""
         why = shown(getattr(error, "strerror", None) or str(error)[:90])
-        raise UserError(f"{path}: damaged or not a parquet file ({why}){_hint(path)}") from None
+        raise UserError(f"{path}: damaged or not a parquet file ({why}){again}") from None
     return texts, labels
 
 
-def _pieces(path: Path, limit: int | None, text: str, label: str) -> Iterator[tuple[list, list[int | None]]]:
-    """The columns `text` and `label` of a file, a few rows at a time."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # out of memory: a chunk that claims to be larger than the file ends with it, reading ahead gains nothing
-        content = pyarrow.BufferReader(read_regular(path, MAX_FILE))
-        file = pyarrow.parquet.ParquetFile(content, pre_buffer=False)
-        schema = file.schema_arrow
-        names = schema.names
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: damaged, a column's name is not UTF-8{_hint(path)}") from None
-    for name in (text, label):
-        if names.count(name) != 1:
-            has = ", ".join(shown(other) for other in names[:10]) or "none"
-            raise UserError(f"{path}: {'two columns' if name in names else 'no column'} {name!r}; it has {has}")
-    if file.metadata.num_rows <= 0:  # less, where it is damaged
-        raise UserError(f"{path}: holds no rows")
-    types = pyarrow.types
-    for name, needs, kinds in ((text, "texts", (types.is_string, types.is_large_string, types.is_string_view)),
-                               (label, "whole numbers", (types.is_integer,))):  # fmt: skip
-        kind = schema.field(name).type
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        if not any(fits(kind) for fits in kinds):
-            raise UserError(f"{path}: column {name!r} holds {shown(str(kind)[:60])}, not {needs}")
-    _check_claims(path, file.metadata, limit)
-    left = file.metadata.num_rows if limit is None else limit
-    for batch in file.iter_batches(min(left, ROWS_AT_ONCE), columns=[text, label]):
-        batch = batch.slice(0, left)
-        yield batch.column(text).to_pylist(), batch.column(label).to_pylist()
-        left -= len(batch)
-        if not left:
-            break
-
-
-def _check_claims(path: Path, metadata, limit: int | None) -> None:
-    """UserError when what the file says of the rows to be read is too much.
-
-    Of the groups of rows, not of their columns: pyarrow 26 ends the process at damage in a column's statistics.
-    """
-    rows = unpacked = 0
-    for i in range(metadata.num_row_groups):
-        if limit is not None and rows >= limit:
-            break
-        group = metadata.row_group(i)
-        rows += group.num_rows
-        unpacked += group.total_byte_size
-    if unpacked > MAX_TEXT or min(rows, limit or rows) > MAX_ROWS:
-        raise UserError(f"{path}: says that it holds {rows} rows of together {unpacked} bytes; at most {MAX_ROWS} rows "
-                        f"of {MAX_TEXT} bytes are read")
-
-
-def _hint(path: Path) -> str:
-    """What to do about damage: files in the cache were made by this package, which makes them again."""
-    return "; delete it, and it is made again" if env.cache_dir() in Path(path).parents else ""
-
-
-class TextDataset(Dataset):
-    """Encoded texts and their labels, in three flat tensors.
-
-    Indexing and iterating give (label, ids); `batch` gives many rows at once, as `collate_batch` of them would.
-
-    Args:
-        texts: tokenised.
-        labels: a class number for each.
-        vocabulary: gives the words' numbers.
-
-    Attributes:
-        ids: int32 (words in all texts,).
-        offsets: int64 (texts + 1,): where each text begins, and the end.
-        labels: int64 (texts,).
-    """
-
-    def __init__(self, texts: Sequence[Sequence[str]], labels: Sequence[int], vocabulary: Vocabulary):
-        if len(texts) != len(labels):
-            raise ValueError(f"texts and labels must be as many, got {len(texts)} and {len(labels)}")
-        rows = [vocabulary.encode(words) for words in texts]
-        self.ids = torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, dtype=torch.int32)
-        self.offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
-        torch.cumsum(torch.tensor([len(row) for row in rows], dtype=torch.int64), 0, out=self.offsets[1:])
-        self.labels = torch.tensor(labels, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        index = range(len(self))[index]
-        return int(self.labels[index]), self.ids[self.offsets[index] : self.offsets[index + 1]]
-
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        for label, (start, end) in zip(self.labels.tolist(), pairwise(self.offsets.tolist()), strict=True):
-            yield label, self.ids[start:end]
-
-    def words(self, rows: Tensor) -> int:
-        """How many words the texts `rows` have together."""
-        return int((self.offsets[rows + 1] - self.offsets[rows]).sum())
-
-    def batch(self, rows: Tensor, pad_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch of the texts `rows` (int64); see `collate_batch`."""
-        starts = self.offsets[rows]
-        lengths = self.offsets[rows + 1] - starts
-        offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
-        torch.cumsum(lengths, 0, out=offsets[1:])
-        total = int(offsets[-1])
-        source = torch.repeat_interleave(starts - offsets[:-1], lengths, output_size=total).add_(torch.arange(total))
-        return _padded(self.ids[source], pad_to), offsets.int(), self.labels[rows]
-
-
-def collate_batch(items: Sequence[tuple[int, Tensor]], pad_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch of `items`, each (label, ids).
-
-    Args:
-        items: the rows of the batch.
-        pad_to: ids are padded to a multiple of it. A GPU step is replayed only for shapes that it has seen.
-
-    Returns:
-        ids: int32 (words,), padding at the end.
-        offsets: int32 (batch + 1,); the last is where the padding begins: it never enters a text's mean.
-        labels: int64 (batch,).
-    """
-    lengths = torch.tensor([0] + [len(ids) for _, ids in items], dtype=torch.int32)
-    ids = torch.cat([ids for _, ids in items])
-    labels = torch.tensor([label for label, _ in items], dtype=torch.int64)
-    return _padded(ids, pad_to), lengths.cumsum(0, dtype=torch.int32), labels
-
-
-def _padded(ids: Tensor, multiple: int) -> Tensor:
-    short = -len(ids) % multiple
-    return torch.nn.functional.pad(ids, (0, short), value=PAD) if short else ids
+def _is_text(kind) -> bool:
+    return str(kind).removeprefix("large_") in ("string", "string_view")
 
 
 def random_split(size: int, seed: int, valid: float = 0.05) -> tuple[Tensor, Tensor]:
@@ -209,3 +129,71 @@ def random_split(size: int, seed: int, valid: float = 0.05) -> tuple[Tensor, Ten
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     held_out = min(size - 1, max(1, round(size * valid)))
     return order[held_out:], order[:held_out]
+
+
+class Batches:
+    """Batches of rows; the order of an epoch is a pure function of the seed and the epoch's number.
+
+    So a position in an epoch is one integer: nothing else is needed to go on from there.
+
+    Args:
+        size: rows in the data set.
+        take: row numbers (int64 tensor on the CPU) -> batch: the model's inputs, and last the labels.
+        batch_size: rows per batch, in each of the processes that train together.
+        seed: shuffle by it; None keeps the rows in order.
+        drop_last: leave out the last batch when it is short, as processes that train together must.
+        device: where the batches go. Copies to a GPU are asynchronous, from pinned memory.
+        world: the processes that train together: batches are `world.size` times as large, and each takes its part.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        take: Callable[[Tensor], Batch],
+        batch_size: int,
+        seed: int | None = None,
+        drop_last: bool = False,
+        device: torch.device | str = "cpu",
+        world: World = ALONE,
+    ):
+        if size < 1 or batch_size < 1:
+            raise ValueError(f"size and batch_size must be at least 1, got {size} and {batch_size}")
+        self.size, self.take, self.batch_size, self.world = size, take, batch_size * world.size, world
+        self.seed, self.drop_last, self.device = seed, drop_last, torch.device(device)
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """The row numbers in the order of epoch `epoch`, int64 (size,)."""
+        if self.seed is None:
+            return torch.arange(self.size)
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+
+    def epoch(self, number: int = 0, start: int = 0) -> Iterator[Batch]:
+        """This process's parts of the batches of epoch `number`, from batch `start` on."""
+        order = self.order(number)
+        for i in range(start, len(self)):
+            yield self._place(self.world.part(self._batch(order, i)))
+
+    __iter__ = epoch
+
+    def shared(self) -> Iterator[Batch]:
+        """Whole batches of epoch 0, dealt out to the processes in turn: for evaluation, where nothing is exchanged."""
+        order = self.order(0)
+        for i in range(self.world.rank, len(self), self.world.size):
+            yield self._place(self._batch(order, i))
+
+    def rows(self, i: int) -> int:
+        """The rows of batch `i`, over all processes."""
+        return min(self.batch_size, self.size - i * self.batch_size)
+
+    def _batch(self, order: Tensor, i: int) -> Tensor:
+        return order[i * self.batch_size : (i + 1) * self.batch_size]
+
+    def _place(self, rows: Tensor) -> Batch:
+        batch = self.take(rows)
+        if self.device.type == "cpu":
+            return batch
+        pinned = (t.pin_memory() if t.device.type == "cpu" else t for t in batch)
+        return tuple(t.to(self.device, non_blocking=True) for t in pinned)

@@ -9,36 +9,39 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import hashlib
+import json
+import math
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from safetensors import SafetensorError
 from torch import nn
-from transformers import set_seed
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 import fastlora.peft
-from fastlora.errors import UserError, shown
-from fastlora.finetune import hub_model, parallel
-from fastlora.finetune import report as reports
-from fastlora.finetune.data import random_split, read_texts
-from fastlora.finetune.files import REPORT, run_folder
-from fastlora.finetune.hub_model import LABELS, quietly, readable, shortened
-from fastlora.finetune.hub_trainer import TokenDataset, make_trainer, texts_digest
-from fastlora.finetune.locate import locate
-from fastlora.finetune.options import pick_device, positive, whole
-from fastlora.finetune.plots import plot_history
+from fastlora.errors import UserError, WorkError, shown
+from fastlora.files import write_json
+from fastlora.finetune import hub, parallel
+from fastlora.finetune import run as runs
+from fastlora.finetune.data import locate, random_split, read_texts
+from fastlora.finetune.hub import LABELS, readable
+from fastlora.finetune.options import chosen, pick_device, positive, whole
+from fastlora.finetune.run import REPORT
 
-HELP = "sentiment of film reviews with DistilBERT (or any sequence classifier of transformers), PEFT and the Trainer"
 MODEL = "distilbert-base-uncased"
+CHECKPOINTS = "checkpoints"  # the Trainer's, in the run's folder until the run is finished
 TARGETS = {"distilbert": ["q_lin"], "bert": ["query", "value"]}  # by model_type; PEFT's own table for the others
-DEFAULTS = {"epochs": 2, "rank": 4, "alpha": 32.0, "batch_size": 32, "lr": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,23 @@ class Recipe:
     target_modules: tuple[str, ...]
     max_length: int
     dropout: float
-    epochs: int
-    rank: int
-    alpha: float
-    batch_size: int
-    lr: float
+    epochs: int = 2
+    rank: int = 4
+    alpha: float = 32.0
+    batch_size: int = 32
+    lr: float = 1e-3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
-    parser.add_argument("--model", default=MODEL, metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
-    parser.add_argument("--max-length", type=whole(8, 65536), default=512, metavar="N",
-                        help="tokens a review is cut at (default 512)")
-    parser.add_argument("--dropout", type=_probability, default=0.01, metavar="P", help="lora_dropout (default 0.01)")
-    parser.add_argument("--target-modules", nargs="+", metavar="NAME",
-                        help="the layers to adapt (default: by architecture; q_lin for DistilBERT)")
-    parser.add_argument("--show-tokens", action="store_true", help="print the tokens of the first review")
+    add = parser.add_argument
+    add("--model", default=MODEL, metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
+    length = "tokens a review is cut at (default 512)"
+    add("--max-length", type=whole(8, 65536), default=512, metavar="N", help=length)
+    add("--dropout", type=_probability, default=0.01, metavar="P", help="lora_dropout (default 0.01)")
+    targets = "the layers to adapt (default: by architecture; q_lin for DistilBERT)"
+    add("--target-modules", nargs="+", metavar="NAME", help=targets)
+    add("--show-tokens", action="store_true", help="print the tokens of the first review")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -75,46 +79,61 @@ def train(args: argparse.Namespace) -> None:
     recipe = _recipe(args)
     settings = {"task": "distilbert", "data": args.data, "impl": args.impl, **vars(recipe), "seed": args.seed,
                 "device": device.type, "train_samples": args.train_samples, "test_samples": args.test_samples,
-                "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+                "processes": int(os.environ.get("WORLD_SIZE", "1"))}  # fmt: skip
     first = int(os.environ.get("RANK", "0")) == 0  # of the processes that train together, one writes
-    held = run_folder(args.output, settings, args.resume) if first else contextlib.nullcontext()
-    with held as begun, _together():
-        if args.resume and (args.output / REPORT).exists():
-            print(f"{args.output}: the run is finished already")
-            return
-        _train(args, recipe, device, first, bool(begun))
+    held = runs.run_folder(args.output, settings, args.resume) if first else contextlib.nullcontext()
+    with held, _together():
+        if not (args.resume and runs.finished(args.output)):
+            _train(args, recipe, device, first)
 
 
-def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, first: bool, begun: bool) -> None:
+def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, first: bool) -> None:
+    folder, what = args.output, f"--model {args.model}"
     texts = _texts(locate(args.data, "imdb"), args)
     set_seed(args.seed)
-    what = f"--model {args.model}"
-    tokenizer, model = hub_model.load_model(recipe.model, what)
-    run = {"data": texts_digest(texts), "base model": hub_model.digest(recipe.model, tokenizer, what)}
+    tokenizer, model = hub.load_model(recipe.model, what)
     _check_targets(model, recipe.target_modules)
     if args.show_tokens and first:
         _show(tokenizer, texts["train"][0][0], recipe.max_length)
     data = {name: TokenDataset(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
+    base = hub.digest(recipe.model, tokenizer, what)
+    started = {"data": hashlib.sha256(json.dumps(texts).encode()).hexdigest(), "base model": base}
     try:
         model = get_peft_model(model, _lora_config(recipe))
     except ValueError as error:  # PEFT's, for target modules that the model has not
-        raise UserError(f"--target-modules {' '.join(recipe.target_modules)}: {shortened(error)}") from None
+        raise UserError(f"--target-modules {' '.join(recipe.target_modules)}: {shown(str(error))}") from None
     if args.impl == "fused":
         fastlora.peft.patch(model)
-    counts = parameters(model)
+    counts = runs.counts(model)
     if first:
         print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
-    trainer = make_trainer(model, tokenizer, data, args, recipe, device, run)
-    world = parallel.World(trainer.args.process_index, trainer.args.world_size)
-    trainer.fit(resume=parallel.told(begun, world, trainer.args.device))  # the first process alone knows the folder
-    test = trainer.predict(data["test"], metric_key_prefix="test").metrics
-    if first:
-        _leave(args, recipe, data, model, trainer, counts, test["test_accuracy"])
-        print(f"test accuracy {test['test_accuracy']:.2%} on {len(data['test']):,} reviews; trained "
-              f"{trainer.seconds:.1f} s; everything is in {args.output}")
-        few = texts["test"][0][:3]
-        for text, (label, probability) in zip(few, load_predictor(args.output)(few), strict=True):
-            print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
+    trainer = make_trainer(model, tokenizer, data, folder / CHECKPOINTS, args.seed, recipe, device)
+    trainer.fit(started)
+    accuracy = trainer.predict(data["test"], metric_key_prefix="test").metrics["test_accuracy"]
+    if not first:
+        return
+
+    history = trainer.history()
+    hub.save_adapter(model, folder)
+    layers = fastlora.peft.report(model)
+    how = ", ".join(sorted(set(map(str, layers.values()))))
+    if args.impl == "fused":
+        print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
+    title = f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test"
+    runs.leave(folder, history, title, trainer.args.device, {
+        "task": "distilbert", "impl": args.impl, "path": how if args.impl == "fused" else "eager",
+        "dataset": args.data, **vars(recipe), "base_sha256": base,
+        "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
+        "train_seconds": round(trainer.seconds, 3),
+        "tokens_per_second": round(data["train"].tokens * recipe.epochs / max(trainer.seconds, 1e-9)),
+        "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
+        "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls, "seed": args.seed})  # fmt: skip
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    print(f"test accuracy {accuracy:.2%} on {len(data['test']):,} reviews; trained {trainer.seconds:.1f} s; "
+          f"everything is in {folder}")  # fmt: skip
+    few = texts["test"][0][:3]
+    for text, (label, probability) in zip(few, load_predictor(folder)(few), strict=True):
+        print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
 
 
 @contextlib.contextmanager
@@ -133,26 +152,177 @@ def _together() -> Iterator[None]:
     parallel.stop()
 
 
+class TokenDataset(torch.utils.data.Dataset):
+    """Tokenised texts: rows of input_ids, attention_mask (lists, not padded) and labels.
+
+    Sorted by length, so that the neighbours of an evaluation batch need little padding; training batches are drawn by
+    the Trainer's own sampler of similar lengths.
+    """
+
+    def __init__(self, tokenizer, texts: list[str], labels: list[int], max_length: int):
+        texts = [readable(text, max_length) for text in texts]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length, return_token_type_ids=False)
+        rows = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
+        self.rows = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]
+        self.rows.sort(key=lambda row: -len(row["input_ids"]))
+        self.tokens = sum(len(row["input_ids"]) for row in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+
+class HubTrainer(Trainer):
+    """The Trainer, with the accuracy of the training batches and a row of history at each evaluation.
+
+    Its `seconds` leave evaluation out. What it goes on from are its own checkpoints.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._tally = torch.zeros(3, dtype=torch.float64)  # loss, correct rows, rows since the last evaluation
+        self._began = None
+        self.seconds = 0.0
+
+    def fit(self, started: dict[str, str]) -> None:
+        """Train, from the last whole checkpoint on if there is one; the best epoch's weights are left in the model.
+
+        `started`: digests of what must be the same in a run that goes on; UserError when they are not.
+        """
+        folder, last = Path(self.args.output_dir), None
+        for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])):
+            with contextlib.suppress(OSError, ValueError):  # cut while it was written: the state comes last
+                then = json.loads((path / "trainer_state.json").read_text())
+                last, row = path, then["log_history"][-1]["row"]
+                self.seconds, before = row["seconds"], row["started"]
+        if last:  # the run's folder may have another name by now
+            then["best_model_checkpoint"] = str(folder / Path(then["best_model_checkpoint"]).name)
+            write_json(last / "trainer_state.json", then)
+        for what, digest in started.items() if last else ():
+            if before[what] != digest:
+                raise UserError(f"{folder.parent}: the {what} is not what the run was started with")
+        self.started = started
+        try:
+            self.train(resume_from_checkpoint=last and str(last))
+        except BaseException:
+            for callback in self.callback_handler.callbacks:  # so that what is said of an error begins a line
+                for bar in (getattr(callback, "prediction_bar", None), getattr(callback, "training_bar", None)):
+                    if bar is not None:
+                        bar.close()
+            with contextlib.suppress(OSError):  # it holds checkpoints, or nothing is left of the run
+                folder.rmdir()
+            raise
+
+    def history(self) -> list[dict]:
+        """A row per evaluation, with the columns of every program's `history.csv`."""
+        rows = [entry["row"] for entry in self.state.log_history if "row" in entry]
+        return [{key: value for key, value in row.items() if key != "started"} for row in rows]
+
+    def training_step(self, *args, **kwargs):
+        """The Trainer's, the first of an epoch noted."""
+        self._began = time.perf_counter() if self._began is None else self._began
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        """The Trainer's, and what it came to in training added up."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            with torch.no_grad():
+                labels, logits = inputs["labels"], outputs["logits"]
+                mean = torch.nn.functional.cross_entropy(logits.float(), labels)
+                correct = (logits.argmax(-1) == labels).sum()
+                part = torch.stack([mean.double() * len(labels), correct.double(), correct.new_full((), len(labels))])
+                self._tally = self._tally.to(part.device) + part
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args, **kwargs):
+        """The Trainer's, and a row of history that is kept in its state, so that checkpoints hold it.
+
+        Raises WorkError when training has diverged: nothing of such a run is kept.
+        """
+        now = time.perf_counter()
+        self.seconds += now - (self._began or now)
+        loss, correct, rows = self.accelerator.reduce(self._tally.to(self.args.device), "sum").tolist()
+        metrics = super().evaluate(*args, **kwargs)
+        row = {
+            "epoch": round(self.state.epoch, 6),
+            "step": self.state.global_step,
+            "train_loss": loss / rows,
+            "train_accuracy": correct / rows,
+            "valid_loss": float(metrics["eval_loss"]),
+            "valid_accuracy": float(metrics["eval_accuracy"]),
+            "learning_rate": float(self._get_learning_rate()),
+            "seconds": round(self.seconds, 4),
+        }
+        trained = torch.stack([p.isfinite().all() for p in self.model.parameters() if p.requires_grad]).all()
+        if not (trained and all(map(math.isfinite, row.values()))):
+            raise WorkError(f"training diverged in epoch {row['epoch']:g}: the loss or the adapter is not finite; "
+                            "a smaller --lr may help")  # fmt: skip
+        self.state.log_history[-1]["row"] = {**row, "started": self.started}
+        self._tally.zero_()
+        self._began = None
+        return metrics
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (SafetensorError, RuntimeError) as error:  # of a full disk; torch's own is one of the latter
+            raise WorkError(f"{self.args.output_dir}: cannot be written ({shown(str(error))})") from None
+
+
+def make_trainer(
+    model, tokenizer, data: dict[str, TokenDataset], folder: Path, seed: int, recipe: Recipe, device: torch.device
+) -> HubTrainer:
+    """The trainer of one run: batches of similar length, evaluation and a checkpoint at each epoch's end, best kept.
+
+    Args:
+        data: "train" and "valid".
+        folder: for the checkpoints.
+    """
+    if "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}:  # transformers 5
+        grouped = {"train_sampling_strategy": "group_by_length"}
+    else:
+        grouped = {"group_by_length": True}
+    together = "RANK" in os.environ
+    settings = TrainingArguments(
+        output_dir=str(folder.resolve()), num_train_epochs=recipe.epochs, learning_rate=recipe.lr,
+        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size,
+        eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="accuracy", seed=seed, data_seed=seed,
+        use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", report_to="none",
+        ddp_backend=("gloo" if device.type == "cpu" else "nccl") if together else None,
+        ddp_find_unused_parameters=False if together else None, **grouped,
+    )  # fmt: skip
+    if not together and device.type == "cuda":
+        settings._n_gpu = 1  # --device names one; the Trainer would spread over all that it sees
+    return HubTrainer(model=model, args=settings, train_dataset=data["train"], eval_dataset=data["valid"],
+                      data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=_accuracy)  # fmt: skip
+
+
+def _accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
+
+
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     """A function that labels reviews, (label, probability) each, from a finished run's folder.
 
     Raises UserError when the run is not finished or damaged, or the model that it adapts is not to be had.
     """
-    report = reports.read_report(run)
-    name, max_length, impl = (report.get(key) for key in ("model", "max_length", "impl"))
-    if not (isinstance(name, str) and type(max_length) is int and impl in ("fused", "eager")):
-        raise UserError(f"{run / REPORT}: damaged, it names no model, max_length or impl")
+    report = runs.read_report(run)
+    name, impl = report.get("model"), report.get("impl")
+    if not isinstance(name, str) or impl not in ("fused", "eager"):
+        raise UserError(f"{run / REPORT}: damaged, it names no model or impl")
     what = f"{run}: its base model {shown(name)}"
-    with quietly():
-        name = hub_model.located(name, what)
-        most = hub_model.longest(hub_model.load_config(name, what))
-        if not 1 <= max_length <= most:
-            raise UserError(f"{run / REPORT}: damaged, its max_length is {max_length}, and the model has {most}")
-        tokenizer, model = hub_model.load_model(name, what)
+    with hub.quietly():
+        name = hub.located(name, what)
+        max_length = runs.number_in(run, report, "max_length", hub.longest(hub.load_config(name, what)))
+        tokenizer, model = hub.load_model(name, what)
         # earlier versions left no digest to compare with
-        if "base_sha256" in report and hub_model.digest(name, tokenizer, what) != report["base_sha256"]:
+        if "base_sha256" in report and hub.digest(name, tokenizer, what) != report["base_sha256"]:
             raise UserError(f"{what} is not the one that the run adapted: its weights, words or settings were changed")
-        model = hub_model.load_adapter(model, run)
+        model = hub.load_adapter(model, run)
     if impl == "fused":
         fastlora.peft.patch(model)
     model.eval()
@@ -161,39 +331,26 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     def predict(texts: list[str]) -> list[tuple[str, float]]:
         texts = [readable(text, max_length) for text in texts]
         batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_token_type_ids=False,
-                          return_tensors="pt")
+                          return_tensors="pt")  # fmt: skip
         chances, classes = model(**batch).logits.float().softmax(-1).max(-1)
         return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
     return predict
 
 
-def parameters(model) -> dict[str, int]:
-    """The report's counts: what trains, everything, the adapter's, and its layers' weights."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    return {
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
-        "adapter_parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
-        "full_layer_parameters": sum(layer.get_base_layer().weight.numel() for layer in layers),
-    }
-
-
 def _recipe(args: argparse.Namespace) -> Recipe:
     what = f"--model {args.model}"
-    name = hub_model.located(args.model, what)
-    config = hub_model.load_config(name, what)
+    name = hub.located(args.model, what)
+    config = hub.load_config(name, what)
     targets = args.target_modules or TARGETS.get(config.model_type) or PEFT_TARGETS.get(config.model_type)
     if not targets:
-        raise UserError(f"{what}: no default target modules for a {config.model_type!r}; "
-                        "name them by --target-modules")
-    given = {key: getattr(args, key) if getattr(args, key) is not None else value for key, value in DEFAULTS.items()}
-    return Recipe(name, tuple(targets), min(args.max_length, hub_model.longest(config)), args.dropout, **given)
+        raise UserError(f"{what}: no default target modules for a {config.model_type!r}; name them by --target-modules")
+    return chosen(Recipe(name, tuple(targets), min(args.max_length, hub.longest(config)), args.dropout), args)
 
 
 def _lora_config(recipe: Recipe) -> LoraConfig:
-    return LoraConfig(task_type=TaskType.SEQ_CLS, r=recipe.rank, lora_alpha=recipe.alpha,
-                      lora_dropout=recipe.dropout, target_modules=list(recipe.target_modules))
+    return LoraConfig(task_type=TaskType.SEQ_CLS, r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,
+                      target_modules=list(recipe.target_modules))  # fmt: skip
 
 
 def _check_targets(model, names: tuple[str, ...]) -> None:
@@ -209,40 +366,17 @@ def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str],
     texts, labels = read_texts(folder / "imdb/train.parquet", len(LABELS), args.train_samples)
     if len(texts) < 2:
         raise UserError(f"{folder}/imdb/train.parquet: at least 2 reviews are needed, to train and to validate")
-    parts = zip(("train", "valid"), random_split(len(texts), args.seed), strict=True)
-    chosen = {name: ([texts[i] for i in rows], [labels[i] for i in rows]) for name, rows in
-              ((name, rows.tolist()) for name, rows in parts)}
-    return {**chosen, "test": read_texts(folder / "imdb/test.parquet", len(LABELS), args.test_samples)}
+    train, valid = (
+        ([texts[i] for i in rows.tolist()], [labels[i] for i in rows.tolist()])
+        for rows in random_split(len(texts), args.seed)
+    )
+    return {"train": train, "valid": valid, "test": read_texts(folder / "imdb/test.parquet", 2, args.test_samples)}
 
 
 def _show(tokenizer, text: str, max_length: int) -> None:
     encoded = tokenizer(text, truncation=True, max_length=max_length)
-    for name, values in (("text", text), ("tokens", tokenizer.convert_ids_to_tokens(encoded["input_ids"])),
-                         ("input_ids", encoded["input_ids"]), ("attention_mask", encoded["attention_mask"])):
-        print(f"{name}: {values}")
-
-
-def _leave(args, recipe: Recipe, data, model, trainer, counts, accuracy: float) -> None:
-    """Write everything that the finished run leaves; the report last, since it says that the run is finished."""
-    folder, history = args.output, trainer.history()
-    hub_model.save_adapter(model, folder)
-    reports.write_history(folder, history)
-    plot_history(folder / "curves.png", history, f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test")
-    layers = fastlora.peft.report(model)
-    how = sorted(set(map(str, layers.values())))
-    if args.impl == "fused":
-        print(f"{layers.fused_calls:,} fused calls ({', '.join(how)}), {layers.fallback_calls:,} by PEFT's own forward")
-    size = (folder / "adapter_model.safetensors").stat().st_size
-    reports.write_report(folder, {
-        "task": "distilbert", "impl": args.impl, "path": ", ".join(how) if args.impl == "fused" else "eager",
-        "device": reports.device_name(trainer.args.device), "dataset": args.data, **vars(recipe),
-        "base_sha256": trainer.run["base model"],
-        "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
-        "adapter_bytes": size, "train_seconds": round(trainer.seconds, 3),
-        "tokens_per_second": round(data["train"].tokens * recipe.epochs / max(trainer.seconds, 1e-9)),
-        "peak_memory_bytes": reports.peak_memory(trainer.args.device),
-        "valid_accuracy": trainer.best(), "test_accuracy": accuracy, "fused_calls": layers.fused_calls,
-        "fallback_calls": layers.fallback_calls, "seed": args.seed, "versions": reports.versions()})
+    print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
+    print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
 
 
 def _probability(text: str) -> float:

@@ -1,4 +1,4 @@
-"""GPT-2 in plain PyTorch, as a classifier: the logits of the last token.
+"""GPT-2 in plain PyTorch, as a classifier: the logits of the last token. Its weights and its encoding, from files.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Query, key and value are three
 linear layers, not one of three times the width: each then has a LoRA update of its own, as in Raschka, "Build a Large
@@ -7,12 +7,19 @@ Language Model (From Scratch)", appendix E, whose 2,666,528 trainable numbers at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from fastlora.errors import UserError, shown
+from fastlora.files import open_regular
+from fastlora.finetune.download import SOURCES
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 with a linear head over the last token.
 
-    Weights are random (normal, as `config` says; biases zero) until `gpt2_weights.load` fills them.
+    Weights are random (normal, as `config` says; biases zero) until `load_weights` fills them.
     `grad_checkpointing = True` recomputes each block in the backward pass instead of keeping its activations.
     """
 
@@ -105,3 +112,128 @@ class GPT2(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids, int64 (batch, tokens <= context), to logits (batch, classes) of the last token."""
         return self.head(self.norm(self.features(ids)[:, -1]))
+
+
+# Weights: Hugging Face's `model.safetensors`, which keeps a linear weight as (in, out), and query, key and value side
+# by side in one.
+
+WEIGHTS = "model.safetensors"
+_QKV = ("query", "key", "value")
+_THEIRS = {
+    "tokens": "wte", "positions": "wpe", "norm": "ln_f", "norm_1": "ln_1", "norm_2": "ln_2", "out": "attn.c_proj",
+    "query": "attn.c_attn", "expand": "mlp.c_fc", "contract": "mlp.c_proj",
+}  # fmt: skip
+
+
+def find_weights(folder: Path | None) -> Path:
+    """`model.safetensors` in `folder`; with None, that of gpt2 in the Hugging Face hub's cache.
+
+    Raises UserError, saying what to do, when there is none.
+    """
+    if folder is not None:
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(f"--weights {folder}: holds no {WEIGHTS}")
+        return folder / WEIGHTS
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        try_to_load_from_cache = lambda *_: None  # noqa: E731
+    for name in ("gpt2", "openai-community/gpt2"):
+        found = try_to_load_from_cache(name, WEIGHTS)
+        if isinstance(found, str):
+            return Path(found)
+    raise UserError(f"GPT-2's weights are not in the Hugging Face hub's cache; `hf download gpt2 {WEIGHTS}` "
+                    "fetches them, or give --weights DIR or --weights random")  # fmt: skip
+
+
+def load_weights(model: GPT2, path: Path) -> None:
+    """Fill every weight of `model` but its head from Hugging Face's file. Only these are read, after their shapes.
+
+    Raises UserError, and leaves the model as it was, when the file is damaged, misses a tensor, or one has another
+    shape, is not of floats, or has a value that is not finite in the model's dtype.
+    """
+    ours: dict[str, Tensor] = {}
+    try:
+        open_regular(path).close()
+        with safe_open(path, framework="pt") as file:
+            names = {name.removeprefix("transformer."): name for name in file.keys()}  # noqa: SIM118 - not a mapping
+            for name, held in model.state_dict().items():
+                *layer, part, ending = name.split(".")
+                if part in ("head", "key", "value"):  # the last two come along with the query
+                    continue
+                parts = [name.replace("query", part) for part in _QKV] if part == "query" else [name]
+                block = f"h.{layer[1]}." if layer else ""
+                key, linear = f"{block}{_THEIRS[part]}.{ending}", ".c_" in _THEIRS[part] and ending == "weight"
+                wanted = (held.shape[0] * len(parts), *held.shape[1:])
+                wanted = wanted[::-1] if linear else wanted
+                if key not in names:
+                    raise UserError(f"{path}: holds no {key}, so it is not a GPT-2 of this size")
+                about = file.get_slice(names[key])
+                if tuple(about.get_shape()) != wanted or about.get_dtype() not in ("F16", "BF16", "F32", "F64"):
+                    what = f"{about.get_dtype()} {tuple(about.get_shape())}"
+                    raise UserError(f"{path}: {key} is {what}, this model's are floats {wanted}")
+                whole = file.get_tensor(names[key])
+                for name, value in zip(parts, (whole.mT if linear else whole).chunk(len(parts)), strict=True):
+                    ours[name] = value.to(held.dtype, copy=True)
+                    if not ours[name].isfinite().all():
+                        raise UserError(f"{path}: {key} holds values that are not finite in {held.dtype}")
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # safetensors has its own
+        raise UserError(f"{path}: not a readable weights file ({shown(str(error))})") from None
+    model.load_state_dict(ours, strict=False)
+
+
+# The encoding: from OpenAI's files, with no network.
+
+PAD = 50256  # GPT-2 has no padding token; <|endoftext|> stands in
+LONGEST = 1024  # tokens; as many as GPT-2 has positions
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+def gpt2_encoding(data: Path):
+    """tiktoken's encoding `gpt2` (50,257 tokens), from `<data>/gpt2/{encoder.json,vocab.bpe}` with no network.
+
+    Without these files it is tiktoken's own, from its cache or its download. Both files must be OpenAI's to the
+    byte: a vocabulary that differs would silently encode to other ids.
+
+    Raises:
+        UserError: a file is missing beside the other, is not OpenAI's, or nothing is found and the network is out
+            of reach.
+    """
+    import tiktoken
+    import tiktoken.load
+
+    sums = [remote.sha256 for remote in SOURCES["gpt2"]]
+    encoder, merges = (data / "gpt2" / remote.name for remote in SOURCES["gpt2"])
+    try:
+        if not (encoder.exists() or merges.exists()):
+            return tiktoken.get_encoding("gpt2")
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder), *reversed(sums))
+    except Exception as error:  # requests' many, and tiktoken's ValueError for a wrong checksum
+        why = shown(str(error))
+        raise UserError(
+            f"GPT-2's vocabulary: {encoder} and {merges.name}, or the network, are needed ({why})"
+        ) from None
+    return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": PAD})
+
+
+def byte_encoding():
+    """GPT-2's encoding without its merges: its 256 tokens of one byte, under GPT-2's own ids. Needs no file."""
+    import tiktoken
+
+    ordered = sorted(range(256), key=lambda byte: not (chr(byte).isprintable() and chr(byte) != " "))
+    ranks = {bytes([byte]): i for i, byte in enumerate(ordered)}  # those that print come first
+    return tiktoken.Encoding("gpt2-bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
+
+
+def encode(texts: Sequence[str], encoding, length: int | None = None) -> Tensor:
+    """Token ids of `texts`, int64 (len(texts), length), padded with 50256 and cut to `length`.
+
+    `length=None`: that of the longest text, at most 1024. Special tokens written in a message are text like any other.
+    """
+    ids = encoding.encode_ordinary_batch(list(texts), num_threads=2)
+    length = min(LONGEST, max(1, *map(len, ids))) if length is None else length
+    return torch.tensor([(tokens + [PAD] * length)[:length] for tokens in ids])

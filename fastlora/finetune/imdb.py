@@ -10,28 +10,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import fastlora
 from fastlora.errors import UserError
-from fastlora.finetune import report as reports
-from fastlora.finetune.batches import Batches
+from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
-from fastlora.finetune.data import TextDataset, collate_batch, random_split, read_texts
-from fastlora.finetune.files import CHECKPOINT, REPORT, fingerprint, run_folder
-from fastlora.finetune.locate import locate
-from fastlora.finetune.options import add_steps, pick_device, step_choices
-from fastlora.finetune.plots import plot_history
-from fastlora.finetune.recipe import MOST_RANK, chosen
-from fastlora.finetune.text_classifier import TextClassifier
-from fastlora.finetune.trainer import Plan, Trainer
-from fastlora.finetune.vectors import learned, read_glove, weighted
-from fastlora.finetune.vocabulary import Vocabulary, tokenise
+from fastlora.finetune.data import Batches, locate, random_split, read_texts
+from fastlora.finetune.options import MOST_RANK, add_steps, chosen, pick_device, step_choices
+from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
+from fastlora.finetune.trainer import Settings, Trainer
+from fastlora.finetune.words import TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
 
-HELP = "sentiment of film reviews: mean of word vectors, two linear layers; pre-trained on news topics"
 LABELS, TOPICS = ("negative", "positive"), 4
 WORDS, LEAST = 20_000, 3  # vocabulary: how many words, and how often each occurs at least
-MODEL, VOCABULARY = "model.safetensors", "vocabulary.json"
 GPU_PAD = 4096  # words; on a GPU a batch's words are padded to a multiple, so that few shapes occur
 
 
@@ -64,51 +57,90 @@ RECIPES = {
 }
 
 
+class TextClassifier(nn.Module):
+    """embedding -> mean over the text's words -> fc1 -> ReLU -> fc2.
+
+    Args:
+        vectors: float32 (words, dim): what the embedding starts from; it is copied.
+        classes: logits per text.
+        hidden: outputs of fc1.
+    """
+
+    def __init__(self, vectors: Tensor, classes: int, hidden: int = 128):
+        super().__init__()
+        self.embedding = nn.EmbeddingBag.from_pretrained(vectors.clone(), freeze=False, mode="mean")
+        self.fc1 = nn.Linear(vectors.shape[1], hidden)
+        self.fc2 = nn.Linear(hidden, classes)
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """Logits, float32 (batch, classes), of a `TextDataset.batch`: ids (words,), offsets (batch + 1,)."""
+        means = self.embedding(ids, offsets)[:-1]  # the last bag holds the padding
+        return self.fc2(F.relu(self.fc1(means)))
+
+    def body(self) -> dict[str, Tensor]:
+        """What pre-training learns for good: all but the head, fc2."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("fc2.")}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
-    parser.add_argument("--recipe", choices=tuple(RECIPES), default="default",
-                        help="tutorial: the published recipe to the letter (default: a better one)")
-    parser.add_argument("--vectors", type=Path, metavar="FILE",
-                        help="word vectors in GloVe's text format, 100 numbers a word (default: learned from the "
-                             "training texts, without their labels)")
+    recipe = "tutorial: the published recipe to the letter (default: a better one)"
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default="default", help=recipe)
+    vectors = "word vectors in GloVe's text format, 100 numbers a word (default: learned from the texts, no labels)"
+    parser.add_argument("--vectors", type=Path, metavar="FILE", help=vectors)
     add_steps(parser)
 
 
 def train(args: argparse.Namespace) -> None:
     """Pre-train, fine-tune, test, and leave everything in `args.output`; `args` as the flags."""
     began = time.perf_counter()
-    device = pick_device(args.device)
+    folder, device = args.output, pick_device(args.device)
     recipe, how = chosen(RECIPES[args.recipe], args), step_choices(args)
     settings = {"task": "imdb", "data": args.data, "impl": args.impl, "recipe": args.recipe, **asdict(recipe), **how,
                 "seed": args.seed, "device": device.type, "vectors": args.vectors and str(args.vectors),
-                "train_samples": args.train_samples, "test_samples": args.test_samples}
-    with run_folder(args.output, settings, args.resume) as begun:
-        if begun and (args.output / REPORT).exists():
-            print(f"{args.output}: the run is finished already")
+                "train_samples": args.train_samples, "test_samples": args.test_samples}  # fmt: skip
+    with runs.run_folder(folder, settings, args.resume) as begun:
+        if begun and runs.finished(folder):
             return
-        data = _load(locate(args.data, "imdb", "ag_news"), args, recipe, device)
-        run = fingerprint(settings)
-        model, pretrained = _base(args, recipe, data, device, begun, run)
-        torch.manual_seed(args.seed + 1)
-        model.new_head(len(LABELS))
-        fastlora.inject(model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["fc1"],
-                        layer_class=reports.LAYERS[args.impl])
-        model.fc2.requires_grad_(True)
-        trainer = _trainer(model, data.train, data.valid, recipe, device,
-                           Plan(recipe.epochs, clip=recipe.clip, checkpoint=args.output / CHECKPOINT, run=run, **how))
+        data = load_data(locate(args.data, "imdb", "ag_news"), args, recipe, device)
+        run = runs.fingerprint(settings | {"texts": data.digest})
+        model, pretrained = load_base(folder, run, data, device) if begun and (folder / MODEL).exists() else (None, {})
+        if model is None:
+            model, pretrained = make_base(args.seed, recipe, data, device)
+            write_checkpoint(folder / MODEL, {**model.body(), "run": run, "pretrained": pretrained})
+        data.vocabulary.save(folder / VOCABULARY)
+        adapt(model, recipe, args.impl, args.seed)
+        training = Settings(epochs=recipe.epochs, clip=recipe.clip, checkpoint=folder / CHECKPOINT, run=run, **how)
+        trainer = make_trainer(model, data.train, data.valid, recipe, training)
         if begun and trainer.resume():
             print(f"resumed after epoch {trainer.epoch}")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         history = trainer.fit(_say)
         _, accuracy = trainer.evaluate(data.test)
-        _leave(args, recipe, data, model, trainer, device, {
-            "valid_accuracy": history[-1]["valid_accuracy"], "test_accuracy": accuracy, "pretrained": pretrained,
-            "total_seconds": round(time.perf_counter() - began, 2)})
+
+        fastlora.save_adapter(model, folder, modules_to_save=[])  # fc2 is kept in MODEL: the adapter is A and B alone
+        kept = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+        write_checkpoint(folder / MODEL, {**kept, "run": run, "pretrained": pretrained})
+        which = "made-up sample" if args.data == "sample" else "IMDb"
+        total = round(time.perf_counter() - began, 2)
+        runs.leave(folder, history, f"{which}, {args.impl}: {accuracy:.1%} on test", device, {
+            "task": "imdb", "impl": args.impl, "path": runs.path_of(args.impl, model.fc1, recipe.batch_size),
+            "dataset": args.data if args.data in ("sample", "auto") else str(data.folder), "recipe": args.recipe,
+            "vectors": data.vectors_from, "vocabulary": len(data.vocabulary), "pretrained": pretrained,
+            "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+            **asdict(recipe), **runs.counts(model), "train_seconds": round(trainer.seconds, 3),
+            "tokens_per_second": round(data.words * recipe.epochs / max(trainer.seconds, 1e-9)),
+            "valid_accuracy": history[-1]["valid_accuracy"], "test_accuracy": accuracy, "total_seconds": total,
+            "seed": args.seed})  # fmt: skip
+        print(f"test accuracy {accuracy:.2%} on {data.test.size:,} reviews; trained {trainer.seconds:.1f} s, "
+              f"{total:.1f} s in all; everything is in {folder}")  # fmt: skip
 
 
 @dataclass
-class _Data:
+class Data:
+    """What a run reads: the data's folder, words and batches; `words` counts those of the training reviews."""
+
     folder: Path
     vocabulary: Vocabulary
     vectors: Tensor
@@ -119,15 +151,15 @@ class _Data:
     train: Batches
     valid: Batches
     test: Batches
-    words: int  # in the training reviews
+    words: int
 
 
-def _load(folder: Path, args: argparse.Namespace, recipe: Recipe, device: torch.device) -> _Data:
+def load_data(folder: Path, args: argparse.Namespace, recipe: Recipe, device: torch.device) -> Data:
+    """Read and number the texts, and find their words' vectors."""
     began = time.perf_counter()
     texts, labels = {}, {}
-    for name, classes, limit in (("imdb/train", 2, args.train_samples), ("imdb/test", 2, args.test_samples),
-                                 ("ag_news/train", TOPICS, args.train_samples),
-                                 ("ag_news/test", TOPICS, args.test_samples)):
+    for name, classes in (("imdb/train", 2), ("imdb/test", 2), ("ag_news/train", TOPICS), ("ag_news/test", TOPICS)):
+        limit = args.train_samples if name.endswith("train") else args.test_samples
         lines, labels[name] = read_texts(folder / f"{name}.parquet", classes, limit)
         texts[name] = [tokenise(line) for line in lines]
     if len(labels["imdb/train"]) < 2:
@@ -137,18 +169,18 @@ def _load(folder: Path, args: argparse.Namespace, recipe: Recipe, device: torch.
     vocabulary = Vocabulary.of([*reviews, *texts["ag_news/train"]], WORDS, LEAST)
     sets = {name: TextDataset(texts[name], labels[name], vocabulary) for name in texts}
     digest = hashlib.sha256()
-    for name in sets:
-        for part in (sets[name].ids, sets[name].offsets, sets[name].labels):
+    for dataset in sets.values():
+        for part in (dataset.ids, dataset.offsets, dataset.labels):
             digest.update(part.numpy())
-    sizes = [len(labels[name]) for name in ("imdb/train", "imdb/test", "ag_news/train")]
-    print(f"{sizes[0]:,} + {sizes[1]:,} reviews, {sizes[2]:,} news, {len(vocabulary):,} words: "
-          f"read in {time.perf_counter() - began:.1f} s", flush=True)
+    print(f"{len(sets['imdb/train']):,} + {len(sets['imdb/test']):,} reviews, {len(sets['ag_news/train']):,} news, "
+          f"{len(vocabulary):,} words: read in {time.perf_counter() - began:.1f} s", flush=True)  # fmt: skip
 
     began = time.perf_counter()
     corpus, offsets, _ = sets["imdb/train"].batch(train)
-    ids = torch.cat([corpus, sets["ag_news/train"].ids])
+    news = sets["ag_news/train"]
+    ids = torch.cat([corpus, news.ids])
     if args.vectors is None:
-        offsets = torch.cat([offsets.long(), sets["ag_news/train"].offsets[1:] + int(offsets[-1])])
+        offsets = torch.cat([offsets.long(), news.offsets[1:] + int(offsets[-1])])
         vectors, source = learned(ids, offsets, len(vocabulary)), "learned from the training texts"
     else:
         vectors, count = read_glove(args.vectors, vocabulary)
@@ -158,86 +190,60 @@ def _load(folder: Path, args: argparse.Namespace, recipe: Recipe, device: torch.
         vectors = weighted(vectors, ids, recipe.scale)
     print(f"word vectors: {source}: {time.perf_counter() - began:.1f} s", flush=True)
 
-    def batches(name: str, rows: Tensor, seed: int | None = None) -> Batches:
-        pad_to = GPU_PAD if device.type == "cuda" else 1
-        dataset = sets[name]
+    def batches(name: str, rows: Tensor | None = None, seed: int | None = None) -> Batches:
+        dataset, pad_to = sets[name], GPU_PAD if device.type == "cuda" else 1
+        rows = torch.arange(len(dataset)) if rows is None else rows
         return Batches(len(rows), lambda i: dataset.batch(rows[i], pad_to), recipe.batch_size, seed, device=device)
 
-    return _Data(
-        folder, vocabulary, vectors, source, digest.hexdigest(),
-        news=batches("ag_news/train", torch.arange(len(sets["ag_news/train"])), args.seed),
-        news_test=batches("ag_news/test", torch.arange(len(sets["ag_news/test"]))),
-        train=batches("imdb/train", train, args.seed), valid=batches("imdb/train", valid),
-        test=batches("imdb/test", torch.arange(len(sets["imdb/test"]))), words=sets["imdb/train"].words(train),
-    )
+    return Data(
+        folder, vocabulary, vectors, source, digest.hexdigest(), news=batches("ag_news/train", seed=args.seed),
+        news_test=batches("ag_news/test"), train=batches("imdb/train", train, args.seed),
+        valid=batches("imdb/train", valid), test=batches("imdb/test"), words=sets["imdb/train"].words(train),
+    )  # fmt: skip
 
 
-def _base(args, recipe: Recipe, data: _Data, device, begun: bool, run: str) -> tuple[TextClassifier, dict]:
-    """The classifier pre-trained on news, and what there is to report of it; read back when a run is resumed."""
-    path = args.output / MODEL
-    torch.manual_seed(args.seed)
+def make_base(seed: int, recipe: Recipe, data: Data, device: torch.device) -> tuple[TextClassifier, dict]:
+    """The classifier pre-trained on news, and what there is to report of it."""
+    torch.manual_seed(seed)
     model = TextClassifier(data.vectors, TOPICS).to(device)
-    if begun and path.exists():
-        tensors, state = read_checkpoint(path)
-        if state.get("data") != data.digest:
-            raise UserError(f"{args.output}: the data is not what the run was started with")
-        if state.get("run") != run or not isinstance(state.get("pretrained"), dict):
-            raise UserError(f"{path}: not of this run, or of another version of fastlora")
-        fill(model, path, _without_head(tensors), _without_head(model.state_dict()))
-        data.vocabulary.save(args.output / VOCABULARY)  # should it have gone or changed since
-        return model, state["pretrained"]
-    pretrain = replace(recipe, lr=1.0, decay=0.5)
-    trainer = _trainer(model, data.news, None, pretrain, device, Plan(recipe.pretrain_epochs, clip=recipe.clip))
+    recipe = replace(recipe, lr=1.0, decay=0.5)
+    settings = Settings(epochs=recipe.pretrain_epochs, clip=recipe.clip, seed=seed)
+    trainer = make_trainer(model, data.news, None, recipe, settings)
     trainer.fit()
     _, accuracy = trainer.evaluate(data.news_test)
     print(f"pre-trained on news: {accuracy:.2%} of the test news right, {trainer.seconds:.1f} s", flush=True)
-    pretrained = {"epochs": recipe.pretrain_epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3)}
-    data.vocabulary.save(args.output / VOCABULARY)
-    write_checkpoint(path, _without_head(model.state_dict()),
-                     {"data": data.digest, "run": run, "pretrained": pretrained})
-    return model, pretrained
+    return model, {
+        "epochs": recipe.pretrain_epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3),
+    }  # fmt: skip
 
 
-def _without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("fc2.")}
+def load_base(folder: Path, run: str, data: Data, device: torch.device) -> tuple[TextClassifier, dict]:
+    """What `make_base` gave to the run that is gone on with; UserError for a file or data of another run."""
+    kept = read_checkpoint(folder / MODEL)
+    if kept.get("run") != run or not isinstance(kept.get("pretrained"), dict):
+        raise UserError(f"{folder / MODEL}: the data is not what the run was started with, or another version's")
+    model = TextClassifier(data.vectors, TOPICS).to(device)
+    body = model.body()
+    fill(model, folder / MODEL, {name: kept[name] for name in body if name in kept}, set(body))
+    return model, kept["pretrained"]
 
 
-def _trainer(model, train: Batches, valid: Batches | None, recipe: Recipe, device, plan: Plan) -> Trainer:
+def adapt(model: TextClassifier, recipe: Recipe, impl: str, seed: int) -> None:
+    """Give the pre-trained model a new head and a LoRA layer, and freeze the rest."""
+    torch.manual_seed(seed + 1)
+    model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=model.fc2.weight.device)
+    fastlora.inject(model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["fc1"],
+                    layer_class=runs.LAYERS[impl])  # fmt: skip
+    model.fc2.requires_grad_(True)
+
+
+def make_trainer(model, train: Batches, valid: Batches | None, recipe: Recipe, settings: Settings, **more) -> Trainer:
+    """SGD whose rate decays each epoch, on what `model` trains."""
     trained = [p for p in model.parameters() if p.requires_grad]
     # Only the fused SGD reads its rate on the GPU, as a captured step has to.
-    optimiser = torch.optim.SGD(trained, lr=recipe.lr, fused=device.type == "cuda")
+    optimiser = torch.optim.SGD(trained, lr=recipe.lr, fused=trained[0].is_cuda)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimiser, recipe.decay)
-    return Trainer(model, optimiser, train, valid, plan, device, scheduler)
-
-
-def _leave(args, recipe: Recipe, data: _Data, model: TextClassifier, trainer: Trainer, device, results: dict) -> None:
-    """Write everything that the finished run leaves; the report last, since it says that the run is finished."""
-    folder = args.output
-    counts = reports.parameters(model)
-    fastlora.save_adapter(model, folder, modules_to_save=[])  # fc2 is kept in MODEL: the adapter holds A and B alone
-    kept = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
-    write_checkpoint(folder / MODEL, kept,
-                     {"data": data.digest, "run": trainer.plan.run, "pretrained": results["pretrained"]})
-    reports.write_history(folder, trainer.history)
-    which = "made-up sample" if args.data == "sample" else "IMDb"
-    title = f"{which}, {args.impl}: {results['test_accuracy']:.1%} on test"
-    plot_history(folder / "curves.png", trainer.history, title)
-    size = (folder / "adapter_model.safetensors").stat().st_size
-    path = "eager"
-    if args.impl == "fused":
-        path = fastlora.explain(model.fc1, torch.zeros(recipe.batch_size, model.fc1.in_features, device=device)).path
-    reports.write_report(folder, {
-        "task": "imdb", "impl": args.impl, "path": path, "device": reports.device_name(device),
-        "dataset": args.data if args.data in ("sample", "auto") else str(data.folder), "recipe": args.recipe,
-        "vectors": data.vectors_from, "vocabulary": len(data.vocabulary),
-        "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-        **asdict(recipe), **counts, "adapter_bytes": size, "train_seconds": round(trainer.seconds, 3),
-        "tokens_per_second": round(data.words * recipe.epochs / max(trainer.seconds, 1e-9)),
-        "peak_memory_bytes": reports.peak_memory(device), **results, "seed": args.seed,
-        "versions": reports.versions()})
-    print(reports.saving(counts, size))
-    print(f"test accuracy {results['test_accuracy']:.2%} on {data.test.size:,} reviews; trained "
-          f"{trainer.seconds:.1f} s, {results['total_seconds']:.1f} s in all; everything is in {folder}")
+    return Trainer(model, optimiser, train, valid, settings, scheduler, **more)
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
@@ -245,24 +251,22 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
 
     Raises UserError when a file is missing or damaged, or the adapter is of another rank or shape.
     """
-    report = reports.read_report(run)
+    report = runs.read_report(run)
     vocabulary = Vocabulary.load(run / VOCABULARY)
-    tensors, _ = read_checkpoint(run / MODEL)
+    tensors = {name: t for name, t in read_checkpoint(run / MODEL).items() if isinstance(t, Tensor)}
     vectors, head = tensors.get("embedding.weight"), tensors.get("fc2.weight")
-    if any(t is None or t.ndim != 2 or t.dtype != torch.float32 or not t.numel() for t in (vectors, head)):
-        raise UserError(f"{run / MODEL}: not the model of a finished IMDb run")
-    if len(vectors) != len(vocabulary):
-        raise UserError(f"{run}: {MODEL} has {len(vectors)} words and {VOCABULARY} {len(vocabulary)}")
-    model = TextClassifier(vectors, len(LABELS), hidden=head.shape[1])
+    if any(t is None or t.ndim != 2 or not t.numel() for t in (vectors, head)) or len(vectors) != len(vocabulary):
+        raise UserError(f"{run / MODEL}: not the model of a finished IMDb run of {len(vocabulary)} words")
+    model = TextClassifier(torch.zeros(vectors.shape), len(LABELS), hidden=head.shape[1])
     fill(model, run / MODEL, tensors)
-    rank = reports.count_in(run, report, "rank", MOST_RANK)
-    fastlora.inject(model, r=rank, target_modules=["fc1"])
+    fastlora.inject(model, r=runs.number_in(run, report, "rank", MOST_RANK), target_modules=["fc1"])
     fastlora.load_adapter(model, run)
     model.eval()
 
     @torch.inference_mode()
     def predict(texts: list[str]) -> list[tuple[str, float]]:
-        ids, offsets, _ = collate_batch([(0, torch.from_numpy(vocabulary.encode(tokenise(text)))) for text in texts])
+        dataset = TextDataset([tokenise(text) for text in texts], [0] * len(texts), vocabulary)
+        ids, offsets, _ = dataset.batch(torch.arange(len(texts)))
         chances, classes = model(ids, offsets).softmax(-1).max(-1)
         return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
@@ -273,4 +277,4 @@ def _say(row: dict) -> None:
     from tqdm import tqdm
 
     tqdm.write(f"epoch {row['epoch']:g}: loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}; "
-               f"validation loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.2%}")
+               f"validation loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.2%}")  # fmt: skip

@@ -1,17 +1,28 @@
-"""The flags that every program shares, checked where they are read."""
+"""The flags of the programs, checked where they are read.
+
+To add a program: a module with `add_arguments(parser)`, `train(args)` and `load_predictor(run)`; a line in
+`fastlora.cli.PROGRAMS`; what it leaves in a run's folder in `run.RUN_FILES`; its data in `data.FILES`,
+`download.SOURCES` and `sample`; a run of it in `tests/finetune/killed.py`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from fastlora.errors import UserError
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+MOST_RANK = 1024
+FLAGS = ("epochs", "lr", "rank", "alpha", "batch_size")
 
 
-def whole(least: int, most: int = 2**31 - 1):
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`."""
 
     def whole_number(text: str) -> int:
@@ -46,46 +57,56 @@ def folder_name(text: str) -> Path:
 
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """The flags of every `fastlora train` program. Those without a default leave the choice to the program (None)."""
-    parser.add_argument("--data", default="auto", metavar="DIR|sample|auto",
-                        help="data folder; a small made-up sample; or FASTLORA_DATA, the cache, the network (default)")
-    parser.add_argument("--output", type=folder_name, required=True, metavar="DIR", help="the run's folder")
-    parser.add_argument("--impl", choices=("fused", "eager"), default="fused", help="the LoRA layer (default fused)")
-    parser.add_argument("--epochs", type=whole(1), metavar="N", help="passes over the training data")
-    parser.add_argument("--rank", type=whole(1, 1024), metavar="R", help="rank of the update")
-    parser.add_argument("--alpha", type=positive, metavar="X", help="lora_alpha: the update is scaled by alpha / rank")
-    parser.add_argument("--batch-size", type=whole(1), metavar="N")
-    parser.add_argument("--lr", type=positive, metavar="X", help="learning rate")
-    parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N",
-                        help="0 (default) to 2^32 - 1, the seeds that all programs take")
-    parser.add_argument("--device", default="auto", metavar="cpu|cuda[:N]|auto", help="default: cuda if there")
-    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --output, if any")
-    parser.add_argument("--train-samples", type=whole(2), metavar="N", help="train on the first N rows only")
-    parser.add_argument("--test-samples", type=whole(1), metavar="N", help="test on the first N rows only")
+    add = parser.add_argument
+    data = "data folder; a small made-up sample; or FASTLORA_DATA, the cache, the network (default)"
+    add("--data", default="auto", metavar="DIR|sample|auto", help=data)
+    add("--output", type=folder_name, required=True, metavar="DIR", help="the run's folder")
+    add("--impl", choices=("fused", "eager"), default="fused", help="the LoRA layer (default fused)")
+    add("--epochs", type=whole(1), metavar="N", help="passes over the training data")
+    add("--rank", type=whole(1, MOST_RANK), metavar="R", help="rank of the update")
+    add("--alpha", type=positive, metavar="X", help="lora_alpha: the update is scaled by alpha / rank")
+    add("--batch-size", type=whole(1), metavar="N")
+    add("--lr", type=positive, metavar="X", help="learning rate")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="0 (default) to 2^32 - 1")
+    add("--device", default="auto", metavar="cpu|cuda[:N]|auto", help="default: cuda if there")
+    add("--resume", action="store_true", help="go on with the unfinished run in --output, if any")
+    add("--train-samples", type=whole(2), metavar="N", help="train on the first N rows only")
+    add("--test-samples", type=whole(1), metavar="N", help="test on the first N rows only")
 
 
 def add_steps(parser: argparse.ArgumentParser) -> None:
     """The flags of the programs that run on this package's trainer: how a training step is taken."""
-    parser.add_argument("--accumulate", type=whole(1), default=1, metavar="N",
-                        help="batches whose gradients are summed into one step (default 1)")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS),
-                        help="default: fp32, or what the program prefers on a GPU")
-    parser.add_argument("--no-graph", action="store_true", help="on a GPU: do not capture the step as a CUDA graph")
-    parser.add_argument("--compile", action="store_true", help="pass the model through torch.compile")
+    add = parser.add_argument
+    batches = "batches whose gradients are summed into one step (default 1)"
+    add("--accumulate", type=whole(1), default=1, metavar="N", help=batches)
+    add("--precision", choices=tuple(PRECISIONS), help="default: fp32, or what the program prefers on a GPU")
+    add("--no-graph", action="store_true", help="on a GPU: do not capture the step as a CUDA graph")
+    add("--compile", action="store_true", help="pass the model through torch.compile")
+
+
+def chosen(recipe, args: argparse.Namespace):
+    """`recipe`, a dataclass, with those of `FLAGS` that were given; UserError for a number that float32 has not."""
+    given = {name: getattr(args, name) for name in FLAGS}
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    numbers = torch.finfo(torch.float32)
+    for what, value in (("--lr", recipe.lr), ("the scaling, --alpha / --rank,", recipe.alpha / recipe.rank)):
+        if not numbers.tiny <= value <= numbers.max:
+            raise UserError(f"{what} is {value:g}, which is no number of float32")
+    return recipe
 
 
 def step_choices(args: argparse.Namespace, default: str = "fp32") -> dict:
-    """What `add_steps` read, as arguments of the trainer's `Plan`. The eager layer is left to plain steps.
+    """What `add_steps` read, as the trainer's `Settings` name it. The eager layer is left to plain steps."""
+    return {
+        "accumulate": args.accumulate,
+        "precision": PRECISIONS[args.precision or default],
+        "compile": args.compile,
+        "graph": args.impl == "fused" and not args.no_graph,
+    }
 
-    `default`: the precision where none is asked for, a key of `PRECISIONS`.
-    """
-    return {"accumulate": args.accumulate, "precision": PRECISIONS[args.precision or default], "compile": args.compile,
-            "graph": args.impl == "fused" and not args.no_graph}
 
-
-def pick_device(name: str):
+def pick_device(name: str) -> torch.device:
     """The torch device of `--device`; UserError when it is unknown or not here."""
-    import torch
-
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,8 +1,7 @@
-"""Data-parallel training under `torchrun`: every process takes its part of each batch; gradients are added up."""
+"""Data-parallel training under `torchrun`: every process takes its part of each batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +22,18 @@ class World:
         return self.rank == 0
 
     def part(self, rows: Tensor) -> Tensor:
-        """This process's part of `rows`: contiguous, and as long as the others' to within one."""
+        """This process's part of `rows`."""
         return rows[len(rows) * self.rank // self.size : len(rows) * (self.rank + 1) // self.size]
+
+    def add(self, values: Tensor) -> Tensor:
+        """`values` added over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def told(self, value: bool, device: torch.device) -> bool:
+        """The first process's `value`, in all of them."""
+        return bool(self.add(torch.tensor(int(value and self.first), device=device)))
 
 
 ALONE = World()
@@ -51,46 +60,3 @@ def stop() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def told(value: bool, world: World, device: torch.device) -> bool:
-    """The first process's `value`, in all of them."""
-    if world.size == 1:
-        return value
-    flag = torch.tensor(int(value), device=device)
-    dist.broadcast(flag, 0)
-    return bool(flag)
-
-
-def add_gradients(parameters: Sequence[Tensor]) -> None:
-    """Add each parameter's gradient over all processes, in one exchange; one without a gradient counts as zero."""
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.reshape(-1).float() for p in parameters])
-    dist.all_reduce(flat)
-    for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(total.view_as(p))
-
-
-def add(values: Tensor, world: World) -> Tensor:
-    """`values` added over all processes, in place."""
-    if world.size > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def gather(value: Tensor, world: World, device: torch.device) -> Tensor:
-    """The values (same shape everywhere) of all processes, stacked along a new first dimension, on the CPU."""
-    if world.size == 1:
-        return value.cpu()[None]
-    parts = [torch.empty_like(value, device=device) for _ in range(world.size)]
-    dist.all_gather(parts, value.to(device))
-    return torch.stack(parts).cpu()
-
-
-def same_everywhere(parameters: Sequence[Tensor], world: World) -> None:
-    """Give every process the first one's values."""
-    if world.size > 1:
-        for p in parameters:
-            dist.broadcast(p.data, 0)

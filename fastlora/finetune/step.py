@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.errors import warn_once
-from fastlora.finetune import parallel
-from fastlora.finetune.batches import Batch
+from fastlora.finetune.data import Batch
+from fastlora.finetune.parallel import ALONE, World
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARM_UP = 3  # plain steps of a shape before its capture: libraries set themselves up, kernels are compiled
@@ -48,7 +49,7 @@ class Step:
         model: logits (batch, classes) of a batch's inputs; trained by cross-entropy, the mean over the group's rows.
         optimiser: over the trained parameters.
         settings: how.
-        world: the processes that train together; each is given its own part of every batch.
+        world: the processes that train together; each is given as many rows of every batch.
 
     Attributes:
         plain: why steps are not captured as CUDA graphs, or None when they are.
@@ -56,17 +57,15 @@ class Step:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimiser: torch.optim.Optimizer,
-        settings: StepSettings,
-        world: parallel.World = parallel.ALONE,
+        self, model: nn.Module, optimiser: torch.optim.Optimizer, settings: StepSettings, world: World = ALONE
     ):
         self.optimiser, self.settings, self.world = optimiser, settings, world
         self.trained = [p for group in optimiser.param_groups for p in group["params"]]
         self.device = self.trained[0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self._forward = torch.compile(model, fullgraph=True) if settings.compile else model
+        if world.size > 1:
+            self._forward = DistributedDataParallel(self._forward)
         self.plain = why_plain(self.device, settings, world)
         if self.plain is None:
             self._stream = torch.cuda.Stream(self.device)
@@ -76,66 +75,58 @@ class Step:
                 group["capturable"] = True
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
 
-    def __call__(self, group: Sequence[Batch], rows: int | None = None) -> Tensor:
-        """One step on `group`; `rows` counts the group's rows in all processes, None says that these are all."""
-        rows = sum(len(batch[-1]) for batch in group) if rows is None else rows
+    def __call__(self, group: Sequence[Batch]) -> Tensor:
         if self.plain is not None:
-            return self._run(group, rows)
+            return self._run(group)
         key = tuple(tuple(value.shape) for batch in group for value in batch)
         if key in self._graphs:
             return self._graphs[key].replay(group)
         self._seen[key] += 1
         if self._seen[key] > WARM_UP and len(self._graphs) < MAX_GRAPHS:
             try:
-                self._graphs[key] = _Captured(self, group, rows)
+                self._graphs[key] = _Captured(self, group)
                 return self._graphs[key].replay(group)
             except RuntimeError as error:
                 self.plain = f"capture failed: {str(error).splitlines()[0]}"
                 warn_once(("capture", self.plain), f"training steps run without a CUDA graph: {self.plain}")
-                return self._run(group, rows)
+                return self._run(group)
         # Warm-up and capture share one side stream, so that what libraries keep per stream is there at capture.
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            sums = self._run(group, rows)
+            sums = self._run(group)
         current.wait_stream(self._stream)
         return sums
 
-    def _run(self, group: Sequence[Batch], rows: int) -> Tensor:
+    def _run(self, group: Sequence[Batch]) -> Tensor:
         self.optimiser.zero_grad(set_to_none=True)
-        sums = None
-        for batch in group:
-            if len(batch[-1]) == 0:  # the last batch may have fewer rows than there are processes
-                continue
-            *inputs, labels = batch
-            with autocast(self.device, self.settings.precision):
-                logits = self._forward(*inputs)
-            loss = F.cross_entropy(logits.float(), labels)
-            part = loss if len(labels) == rows else loss * (len(labels) / rows)
-            self.scaler.scale(part).backward()
-            found = tally(loss.detach(), logits.detach(), labels)
-            sums = found if sums is None else sums + found
-        if self.world.size > 1:
-            sums = torch.zeros(2, device=self.device, dtype=torch.float64) if sums is None else sums
-            parallel.add_gradients(self.trained)
-            parallel.add(sums, self.world)
+        rows, sums = sum(len(batch[-1]) for batch in group), 0
+        for i, (*inputs, labels) in enumerate(group, 1):
+            apart = self.world.size > 1 and i < len(group)  # gradients are exchanged with the last batch's
+            with self._forward.no_sync() if apart else nullcontext():
+                with autocast(self.device, self.settings.precision):
+                    logits = self._forward(*inputs)
+                loss = F.cross_entropy(logits.float(), labels)
+                part = loss if len(group) == 1 else loss * (len(labels) / rows)
+                self.scaler.scale(part).backward()
+            sums = sums + tally(loss.detach(), logits.detach(), labels)
         self.scaler.unscale_(self.optimiser)
         if self.settings.clip is not None:
             nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        return sums
+        return self.world.add(sums)
 
 
 class _Captured:
     """A step of one shape as a CUDA graph, with the buffers that it reads its batches from."""
 
-    def __init__(self, step: Step, group: Sequence[Batch], rows: int):
+    def __init__(self, step: Step, group: Sequence[Batch]):
         self.inputs = [tuple(value.clone() for value in batch) for batch in group]
         self.graph = torch.cuda.CUDAGraph()
         step.optimiser.zero_grad(set_to_none=True)  # the gradients then live in the graph's own memory
         with torch.cuda.graph(self.graph, stream=step._stream):
-            self.sums = step._run(self.inputs, rows)
+            self.sums = step._run(self.inputs)
 
     def replay(self, group: Sequence[Batch]) -> Tensor:
         for mine, theirs in zip(self.inputs, group, strict=True):
@@ -145,7 +136,7 @@ class _Captured:
         return self.sums.clone()
 
 
-def why_plain(device: torch.device, settings: StepSettings, world: parallel.World = parallel.ALONE) -> str | None:
+def why_plain(device: torch.device, settings: StepSettings, world: World = ALONE) -> str | None:
     """Why a step cannot be captured as a CUDA graph, or None when it can."""
     if not settings.graph:
         return "plain steps were asked for"
@@ -153,9 +144,7 @@ def why_plain(device: torch.device, settings: StepSettings, world: parallel.Worl
         return f"CUDA graphs need a CUDA device, this one is {device.type}"
     if settings.precision == "float16":
         return "float16's loss scaling decides on the host whether to skip a step"
-    if world.size > 1:
-        return "the processes exchange gradients within the step"
-    return None
+    return "the processes exchange gradients within the step" if world.size > 1 else None
 
 
 def autocast(device: torch.device, precision: str):

@@ -1,8 +1,13 @@
-"""The trainer of every program here: epochs of steps, evaluation, checkpoints. The whole loop is `Trainer.fit`."""
+"""The one training loop of the programs here: `Trainer.fit`. Epochs of steps, evaluation, checkpoints.
+
+Nothing in the loop knows what a model, an adapter or an optimiser is: `Step` does, and what `Trainer.state` names is
+what a checkpoint holds.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -12,45 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora.errors import UserError, WorkError, shown
-from fastlora.finetune import parallel
-from fastlora.finetune.batches import Batches
-from fastlora.finetune.checkpoint import alike, pack, read_checkpoint, unpack, write_checkpoint
-from fastlora.finetune.clock import Clock
-from fastlora.finetune.step import PRECISIONS, Step, StepSettings, autocast, tally
-
-__all__ = ["PRECISIONS", "Plan", "Trainer"]
+from fastlora.errors import UserError, WorkError
+from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
+from fastlora.finetune.data import Batches
+from fastlora.finetune.parallel import ALONE, World
+from fastlora.finetune.step import Step, StepSettings, autocast, tally
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long to train and how each step is taken.
+class Settings(StepSettings):
+    """How long to train, and how each step is taken.
 
     Attributes:
         epochs: passes over the training batches.
-        eval_every: evaluate on the validation batches every so many optimiser steps, besides each epoch's end.
-        clip: largest norm of the gradient; None does not clip.
+        every: evaluate, and write the checkpoint, every so many optimiser steps, besides each epoch's end.
         accumulate: batches whose gradients are summed into one optimiser step.
-        precision: "float32", or "bfloat16" or "float16" for autocast.
-        graph: on CUDA, capture the step once as a graph and replay it.
-        compile: pass the model through torch.compile.
         checkpoint: the checkpoint's path; None keeps none.
-        checkpoint_every: write it every so many optimiser steps, besides each epoch's end.
         run: a digest of all that decides the result; a checkpoint with another is refused.
-        progress: show a progress bar.
+        seed: of what training draws (dropout).
     """
 
-    epochs: int
-    eval_every: int | None = None
-    clip: float | None = None
+    epochs: int = 1
+    every: int | None = None
     accumulate: int = 1
-    precision: str = "float32"
-    graph: bool = False
-    compile: bool = False
     checkpoint: Path | None = None
-    checkpoint_every: int | None = None
     run: str = ""
-    progress: bool = True
+    seed: int = 0
 
 
 class Trainer:
@@ -60,10 +52,10 @@ class Trainer:
         model: logits (batch, classes) of a batch's inputs.
         optimiser: over the trained parameters.
         train, valid: their batches.
-        plan: how long and how.
-        device: the model's.
+        settings: how long and how.
         scheduler: stepped at each epoch's end.
         world: the processes that train together; the first one's start is everyone's.
+        progress: show a progress bar.
 
     Attributes:
         step: takes one optimiser step on a list of batches; `step.plain` says why it is no CUDA graph, if it is none.
@@ -72,64 +64,53 @@ class Trainer:
         epoch, position, steps: epochs done, batches done in this epoch, optimiser steps done in all.
     """
 
-    _COUNTS = ("epoch", "position", "steps", "seconds", "rows", "history")
-    _ROW = ("epoch", "step", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "learning_rate", "seconds")
-
     def __init__(
         self,
         model: nn.Module,
         optimiser: torch.optim.Optimizer,
         train: Batches,
         valid: Batches | None,
-        plan: Plan,
-        device: torch.device,
+        settings: Settings,
         scheduler=None,
-        world: parallel.World = parallel.ALONE,
+        world: World = ALONE,
+        progress: bool = True,
     ):
         self.model, self.optimiser, self.scheduler = model, optimiser, scheduler
-        self.train, self.valid, self.plan, self.device = train, valid, plan, device
-        self.world = world
-        self.step = Step(model, optimiser, StepSettings(plan.clip, plan.precision, plan.graph, plan.compile), world)
-        parallel.same_everywhere(self.step.trained, world)
+        self.train, self.valid, self.settings, self.world = train, valid, settings, world
+        self.step = Step(model, optimiser, settings, world)
+        self.device, self.progress = self.step.device, progress and world.first
         self.history: list[dict] = []
         self.epoch = self.position = self.steps = 0
         self.seconds = 0.0
-        self.sums = torch.zeros(2, device=device, dtype=torch.float64)  # loss and correct rows since the last row
-        self.rows = 0  # and the rows they are over
 
     def fit(self, on_row: Callable[[dict], None] | None = None) -> list[dict]:
-        """Train to the plan's last epoch from wherever the trainer stands; returns `history`."""
+        """Train to the last epoch from wherever the trainer stands; returns `history`."""
+        settings = self.settings
         self.model.train()
-        while self.epoch < self.plan.epochs:
+        while self.epoch < settings.epochs:
+            batches = self.train.epoch(self.epoch, self.position)
             with self._bar() as bar:
-                self._epoch(bar, on_row)
+                self._seed()
+                sums, rows, began = 0, 0, self._now()
+                while group := list(islice(batches, settings.accumulate)):
+                    sums += self.step(group)
+                    rows += sum(self.train.rows(self.position + i) for i in range(len(group)))
+                    self.position += len(group)
+                    self.steps += 1
+                    bar.update(len(group))
+                    last = self.position == len(self.train)
+                    if last or (settings.every and self.steps % settings.every == 0):
+                        self.seconds += self._now() - began
+                        self._record(sums, rows, bar, on_row)
+                        if not last:
+                            self.save()
+                            self._seed()
+                        sums, rows, began = 0, 0, self._now()
             if self.scheduler is not None:
                 self.scheduler.step()
             self.epoch, self.position = self.epoch + 1, 0
             self.save()
         return self.history
-
-    def _epoch(self, bar, on_row) -> None:
-        plan, total = self.plan, len(self.train)
-        batches = self.train.epoch(self.epoch, self.position)
-        clock = Clock(self.device)
-        while group := list(islice(batches, plan.accumulate)):
-            rows = sum(self.train.rows(self.position + i) for i in range(len(group)))
-            self.sums += self.step(group, rows)
-            self.rows += rows
-            self.position += len(group)
-            self.steps += 1
-            bar.update(len(group))
-            last = self.position == total
-            evaluate = last or (plan.eval_every and self.steps % plan.eval_every == 0)
-            keep = not last and plan.checkpoint_every and self.steps % plan.checkpoint_every == 0
-            if evaluate or keep:
-                self.seconds += clock.lap()
-                if evaluate:
-                    self._record(self.epoch + self.position / total, bar, on_row)
-                if keep:
-                    self.save()
-                clock.lap()
 
     @torch.no_grad()
     def evaluate(self, batches: Batches) -> tuple[float, float]:
@@ -141,112 +122,104 @@ class Trainer:
         self.model.eval()
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         for *inputs, labels in batches.shared():
-            with autocast(self.device, self.plan.precision):
+            with autocast(self.device, self.settings.precision):
                 logits = self.model(*inputs)
             sums += tally(F.cross_entropy(logits.float(), labels), logits, labels)
         self.model.train(training)
-        loss, correct = parallel.add(sums, self.world).tolist()
+        loss, correct = self.world.add(sums).tolist()
         self._check(loss)
         return loss / batches.size, correct / batches.size
 
-    def _record(self, epoch: float, bar, on_row) -> None:
-        (loss, correct), rows = self.sums.tolist(), self.rows
+    def state(self) -> dict:
+        """All that training goes on from: what a checkpoint holds."""
+        return {
+            "run": self.settings.run,
+            "processes": self.world.size,
+            "model": {name: p for name, p in self.model.named_parameters() if p.requires_grad},
+            "optimiser": self.optimiser.state_dict(),
+            "scheduler": self.scheduler and self.scheduler.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            **{key: getattr(self, key) for key in ("epoch", "position", "steps", "seconds", "history")},
+        }
+
+    def save(self) -> None:
+        """Write the checkpoint, if one is kept; WorkError when a trained parameter is not finite."""
+        if not torch.stack([p.isfinite().all() for p in self.step.trained]).all():
+            self._check(math.nan)
+        if self.settings.checkpoint is not None and self.world.first:
+            write_checkpoint(self.settings.checkpoint, self.state())
+
+    def resume(self) -> bool:
+        """Go back to the checkpoint; False when there is none. UserError when it is damaged or another run's."""
+        path, now = self.settings.checkpoint, self.state()
+        if path is None or not path.exists():
+            return False
+        then = read_checkpoint(path)
+        if any(then.get(key) != now[key] for key in ("run", "processes")):
+            raise UserError(f"{path}: a checkpoint of a run with other settings; delete it to start again")
+        if _form(then.get("model")) != _form(now["model"]) or any(then.get(key) is None for key in ("epoch", "steps")):
+            raise UserError(f"{path}: a checkpoint of another model (its trained parameters differ)")
+        then["optimiser"]["state"] = {int(index): value for index, value in then["optimiser"]["state"].items()}
+        rates = [group["lr"] for group in self.optimiser.param_groups]
+        self.optimiser.load_state_dict(then["optimiser"])
+        for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
+            if isinstance(rate, Tensor):  # the very tensor that a captured step reads
+                group["lr"] = rate.copy_(group["lr"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(then["scheduler"])
+        if then["scaler"]:
+            self.step.scaler.load_state_dict(then["scaler"])
+        with torch.no_grad():
+            for name, parameter in now["model"].items():
+                parameter.copy_(then["model"][name])
+        for key in ("epoch", "position", "steps", "seconds", "history"):
+            setattr(self, key, then[key])
+        return True
+
+    def _record(self, sums: Tensor, rows: int, bar, on_row) -> None:
+        loss, correct = sums.tolist()
         self._check(loss)
-        self.sums.zero_()
-        self.rows = 0
-        rate = float(f"{self.optimiser.param_groups[0]['lr']:.12g}")  # 0.01, say, and not 0.010000000000000002
-        row = {"epoch": round(epoch, 6), "step": self.steps,
-               "train_loss": loss / rows, "train_accuracy": correct / rows, "valid_loss": None, "valid_accuracy": None,
-               "learning_rate": rate, "seconds": round(self.seconds, 4)}
-        if self.valid is not None:
-            row["valid_loss"], row["valid_accuracy"] = self.evaluate(self.valid)
+        valid_loss, valid_accuracy = self.evaluate(self.valid) if self.valid is not None else (None, None)
+        row = {
+            "epoch": round(self.epoch + self.position / len(self.train), 6),
+            "step": self.steps,
+            "train_loss": loss / rows,
+            "train_accuracy": correct / rows,
+            "valid_loss": valid_loss,
+            "valid_accuracy": valid_accuracy,
+            "learning_rate": float(f"{self.optimiser.param_groups[0]['lr']:.12g}"),  # 0.01, not 0.010000000000000002
+            "seconds": round(self.seconds, 4),
+        }
         self.history.append(row)
-        values = {"loss": row["train_loss"], "accuracy": row["valid_accuracy"] or row["train_accuracy"]}
-        bar.set_postfix({key: f"{value:.4f}" for key, value in values.items()})
+        accuracy = row["train_accuracy"] if valid_accuracy is None else valid_accuracy
+        bar.set_postfix(loss=f"{row['train_loss']:.4f}", accuracy=f"{accuracy:.4f}")
         if on_row is not None:
             on_row(row)
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
-            epoch = min(self.epoch + 1, self.plan.epochs)
+            epoch = min(self.epoch + 1, self.settings.epochs)
             raise WorkError(f"training diverged in epoch {epoch}: the loss is {loss}; a smaller --lr may help")
 
-    def save(self) -> None:
-        """Write the checkpoint, if the plan keeps one: all processes call, the first one writes.
+    def _seed(self) -> None:
+        """A seed of its own for what follows, so that no checkpoint holds a generator's state."""
+        torch.manual_seed(((self.settings.seed * 1_000_003 + self.steps) * self.world.size + self.world.rank) % 2**63)
 
-        Raises WorkError when a trained parameter is not finite, which the loss need not show.
-        """
-        if not torch.stack([p.isfinite().all() for p in self.step.trained]).all():
-            self._check(math.nan)
-        if self.plan.checkpoint is None:
-            return
-        tensors, state = pack(self.model, self.optimiser, self.scheduler, self.device)
-        for name in _generators(tensors):
-            tensors[name] = parallel.gather(tensors[name], self.world, self.device)
-        state |= {key: getattr(self, key) for key in self._COUNTS}
-        state |= {"scaler": self.step.scaler.state_dict(), "run": self.plan.run}
-        if self.world.first:
-            write_checkpoint(self.plan.checkpoint, tensors | {"sums": self.sums}, state)
-
-    def resume(self) -> bool:
-        """Go back to the plan's checkpoint; False when there is none. UserError when it is damaged or another's."""
-        path = self.plan.checkpoint
-        if path is None or not path.exists():
-            return False
-        tensors, state = read_checkpoint(path)
-        if state.get("run") != self.plan.run:
-            raise UserError(f"{path}: a checkpoint of a run with other settings; delete it to start again")
-        for name in _generators(tensors):
-            count = len(tensors[name]) if tensors[name].dim() else 0
-            if count != self.world.size:
-                raise UserError(f"{path}: a checkpoint of {count} processes, these are {self.world.size}")
-            tensors[name] = tensors[name][self.world.rank]
-        if (wrong := self._wrong(tensors, state)) is not None:
-            raise UserError(f"{path}: damaged, its {wrong} is {shown(state.get(wrong))}; delete it to start again")
-        unpack(path, self.model, self.optimiser, self.scheduler, self.device, tensors, state)
-        for key in self._COUNTS:
-            setattr(self, key, state[key])
-        self.sums.copy_(tensors["sums"])
-        if state["scaler"]:
-            self.step.scaler.load_state_dict(state["scaler"])
-        return True
-
-    def _wrong(self, tensors: dict[str, Tensor], state: dict) -> str | None:
-        """The entry of a checkpoint that no training by this plan comes to, or None."""
-        epoch, position, steps, seconds, rows, history = (state.get(key) for key in self._COUNTS)
-        batches = len(self.train)
-
-        def up_to(most: int, value: object) -> bool:
-            return type(value) is int and 0 <= value <= most
-
-        def is_row(row: object) -> bool:
-            return (isinstance(row, dict) and row.keys() == {*self._ROW}
-                    and all(value is None or alike(0, value) for value in row.values()))
-
-        if not up_to(self.plan.epochs, epoch):
-            return "epoch"
-        if not up_to(batches - 1 if epoch < self.plan.epochs else 0, position):
-            return "position"
-        if steps != epoch * -(-batches // self.plan.accumulate) + -(-position // self.plan.accumulate):
-            return "steps"
-        if not alike(0, seconds) or seconds < 0:
-            return "seconds"
-        if not up_to(self.train.size, rows):
-            return "rows"
-        if not isinstance(history, list) or len(history) < epoch or not all(map(is_row, history)):
-            return "history"
-        if not alike(self.step.scaler.state_dict(), state.get("scaler")):
-            return "scaler"
-        sums = tensors.get("sums")
-        return None if sums is not None and sums.dtype == self.sums.dtype and sums.shape == self.sums.shape else "sums"
+    def _now(self) -> float:
+        if self.device.type == "cuda":  # which works on after it was asked to
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _bar(self):
         from tqdm import tqdm
 
-        return tqdm(total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{self.plan.epochs}",
-                    unit="batch", disable=None if self.plan.progress and self.world.first else True, mininterval=0.2)
+        return tqdm(
+            total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{self.settings.epochs}",
+            unit="batch", disable=None if self.progress else True, mininterval=0.2,
+        )  # fmt: skip
 
 
-def _generators(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of the generators' states among a checkpoint's tensors: each process has its own."""
-    return [name for name in tensors if name.startswith("generator.")]
+def _form(tensors: object) -> dict | None:
+    if not isinstance(tensors, dict):
+        return None
+    return {name: (t.shape, t.dtype) if isinstance(t, Tensor) else None for name, t in tensors.items()}

@@ -11,7 +11,7 @@ written once and read once,
 
     2 * 4 * R * (P_n * M + P_m * N) bytes
 
-beside the M * N * itemsize of dY: for M = 8192, N = 4096, R = 16 in bfloat16 and regions of 512 x 512, 2 * 8.4 MB
+beside the M * N * itemsize of dY: for M = 8192, N = 4096, R = 16 in bfloat16 and regions of 640 x 256, 2 * 12 MB
 beside 67 MB, and the partials fit the L2 cache of a data-centre GPU. BLOCK_N * R is bounded by the registers of a
 program, so the first term grows with the square of R; where the tables have no region (R > 32 in general) that would
 cost more than reading dY a second time, and dS and dB take one reader each: the kernels of S and of dA with other

@@ -26,6 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -80,8 +81,8 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
     bias = _tensor(1, n, dtype, aligned)[0]
     drawn = Dropout(0.1, SEED)
     for R, dropout, m in itertools.product((16, 32, 128), (drawn, None), (M, FEW)):
-        if m == FEW and dropout is None:
-            continue
+        if (m == FEW or adapter != dtype) and (dropout is None or R != 32):
+            continue  # partials differ by their dtype, float32 adapters by their load
         x, y, W = _tensor(m, n, dtype, aligned), _tensor(m, n, dtype, aligned), _tensor(n, n, dtype, aligned)
         S, A, B = _tensor(m, R, dtype), _tensor(R, n, adapter, aligned), _tensor(n, R, adapter, aligned)
         if R != 16:  # the tables' cuts are for 32 and 128, but for ds_db
@@ -97,7 +98,7 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
                     yield from hybrid.da_dx_launches(target, S, x, A, dropout, dA, y, tile)
             for tile in tiles.rank_tiles("onepass", target, R, kind):
                 yield onepass.onepass_launch(target, x, W, bias, A, B, 2.0, dropout, y, S, tile)
-        if dropout is None or m == FEW:
+        if dropout is None or m == FEW or adapter != dtype:
             for tile in tiles.rank_tiles("ds_db", target, R, kind):
                 narrow, dS = _tensor(m, 16 if aligned else 17, dtype, aligned), torch.empty_like(S)
                 yield from grads.ds_db_launches(target, y, B, S, 2.0, dS, torch.empty_like(B), tile)
@@ -110,9 +111,11 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
 def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
     """Every tile of the GEMM: forward, dX with the mask from bits or from the seed, or with none."""
     kind = tiles.kind_of(dtype, tiles.input_precision(dtype, target))
-    for R, tma in itertools.product((16, 128), (True, False) if target.has_tma else (False,)):
-        # whole 16-byte rows and no more; nothing of the sort; whole tiles, and a K that ends within one
-        for n in (4096,) if aligned and tma else (4104,) if tma else (4096, 4112) if aligned else (4097,):
+    for R, tma in itertools.product((32, 128), (True, False) if target.has_tma else (False,)):
+        if adapter != dtype and R != 32:
+            continue
+        # whole tiles, and a K that ends within one; whole 16-byte rows and no more; nothing of the sort
+        for n in (4096, *[4112] * (R == 32 and not tma)) if aligned else (4104,) if tma else (4097,):
             whole = aligned or tma
             x, y, W = _tensor(2 * n, n, dtype, whole), _tensor(2 * n, n, dtype, whole), _tensor(n, n, dtype, whole)
             S, A, B = _tensor(2 * n, R, dtype), _tensor(R, n, adapter, whole), _tensor(n, R, adapter, whole)
@@ -221,11 +224,11 @@ def examine(item: tuple[Target, Launch]) -> Report:
     return Report(str(target), launch.label, registers, spilled, shared, programs, wgmma, tuple(failures))
 
 
-def run(items: list[tuple[Target, Launch]], workers: int | None = None) -> list[Report]:
+def run(items: list[tuple[Target, Launch]], workers: int | None = None) -> Iterator[Report]:
     """Examine all in a pool of processes, with a progress bar on a terminal when tqdm is there."""
     fork = multiprocessing.get_context("fork")  # kernels cannot be pickled: the workers inherit the list
     with ProcessPoolExecutor(workers or os.cpu_count(), fork, _inherit, (items,)) as pool:
-        return list(_progress(pool.map(_examine_nth, range(len(items))), len(items)))
+        yield from _progress(pool.map(_examine_nth, range(len(items))), len(items))
 
 
 _items: list[tuple[Target, Launch]] = []
@@ -294,8 +297,8 @@ def read(file: Path) -> tuple[str, list[Report]]:
 
 
 def summary(version: str, reports: list[Report]) -> str:
-    """A Markdown table, a row for each target and kernel."""
-    ran = executed()
+    """A Markdown table, a row for each target and kernel; of the launches that there are now."""
+    ran, there = executed(), Counter((str(t), launch.label.split("/")[0]) for t, launch in launches())
     lines = [
         f"| target, triton {version} | kernel | launches | most registers | spills | most shared memory, KiB "
         "| programs an SM | with wgmma | executed | claims that fail |",
@@ -306,7 +309,7 @@ def summary(version: str, reports: list[Report]) -> str:
         programs = sorted({r.programs or 0 for r in own} - {0})
         many = f"{programs[0]}–{programs[-1]}" if len(programs) > 1 else str(*programs or "–")
         lines.append(
-            f"| {target} | {kernel} | {len(own)} | {max(r.registers or 0 for r in own)} "
+            f"| {target} | {kernel} | {len(own)} of {there[target, kernel]} | {max(r.registers or 0 for r in own)} "
             f"| {sum(bool(r.spilled) for r in own)} | {max(r.shared or 0 for r in own) / 1024:.0f} | {many} "
             f"| {sum(bool(r.wgmma) for r in own) or '–'} "
             f"| {sum(ran.get((r.target, r.label)) == 'ok' for r in own) or '–'} "
@@ -327,7 +330,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one launch of each kernel, for sm_80 and sm_90")
     parser.add_argument("--target", type=_target, action="append", help="cuda:90, hip:gfx942, ...; may be repeated")
     parser.add_argument("--kernel", action="append", help="labels that begin so; may be repeated")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports there too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the reports there too, beside what it has of others"
+    )
     parser.add_argument("--summary", type=Path, metavar="FILE", help="compile nothing; what --json wrote, as Markdown")
     parser.add_argument("--workers", type=int, help="processes (default: one for each CPU core)")
     args = parser.parse_args(arguments)
@@ -339,13 +344,23 @@ def main(arguments: list[str] | None = None) -> int:
         item for item in launches(targets, args.quick)
         if not args.kernel or item[1].label.startswith(tuple(args.kernel))
     ]  # fmt: skip
-    reports = run(items, args.workers)
+    reports: list[Report] = []
+    for count, report in enumerate(run(items, args.workers), 1):
+        reports.append(report)
+        if args.json and (count % 50 == 0 or count == len(items)):  # hours on a small machine: what is done is kept
+            write(_with_older(reports, args.json), args.json)
     print(table(reports))
     failed = sum(bool(r.failures) for r in reports)
     print(f"{len(reports)} compiled with triton {triton.__version__}, {failed} with a claim that fails")
-    if args.json:
-        write(reports, args.json)
     return 1 if failed or not reports else 0
+
+
+def _with_older(reports: list[Report], file: Path) -> list[Report]:
+    """The reports and, of the launches that there still are, those that `file` has of the same compiler."""
+    version, older = read(file) if file.exists() else ("", [])
+    rows = {(r.target, r.label): r for r in (older if version == triton.__version__ else [])}
+    rows |= {(r.target, r.label): r for r in reports}
+    return [rows[key] for target, launch in launches() if (key := (str(target), launch.label)) in rows]
 
 
 if __name__ == "__main__":

@@ -86,8 +86,9 @@ def onepass_launch(
     tile = tile or tiles.rank_tiles("onepass", target, R, tiles.kind_of(x.dtype, precision))[0]
     args = {
         "x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "a_ptr": lora_A, "b_ptr": lora_B, "y_ptr": y, "s_ptr": S,
-        "seed_ptr": dropout and dropout.seed, "scaling": number(scaling), "threshold": dropout.threshold if dropout else 0,
-        "M": M, "N": N, "K": K, "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_wn": weight.stride(0),
+        "seed_ptr": dropout and dropout.seed, "scaling": number(scaling),
+        "threshold": dropout.threshold if dropout else 0, "M": M, "N": N, "K": K,
+        "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_wn": weight.stride(0),
         "stride_wk": weight.stride(1), "stride_bias": 0 if bias is None else bias.stride(0),
         "stride_ar": lora_A.stride(0), "stride_ak": lora_A.stride(1), "stride_bn": lora_B.stride(0),
         "stride_br": lora_B.stride(1),

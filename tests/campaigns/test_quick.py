@@ -28,8 +28,9 @@ def _one_thread():
 
 def test_numbers():
     said = []
-    ran, failed, _ = numbers.campaign(250, 300, seed=1, say=said.append)
-    assert ran == 250 and not failed, said
+    ran, failed, _ = numbers.campaign(600, 300, seed=1, say=said.append)
+    assert not failed, said
+    assert ran == 600
 
 
 def test_a_wrong_layer_is_found_and_shrunk(monkeypatch):
@@ -50,7 +51,7 @@ def test_a_wrong_layer_is_found_and_shrunk(monkeypatch):
 
 
 def test_numbers_in_the_interpreter():
-    command = [sys.executable, "-m", "tests.campaigns.numbers", "--interpreter", "--count", "15", "--seconds", "10"]
+    command = [sys.executable, "-m", "tests.campaigns.numbers", "--interpreter", "--count", "40", "--seconds", "20"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([*command, "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and " 0 wrong" in done.stdout, done.stdout + done.stderr[-2000:]
@@ -68,7 +69,7 @@ def test_what_is_kept_for_backward():
 
 @pytest.mark.parametrize("kind", memory.KINDS)
 def test_steps_leave_nothing_behind(kind):
-    more, tensors = memory.steps(100, kind, warm=200)
+    more, tensors = memory.steps(200, kind)
     assert tensors <= 0
     assert more < 4 << 20
 
@@ -89,5 +90,5 @@ def test_threads_forks_and_workers():
 
 @pytest.mark.parametrize("name", concurrency.NEIGHBOURS)
 def test_calls_beside_other_work(name):
-    calls, wrong = concurrency.neighbours(name, 0.4)
+    calls, wrong = concurrency.neighbours(name, 1.0)
     assert wrong == 0 and calls > 10

@@ -5,29 +5,25 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-from fastlora.dispatch import registry
-
 from campaigns import sync, waits
+from fastlora.paths import PATHS
 
 
 @pytest.mark.parametrize("name", waits.PATHS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_no_step_waits_for_a_gpu(name, dropout_p):
-    import torch
-
     case = (64, 96, 128, 8, torch.float16, torch.float32, dropout_p)
-    found, launched = waits.waits(registry.load(name), case, (9, 0))
+    found, launched = waits.waits(PATHS[name], case, (9, 0))
     assert not found
     assert bool(launched) == (name != "torch")
 
 
 def test_a_step_that_waits_for_a_gpu_is_found():
-    import torch
-
-    case, honest = (64, 96, 128, 8, torch.float16, torch.float16, 0.0), registry.load("torch")
+    case, honest = (64, 96, 128, 8, torch.float16, torch.float16, 0.0), PATHS["torch"]
     for asks, what in (
         (lambda y: y.sum().item(), "DataDependentOutputException"),
         (lambda y: y.cpu(), "aten._to_copy"),

@@ -5,8 +5,16 @@ import json
 import sys
 from pathlib import Path
 
-TIMES = ("train_seconds", "total_seconds", "tokens_per_second", "peak_memory_bytes", "dataset", "device", "pretrained",
-         "fused_calls")  # the last: of one process
+TIMES = (
+    "train_seconds",
+    "total_seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "dataset",
+    "device",
+    "pretrained",
+    "fused_calls",
+)  # the last: of one process
 
 
 def shrink():
@@ -39,6 +47,18 @@ def hub_model(folder: Path, kind: str = "distilbert") -> Path:
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def gpt2_weights(folder: Path, seed: int) -> None:
+    """Random weights of `nano` in `folder`, as transformers saves them."""
+    import torch
+    from transformers import GPT2Config, GPT2Model
+
+    from fastlora.finetune import gpt2
+
+    sizes = gpt2.CONFIGS["nano"]
+    torch.manual_seed(seed)
+    GPT2Model(GPT2Config(n_embd=sizes.width, n_head=sizes.heads, n_layer=sizes.layers)).save_pretrained(folder)
 
 
 def left(folder: Path) -> dict:

@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 import small
-import torch
-
-from fastlora.finetune.batches import Batches
-from fastlora.finetune.parallel import World
 
 SMALL = Path(__file__).parent / "small.py"
 RUN = ["train", "spam", "--data", "sample", "--model", "nano", "--epochs", "2", "--train-samples", "100"]
@@ -36,19 +32,3 @@ def test_two_processes_have_the_curve_of_the_double_batch(tmp_path):
             same[key] for key in ("epoch", "step", "valid_accuracy")
         ]
     assert one["report"]["test_accuracy"] == other["report"]["test_accuracy"]
-
-
-@pytest.mark.parametrize(("rows", "size"), [(37, 2), (33, 3), (5, 4)])
-def test_processes_share_out_every_batch(rows, size):
-    x = torch.arange(rows)
-
-    def batches(world, batch_size, seed):
-        return Batches(rows, lambda i: (x[i],), batch_size, seed, world=world)
-
-    whole = list(batches(World(), 4 * size, 3).epoch(1))
-    parts = [list(batches(World(rank, size), 4, 3).epoch(1)) for rank in range(size)]
-    for i, (batch,) in enumerate(whole):
-        assert torch.cat([part[i][0] for part in parts]).tolist() == batch.tolist()
-        assert batches(World(0, size), 4, 3).rows(i) == len(batch)
-    dealt = [batch for rank in range(size) for (batch,) in batches(World(rank, size), 4, None).shared()]
-    assert sorted(torch.cat(dealt).tolist()) == x.tolist()

@@ -1,38 +1,81 @@
-"""Downloads against a server on the loopback that cuts, stalls, lies, corrupts and replaces.
-
-Random trouble and kills are in `tests.campaigns.downloads`.
-"""
+"""Downloads against a server on the loopback that cuts, stalls, lies, corrupts and replaces."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import http.server
 import io
-import multiprocessing
-import os
 import random
 import re
-import socket
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from campaigns.downloads import LINES, REASONS, REDIRECTS
-from campaigns.server import serving
 
 from fastlora.errors import WorkError
-from fastlora.finetune import convert, download, locate, timed
+from fastlora.finetune import data, download, prepare
 
 CONTENT = random.Random(0).randbytes(300_000)
 SUM = hashlib.sha256(CONTENT).hexdigest()
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` by path. `plan` says what to do with each request in turn; when it is used up, serve well.
+
+    ("cut", n): close after n bytes; ("stall", n): send n bytes and then nothing; an int: that status; ("flip", n): the
+    byte n of the content inverted; "no range": ignore a Range header; "noise": no HTTP at all; "portal": a page in the
+    place of the file.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.plan, self.ranges, self.over = files, [], [], threading.Event()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, content = self.server, self.server.files[self.path]
+        what = server.plan.pop(0) if server.plan else None
+        kind, number = what if isinstance(what, tuple) else (what, 0)
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        server.ranges.append(start)
+        if kind == "noise":
+            self.wfile.write(b"\0" * 200)
+        elif isinstance(what, int) or start >= len(content):
+            self.send_error(what or 416)
+        else:
+            if kind == "flip":
+                content = content[:number] + bytes([content[number] ^ 255]) + content[number + 1 :]
+            if kind == "portal":
+                content, start = b"<html>Please log in</html>", 0
+            start = 0 if kind == "no range" else start
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:][: number if kind in ("cut", "stall") else None])
+            if kind == "stall":
+                self.wfile.flush()
+                server.over.wait(20)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
 @pytest.fixture
 def server():
-    with serving({"/file.bin": CONTENT}) as server:
+    with Server({"/file.bin": CONTENT}) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
+        server.over.set()
+        server.shutdown()
 
 
 def remote(server, path="/file.bin", sha256=SUM, size=300_000):
@@ -43,10 +86,23 @@ def fetch(server, folder, **given):
     return download.download(remote(server, **given), folder, pause=0.01)
 
 
-def test_whole_file(server, tmp_path):
-    path = fetch(server, tmp_path)
-    assert path.read_bytes() == CONTENT
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.bin"]
+@pytest.mark.parametrize(
+    ("plan", "ranges"),
+    [
+        ([], [0]),
+        ([("cut", 70_000), ("cut", 1), ("cut", 100_000)], [0, 70_000, 70_001, 170_001]),
+        ([("cut", 70_000), "no range"], [0, 70_000]),
+        ([("stall", 50_000)], [0, 50_000]),
+        ([503, 429, "noise", "portal"], [0, 0, 0, 0, 26]),
+    ],
+    ids=str,
+)
+def test_transfers_go_on_where_they_stopped(server, tmp_path, monkeypatch, plan, ranges):
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.plan = plan
+    assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.ranges[: len(ranges)] == ranges
+    assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
 
 
 def test_a_file_already_there_is_not_fetched_again_unless_damaged(server, tmp_path):
@@ -54,45 +110,6 @@ def test_a_file_already_there_is_not_fetched_again_unless_damaged(server, tmp_pa
     fetch(server, tmp_path)
     assert server.ranges == [0]
     path.write_bytes(CONTENT[:-1])
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-
-
-def test_cut_transfers_go_on_where_they_stopped(server, tmp_path):
-    server.plan = [("cut", 70_000), ("cut", 1), ("cut", 100_000)]
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == [0, 70_000, 70_001, 170_001]
-
-
-def test_a_later_call_goes_on_from_what_a_killed_one_left(server, tmp_path):
-    (tmp_path / "file.bin.part").write_bytes(CONTENT[:123_456])
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == [123_456]
-
-
-def test_a_server_without_ranges_sends_all_again(server, tmp_path):
-    server.plan = [("cut", 70_000), "no range"]
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-
-
-def test_a_stalled_transfer_times_out_and_goes_on(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "TIMEOUT", 0.3)
-    server.plan = [("stall", 50_000)]
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-    assert server.ranges == [0, 50_000]
-
-
-def test_after_an_answer_a_connection_has_its_whole_timeout_again():
-    """A proxy's goes on to TLS."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.settimeout(5)
-        theirs.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        timed.Answer(ours, method="CONNECT").begin()
-        assert ours.gettimeout() == 5
-
-
-def test_a_busy_server_is_asked_again(server, tmp_path):
-    server.plan = [503, 429, 500]
     assert fetch(server, tmp_path).read_bytes() == CONTENT
 
 
@@ -111,14 +128,8 @@ def test_a_refusal_is_not_repeated(server, tmp_path):
     assert server.ranges == [0]
 
 
-def test_nobody_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "ATTEMPTS", 2)
-    with pytest.raises(WorkError, match="cannot be fetched"):
-        download.download(download.Remote("http://127.0.0.1:9/x", SUM, 10), tmp_path, pause=0.01)
-
-
 def test_corrupted_content_is_thrown_away(server, tmp_path):
-    server.plan = [("flip", 1234)]
+    server.plan = [("flip", 1234), ("flip", 4321)]
     with pytest.raises(WorkError, match="damaged on its way or replaced"):
         fetch(server, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -131,19 +142,13 @@ def test_replaced_between_two_transfers_starts_again(server, tmp_path):
     assert server.ranges == [60_000, 0]
 
 
-def test_replaced_for_good_is_refused(server, tmp_path):
-    server.files["/file.bin"] = bytes(len(CONTENT))
-    with pytest.raises(WorkError, match="sha256"):
-        fetch(server, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", [CONTENT + b"more", CONTENT[:1000]])
-def test_another_length_is_refused(server, tmp_path, content):
-    server.files["/file.bin"] = content
-    with pytest.raises(WorkError):
-        fetch(server, tmp_path)
-    assert not (tmp_path / "file.bin").exists()
+def test_what_a_killed_call_left_is_used(server, tmp_path):
+    for left, ranges in ((123_456, [123_456]), (300_000, [])):
+        (tmp_path / "file.bin").unlink(missing_ok=True)
+        (tmp_path / "file.bin.part").write_bytes(CONTENT[:left])
+        assert fetch(server, tmp_path).read_bytes() == CONTENT
+        assert server.ranges == ranges
+        server.ranges.clear()
 
 
 @pytest.mark.parametrize("left", [bytes(len(CONTENT)), CONTENT + b"xx", CONTENT[:-1] + b"x", bytes(100)])
@@ -151,61 +156,6 @@ def test_what_was_left_damaged_or_too_long_is_fetched_afresh(server, tmp_path, l
     (tmp_path / "file.bin.part").write_bytes(left)
     assert fetch(server, tmp_path).read_bytes() == CONTENT
     assert server.ranges[-1] == 0
-
-
-@pytest.mark.parametrize("name", ["file.bin", "file.bin.part"])
-@pytest.mark.parametrize("kind", ["pipe", "device", "link", "20 GB"])
-def test_what_is_no_file_of_ours_is_replaced_and_its_target_kept(server, tmp_path, name, kind):
-    path, mine = tmp_path / "in" / name, tmp_path / "mine.txt"
-    path.parent.mkdir()
-    mine.write_text("mine")
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "20 GB":
-        path.touch()
-        os.truncate(path, 20 << 30)
-    else:
-        path.symlink_to(mine if kind == "link" else "/dev/zero")
-    assert fetch(server, tmp_path / "in").read_bytes() == CONTENT
-    assert mine.read_text() == "mine" and [p.name for p in path.parent.iterdir()] == ["file.bin"]
-
-
-@pytest.mark.parametrize("trouble", ["endless trailer", *(("endless", line) for line in LINES)])
-def test_a_server_that_never_ends_is_given_up(server, tmp_path, monkeypatch, trouble):
-    monkeypatch.setattr(download, "TIMEOUT", 0.3)
-    server.plan = [trouble]
-    assert fetch(server, tmp_path).read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("url", REDIRECTS)
-def test_redirects_are_followed_or_said_in_one_line(server, tmp_path, monkeypatch, url):
-    monkeypatch.setattr(download, "ATTEMPTS", 1)
-    server.plan = [("redirect", url)]
-    if url == "/file.bin":
-        assert fetch(server, tmp_path).read_bytes() == CONTENT
-        return
-    with pytest.raises(WorkError, match=r"127\.0\.0\.1.*file\.bin: .*--data DIR") as caught:
-        fetch(server, tmp_path)
-    assert str(caught.value).isprintable()
-
-
-@pytest.mark.parametrize("reason", REASONS)
-def test_a_servers_words_are_escaped_and_cut(server, tmp_path, monkeypatch, reason):
-    monkeypatch.setattr(download, "ATTEMPTS", 1)
-    server.plan = [("reason", reason)]
-    with pytest.raises(WorkError, match="the server says 500") as caught:
-        fetch(server, tmp_path)
-    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
-
-
-def test_a_full_disk_ends_in_an_os_error_and_keeps_what_came(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "_receive", _full)
-    with pytest.raises(OSError, match="No space"):
-        fetch(server, tmp_path)
-
-
-def _full(*_):
-    raise OSError(28, "No space left on device")
 
 
 def _sources(server, monkeypatch, name, **contents):
@@ -224,15 +174,19 @@ def test_ag_news_from_its_tables(server, tmp_path, monkeypatch):
     frame = pd.read_parquet(tmp_path / "ag_news" / "test.parquet")
     assert frame.text.tolist() == ["Wall St. Short-sellers, again", 'A "b" c']
     assert frame.label.tolist() == [2, 0]
-    assert not locate.missing(tmp_path, "ag_news")
+    assert not data.missing(tmp_path, "ag_news")
     assert list((tmp_path / "downloads").iterdir()) == []
 
 
 def test_imdb_from_its_archive_reads_only_reviews(server, tmp_path, monkeypatch):
-    names = {"aclImdb/train/neg/0_2.txt": "bad", "aclImdb/train/pos/0_9.txt": "good é",
-             "aclImdb/test/pos/7_10.txt": "x",
-             "aclImdb/train/unsup/0_0.txt": "none",
-             "aclImdb/test/neg/1_1.txt": "y", "../aclImdb/test/neg/2_1.txt": "z"}
+    names = {
+        "aclImdb/train/neg/0_2.txt": "bad",
+        "aclImdb/train/pos/0_9.txt": "good é",
+        "aclImdb/test/pos/7_10.txt": "x",
+        "aclImdb/train/unsup/0_0.txt": "none",
+        "aclImdb/test/neg/1_1.txt": "y",
+        "../aclImdb/test/neg/2_1.txt": "z",
+    }
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, text in names.items():
@@ -262,13 +216,7 @@ def test_spam_from_its_archive_equals_the_published_split(data_dir, server, tmp_
 def test_an_archive_of_something_else_is_one_line(tmp_path, name):
     (tmp_path / "x").write_bytes(b"not an archive")
     with pytest.raises(WorkError, match="not the archive"):
-        convert.CONVERTERS[name]([tmp_path / "x"], tmp_path / "out")
-
-
-def _fetch_in_process(folder, parts, start):
-    download.SOURCES["ag_news"] = parts
-    start.wait()
-    download.fetch("ag_news", folder)
+        prepare.convert(name, [tmp_path / "x"], tmp_path / "out")
 
 
 def test_eight_at_once_fetch_once(server, tmp_path, monkeypatch):
@@ -281,41 +229,24 @@ def test_eight_at_once_fetch_once(server, tmp_path, monkeypatch):
     assert len(pd.read_parquet(tmp_path / "ag_news" / "train.parquet")) == 1000
 
 
-@pytest.mark.slow
-def test_several_processes_fetch_once(server, tmp_path, monkeypatch):
-    rows = b'"3","Wall St.","Short-sellers"\n' * 1000
-    _sources(server, monkeypatch, "ag_news", train__csv=rows, test__csv=rows)
-    context = multiprocessing.get_context("spawn")
-    start = context.Barrier(3)
-    workers = [context.Process(target=_fetch_in_process, args=(tmp_path, download.SOURCES["ag_news"], start))
-               for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert len(server.ranges) == 2
-    assert len(pd.read_parquet(tmp_path / "ag_news" / "train.parquet")) == 1000
-
-
 def test_auto_looks_in_the_named_folder_then_the_cache_then_the_network(server, tmp_path, monkeypatch):
     named, cache = tmp_path / "named", tmp_path / "cache"
     monkeypatch.setenv("FASTLORA_DATA", str(named))
     monkeypatch.setenv("FASTLORA_CACHE", str(cache))
     _sources(server, monkeypatch, "gpt2", encoder__json=b"{}", vocab__bpe=b"#")
-    assert locate.locate("auto", "gpt2") == cache / "data"
+    assert data.locate("auto", "gpt2") == cache / "data"
     assert len(server.ranges) == 2
-    assert locate.locate("auto", "gpt2") == cache / "data"
+    assert data.locate("auto", "gpt2") == cache / "data"
     (named / "gpt2").mkdir(parents=True)
-    for file in locate.FILES["gpt2"]:
+    for file in data.FILES["gpt2"]:
         (named / file).write_bytes(b"mine")
-    assert locate.locate("auto", "gpt2") == named
+    assert data.locate("auto", "gpt2") == named
     assert len(server.ranges) == 2
-    assert locate.found()["gpt2"] == str(named)
+    assert data.found()["gpt2"] == str(named)
 
 
-def test_every_data_set_has_a_home_and_a_converter():
-    assert set(download.SOURCES) == set(convert.CONVERTERS) == set(locate.FILES)
+def test_every_data_set_has_a_home():
+    assert set(download.SOURCES) == set(data.FILES)
     for part in (part for parts in download.SOURCES.values() for part in parts):
         assert re.fullmatch(r"[0-9a-f]{64}", part.sha256) and part.url.startswith("https://") and part.size > 0
         assert Path(part.name).name == part.name

@@ -1,12 +1,14 @@
-"""Our GPT-2 against transformers' on the same weights, its file formats, and its count of trainable numbers."""
+"""Our GPT-2 against transformers' on the same weights, its count of trainable numbers, and its encoding."""
 
 import copy
 
 import pytest
+import tiktoken
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastlora.errors import UserError
-from fastlora.finetune import gpt2, gpt2_weights
+from fastlora.finetune import gpt2
 
 TINY = gpt2.GPT2Config(vocabulary=61, context=16, width=24, heads=3, layers=2)
 
@@ -18,81 +20,37 @@ def ids():
 
 def random_model(seed=0):
     """Every tensor random, norms and biases too, so that none can be forgotten unnoticed."""
-    model = gpt2.GPT2(TINY)
+    return shaken(gpt2.GPT2(TINY), seed)
+
+
+def shaken(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for value in model.parameters():
         value.data.normal_(std=0.3, generator=generator)
     return model.eval()
 
 
-def openai_names(hf):
-    def name(key):
-        parts = key.replace("h.0", "h0").replace("h.1", "h1").split(".")
-        if parts[0] in ("wte", "wpe"):
-            return f"model/{parts[0]}"
-        ending = {"weight": "g" if "ln_" in key else "w", "bias": "b"}[parts[-1]]
-        return "model/" + "/".join([*parts[:-1], ending])
-
-    return {
-        name(key): value[None] if ".c_" in key and key.endswith("weight") else value
-        for key, value in hf.items()
-        if not key.startswith("score")
-    }
-
-
-def assert_same_body(a, b):
-    for name, value in a.state_dict().items():
-        if not name.startswith("head."):
-            assert torch.equal(value, b.state_dict()[name]), name
+def theirs():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 61, "n_positions": 16, "n_embd": 24, "n_head": 3, "n_layer": 2}
+    return shaken(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
 
 
 @torch.no_grad()
-def test_agrees_with_transformers_both_ways(tmp_path, ids):
-    transformers = pytest.importorskip("transformers")
-    ours = random_model()
-    gpt2_weights.save(ours, tmp_path / "a")
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "a").eval()
-    want = theirs.transformer(ids).last_hidden_state
+@pytest.mark.parametrize("kind", ["with the prefix", "bare", "float16"])
+def test_agrees_with_transformers(tmp_path, ids, kind):
+    other, ours = theirs(), gpt2.GPT2(TINY).eval()
+    if kind == "float16":
+        other = other.half()
+    (other.transformer if kind == "bare" else other).save_pretrained(tmp_path)
+    gpt2.load_weights(ours, gpt2.find_weights(tmp_path))
+    want = other.float().transformer(ids).last_hidden_state
     torch.testing.assert_close(ours.norm(ours.features(ids)), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours(ids), ours.head(want[:, -1]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        ours.norm(ours.features(ids)) @ ours.tokens.weight.T, theirs(ids).logits, rtol=1e-5, atol=1e-5
-    )
-
-    theirs.save_pretrained(tmp_path / "b")  # with the prefix `transformer.`
-    again = gpt2.GPT2(TINY)
-    gpt2_weights.load(again, gpt2_weights.find(tmp_path / "b"))
-    assert_same_body(ours, again)
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "npz", "float16"])
-def test_openai_names(tmp_path, kind):
-    import numpy
-    from safetensors.torch import load_file, save_file
-
-    ours = random_model()
-    if kind == "float16":
-        ours = ours.half().float()
-    gpt2_weights.save(ours, tmp_path)
-    tensors = openai_names(load_file(tmp_path / "model.safetensors"))
-    assert "model/h1/attn/c_attn/w" in tensors and "model/ln_f/g" in tensors
-    (tmp_path / "openai").mkdir()
-    if kind == "npz":
-        numpy.savez(tmp_path / "openai" / "model.npz", **{name: value.numpy() for name, value in tensors.items()})
-    else:
-        dtype = torch.float16 if kind == "float16" else torch.float32
-        tensors = {name: value.to(dtype).contiguous() for name, value in tensors.items()}
-        save_file(tensors, tmp_path / "openai" / "model.safetensors")
-    again = gpt2.GPT2(TINY)
-    gpt2_weights.load(again, gpt2_weights.find(tmp_path / "openai"))
-    assert_same_body(ours, again)
 
 
 def test_wrong_weights_leave_the_model_alone(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    ours = random_model()
-    gpt2_weights.save(ours, tmp_path)
+    theirs().transformer.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     good = path.read_bytes()
     tensors = {name: value.clone() for name, value in load_file(path).items()}  # it maps the file, rewritten below
@@ -101,81 +59,39 @@ def test_wrong_weights_leave_the_model_alone(tmp_path):
         model = random_model(seed=5)
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(UserError, match=said) as told:
-            gpt2_weights.load(model, path)
+            gpt2.load_weights(model, path)
         assert "\n" not in str(told.value)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
-    path.write_bytes(good[:-5])
-    refused("not a readable weights file")
-    path.write_bytes(b"")
-    refused("not a readable weights file")
+    for content in (good[:-5], b""):
+        path.write_bytes(content)
+        refused("not a readable weights file")
     save_file({name: value for name, value in tensors.items() if name != "h.1.mlp.c_fc.bias"}, path)
     refused(r"holds no h\.1\.mlp\.c_fc\.bias")
-    save_file(tensors | {"wpe.weight": torch.zeros(8, 24)}, path)
-    refused(r"wpe\.weight has shape \(8, 24\)")
-    save_file(tensors | {"h.0.attn.c_attn.weight": torch.zeros(24, 71)}, path)
-    refused(r"c_attn\.weight has shape \(24, 71\), this model's is \(24, 72\)")
-    save_file(tensors | {"h.0.ln_1.bias": torch.full((24,), torch.nan)}, path)
-    refused("not finite")
-    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
-        gpt2_weights.find(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("value", [
-    torch.ones(24, 96, dtype=torch.int64), torch.ones(24, 96, dtype=torch.bool), torch.ones(24, 96).to(torch.complex64),
-    torch.ones(24, 96).to(torch.float8_e5m2), torch.full((24, 96), 1e300, dtype=torch.float64), torch.tensor(1.0),
-], ids=str)
-@pytest.mark.parametrize("key", ["h.0.mlp.c_fc.weight", "h.0.attn.c_attn.bias"])
-def test_weights_that_are_not_floats_of_this_shape_are_refused(tmp_path, key, value):
-    from safetensors.torch import load_file, save_file
-
-    gpt2_weights.save(random_model(), tmp_path)
-    tensors = {name: value.clone() for name, value in load_file(tmp_path / "model.safetensors").items()}
-    if value.dim():
-        value = value[:, :1].expand(*tensors[key].shape).contiguous() if tensors[key].dim() == 2 else (
-            value.flatten()[: tensors[key].numel()].clone())
-    save_file(tensors | {key: value}, tmp_path / "model.safetensors")
-    model = random_model(seed=5)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UserError, match=key.replace(".", r"\.")):
-        gpt2_weights.load(model, tmp_path / "model.safetensors")
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_of_an_npz_only_the_weights_are_read_and_never_a_pickle(tmp_path):
-    import numpy
-    from safetensors.torch import load_file
-
-    gpt2_weights.save(random_model(), tmp_path)
-    arrays = {name: value.numpy() for name, value in load_file(tmp_path / "model.safetensors").items()}
-    path, model = tmp_path / "model.npz", random_model(seed=5)
-    numpy.savez_compressed(path, **arrays, other=numpy.zeros(10**7), pickled=numpy.array([{}], dtype=object))
-    gpt2_weights.load(model, path)
-    assert_same_body(model, random_model())
     for key, value, said in (
-        ("wpe.weight", numpy.array([{}], dtype=object), "shape"),
-        ("wpe.weight", numpy.full((16, 24), None, dtype=object), r"is \|O"),
-        ("wpe.weight", numpy.zeros((16, 24), dtype=">f4"), "is >f4"),
-        ("wpe.weight", numpy.zeros((10**4, 24)), "shape"),
-        ("transformer.wpe.weight", arrays["wpe.weight"], "both"),
+        ("wpe.weight", torch.zeros(8, 24), r"wpe\.weight is F32 \(8, 24\)"),
+        ("h.0.attn.c_attn.weight", torch.zeros(24, 71), r"\(24, 71\), this model's are floats \(24, 72\)"),
+        ("h.0.ln_1.bias", torch.full((24,), torch.nan), "not finite"),
+        ("h.0.ln_1.bias", torch.full((24,), 1e300, dtype=torch.float64), "not finite"),
+        ("h.0.ln_1.bias", torch.ones(24, dtype=torch.int64), "I64"),
     ):
-        numpy.savez_compressed(path, **(arrays | {key: value}))
-        with pytest.raises(UserError, match=said) as told:
-            gpt2_weights.load(model, path)
-        assert str(path) in str(told.value)
-    assert_same_body(model, random_model())
+        save_file(tensors | {key: value}, path)
+        refused(said)
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+        gpt2.find_weights(tmp_path / "nothing")
 
 
 def test_hub_cache(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, name: None)
     with pytest.raises(UserError, match="--weights random"):
-        gpt2_weights.find(None)
+        gpt2.find_weights(None)
     monkeypatch.setattr(
-        hub, "try_to_load_from_cache",
+        hub,
+        "try_to_load_from_cache",
         lambda repo, name: str(tmp_path / name) if repo == "openai-community/gpt2" else None,
     )
-    assert gpt2_weights.find(None) == tmp_path / "model.safetensors"
+    assert gpt2.find_weights(None) == tmp_path / "model.safetensors"
 
 
 def test_trainable_numbers_of_the_124m_model():
@@ -207,3 +123,47 @@ def test_last_token_sees_all_and_nothing_sees_ahead(ids):
     later = ids.clone()
     later[:, -1] = (later[:, -1] + 1) % 61
     assert torch.equal(model.features(ids)[:, :-1], model.features(later)[:, :-1])
+
+
+@pytest.fixture(scope="module")
+def encoding(data_dir):
+    return gpt2.gpt2_encoding(data_dir)
+
+
+def test_encoding_is_gpt2s(encoding):
+    assert encoding.n_vocab == 50257
+    assert encoding.encode("Hello world") == [15496, 995]
+    assert encoding.encode("£1.50 naïve 🙂\n\n  x")[:3] == [14988, 16, 13]
+    text = "£1.50 naïve 🙂\n\n  Ünï don't <|endoftext|>"
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_vocabulary_of_another_checksum(data_dir, tmp_path):
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    (folder / "encoder.json").write_bytes((data_dir / "gpt2" / "encoder.json").read_bytes())
+    with pytest.raises(UserError, match=r"encoder\.json and vocab\.bpe.*No such file"):
+        gpt2.gpt2_encoding(tmp_path)
+    whole = (data_dir / "gpt2" / "vocab.bpe").read_bytes()
+    (folder / "vocab.bpe").write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"Hash mismatch.*vocab\.bpe") as told:
+        gpt2.gpt2_encoding(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_no_vocabulary_and_no_network(tmp_path, monkeypatch):
+    def refuse(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    with pytest.raises(UserError, match=r"encoder\.json and vocab\.bpe.*no route"):
+        gpt2.gpt2_encoding(tmp_path)
+
+
+def test_pad_cut_and_specials_as_text():
+    ranks = {bytes([b]): b for b in range(256)}
+    one_byte = tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
+    rows = gpt2.encode(["abc", "", "abcdef"], one_byte, 4)
+    assert rows.tolist() == [[97, 98, 99, 50256], [50256] * 4, [97, 98, 99, 100]]
+    assert gpt2.encode(["", ""], one_byte).shape == (2, 1)
+    assert gpt2.encode(["<|endoftext|>"], one_byte).shape == (1, 13)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -75,16 +76,6 @@ def test_float16_skips_a_step_that_overflows():
     assert step.scaler.get_scale() < scale
 
 
-def test_dropout_differs_from_step_to_step():
-    model, optimiser = tiny(dropout=0.5)
-    with torch.no_grad():
-        for layer in (model[0], model[2]):
-            layer.lora_B.normal_()
-    optimiser.param_groups[0]["lr"] = 0.0
-    step = steps.Step(model, optimiser, steps.StepSettings())
-    assert len({step([batch(8)])[0].item() for _ in range(4)}) == 4
-
-
 def test_reasons_for_plain_steps():
     on = steps.StepSettings(graph=True)
     assert "asked for" in steps.why_plain(CUDA, steps.StepSettings(graph=False))
@@ -102,15 +93,15 @@ class FakeGraphs:
         self.captures, self.replays, owner = 0, 0, self
 
         class Captured:
-            def __init__(self, step, group, rows):
+            def __init__(self, step, group):
                 owner.captures += 1
                 if fail:
                     raise RuntimeError("operation not permitted when stream is capturing\nmore")
-                self.step, self.rows = step, rows
+                self.step = step
 
             def replay(self, group):
                 owner.replays += 1
-                return self.step._run(group, self.rows)
+                return self.step._run(group)
 
         class Stream:
             def wait_stream(self, other):
@@ -179,7 +170,9 @@ def test_captured_steps_equal_plain_ones(dropout):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_step_has_no_graph_break_and_the_same_loss():
+def test_compiled_step_has_no_graph_break_and_the_same_loss(monkeypatch):
+    # what inductor makes of the graph is in tests/test_compile.py, and takes its time
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     sizes = [8, 8, 8]
     _, want = stepped(*tiny(), sizes)
     _, got = stepped(*tiny(), sizes, compile=True)

@@ -164,7 +164,7 @@ def test_offsets_past_two_to_the_31(name):
 
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (33, 97, 65), (64, 64, 96)])
 def test_the_mask_from_bits_is_the_mask_from_the_seed(M, N, K):
-    for dtype, R in itertools.product(DTYPES, (3, 40)):
+    for dtype, R in zip(DTYPES, (3, 40), strict=True):
         t = operands(M, N, K, R, dtype)
         bits = mask_bits(M, K, t["x"].device).fill_(0xAA)
         dA = da(t["S"], t["x"], seeded(0.3), dtype, bits=bits)

@@ -137,10 +137,7 @@ def test_offsets_past_two_to_the_31():
     stride = 2**30 + 24
     x, A, B, bias = forward(3, 20, 24, 2, torch.float16)
     far = torch.empty(3 * stride, dtype=torch.float16).as_strided((3, 24), (stride, 1))  # pages are mapped when touched
-    check_s_y(far.copy_(x), A, B, bias, p=0.5)
-    dx = torch.empty(3 * stride, dtype=torch.float16).as_strided((3, 24), (stride, 1))
-    dS = draw(3, 2, dtype=torch.float16)
-    near = torch.empty(3, 24, dtype=torch.float16)
-    assert torch.equal(
-        hybrid.da_dx(dS, far, A, None, A.dtype, dx), hybrid.da_dx(dS, x, A, None, A.dtype, near)
-    ) and torch.equal(dx, near)
+    dS, near = draw(3, 2, dtype=torch.float16), torch.empty(3, 24, dtype=torch.float16)
+    assert torch.equal(hybrid.da_dx(dS, x, A, None, A.dtype, far), hybrid.da_dx(dS, x, A, None, A.dtype, near))
+    assert torch.equal(far, near)
+    check_s_y(far.copy_(x), A, B, bias)

@@ -7,7 +7,17 @@ import itertools
 import pytest
 
 from fastlora.kernels.tiles import (
-    GEMM_TILES, INTERPRETER, RANK_TILES, TARGETS, Target, ceil_div, ds_db_tile, gemm_tiles, rank_tiles, regions, split_k,
+    GEMM_TILES,
+    INTERPRETER,
+    RANK_TILES,
+    TARGETS,
+    Target,
+    ceil_div,
+    ds_db_tile,
+    gemm_tiles,
+    rank_tiles,
+    regions,
+    split_k,
     split_m,
 )  # fmt: skip
 

@@ -1,67 +1,150 @@
-"""Run every kernel and tile of fastlora: python -m checks.sweep --arch 80 90 [--kernel gemm small] [--part 0/2]
+"""Run the kernels' compiled code without a GPU: python -m tests.ptx [--target 80 90] [--kernel s gemm] [--count N]
 
-Each case runs twice, with asynchronous work finishing as late as it may and at once; both must be right, and equal to
-the bit. One line a case goes to --out; the exit status is 1 when a case failed.
+A case of `cases.py` for each launch of the compile matrix, or --all. Each runs twice: with asynchronous work as late as
+it may end, and with that and the warps' turns drawn by chance from the seed. Both must hold the error rule, and be
+equal to the bit. A table of targets and kernels comes last; --json keeps a line for each launch, which the compile
+matrix shows. Exit status 1: a case went wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
 import sys
 import time
 import traceback
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
+import triton
+from triton.runtime.jit import JITFunction
 
-from .cases import Case, gemm_cases, run, small_cases
+from fastlora.kernels import matrix
+from fastlora.kernels.tiles import Target
+
+from .cases import Case, Wrong, cases, run
 from .gpu import Emulator
+from .launch import Options
+from .memory import Fault
+from .parse import Unsupported
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "executed"
+TARGETS = (75, 80, 86, 89, 90, 120)
 
 
-def examine(case: Case, gpus: dict[bool, Emulator]) -> tuple[str, float]:
+def examine(case: Case, seed: int, orders=None) -> tuple[list[str], str, float]:
+    """Labels of the launches, "ok" or what went wrong, seconds."""
+    labels: dict[str, None] = {}
     started = time.perf_counter()
-    try:
-        results = []
-        for late in (True, False):
-            gpus[late].cache, gpus[late].launches = gpus[True].cache, []
-            with gpus[late]:
-                results.append(run(case))
-        for name, value in results[0].items():
-            if not torch.equal(value, results[1][name]):
-                return f"{name} depends on when asynchronous work ends", time.perf_counter() - started
-    except Exception as error:  # a fault, a wrong result, or what the compiler or emulator cannot do: told, and on
-        if type(error).__name__ not in ("Fault", "Wrong", "Unsupported"):
-            traceback.print_exc()
-        return f"{type(error).__name__}: {error}", time.perf_counter() - started
-    return "ok", time.perf_counter() - started
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--kernel", nargs="+", default=["gemm", "small"])
-    parser.add_argument("--part", default="0/1", help="this process's share, i/n")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    share, parts = (int(n) for n in args.part.split("/"))
-    out = args.out.open("a") if args.out else sys.stdout
-    failed = total = 0
-    for arch in args.arch:
-        gpus = {late: Emulator(arch, late=late) for late in (True, False)}
-        cases = [c for name in args.kernel for c in (gemm_cases if name == "gemm" else small_cases)(arch)]
-        for case in cases[share::parts]:
-            verdict, seconds = examine(case, gpus)
-            spent = sum(launch.seconds for launch in gpus[False].launches)
-            compiled = len(gpus[True].cache)
-            print(f"{verdict}\t{case}\t{seconds:.2f}\t{spent:.2f}\t{compiled}", file=out, flush=True)
-            total += 1
-            failed += verdict != "ok"
-            gpus[True].cache.clear()
-    print(f"{total - failed} passed, {failed} failed")
-    return 1 if failed else 0
+    gpu, verdict, before = Emulator(int(case.target.arch)), "ok", None
+    for order in orders or ({"late": True}, {"seed": seed}):
+        gpu.options = Options(**order)
+        try:
+            with gpu, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                results = run(case, lambda launch: labels.setdefault(launch.label))
+            if before and not all(torch.equal(before[name], results[name]) for name in results):
+                verdict = f"the bits depend on what ends when: {order}"
+            before = results
+        except (Fault, Wrong, Unsupported) as error:
+            verdict = f"{type(error).__name__}: {error} {order}"
+        except Exception:  # the compiler's: told, and on
+            verdict = traceback.format_exc(limit=-2)
+        if verdict != "ok":
+            break
+    return list(labels), verdict, time.perf_counter() - started
+
+
+def labels(case: Case) -> list[str]:
+    """Of the case's launches, without running them."""
+    found: list[str] = []
+    with mock.patch.object(JITFunction, "run", lambda *args, **keywords: None), contextlib.suppress(Wrong):
+        run(case, lambda launch: found.append(launch.label))
+    return found
+
+
+def covering(target: Target) -> list[Case]:
+    """One case for each launch that the compile matrix has on `target`."""
+    left, chosen = {launch.label for _, launch in matrix.launches([target])}, []
+    for case in cases(target):
+        reached = left.intersection(labels(case))
+        if reached:
+            chosen.append(case)
+            left -= reached
+    if left:
+        print(f"{target}: no case reaches {len(left)} launches of the compile matrix: {min(left)}, ...", flush=True)
+    return chosen
+
+
+def _examine(item: tuple[Case, int]):
+    return examine(*item)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", type=int, nargs="+", default=TARGETS, help="compute capabilities (default: all)")
+    parser.add_argument("--kernel", nargs="+", help="s, s_y, da, da_dx, dx, ds_db, onepass, gemm, gemm_dx, mask")
+    parser.add_argument("--all", action="store_true", help="every case, not one for each launch of the matrix")
+    parser.add_argument("--count", type=int, help="so many of all cases of each target, drawn by the seed")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of schedules and of --count (default: drawn and printed)"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / f"triton-{triton.__version__}.json",
+                        help="write a line for each launch (default: where the compile matrix looks)")  # fmt: skip
+    args = parser.parse_args(arguments)
+    seed = random.randrange(1 << 31) if args.seed is None else args.seed
+    chance = random.Random(seed)
+    chosen: list[Case] = []
+    for arch in args.target:
+        target = Target("cuda", arch)
+        found = cases(target) if args.all or args.count else covering(target)
+        found = [c for c in found if not args.kernel or c.kernel in args.kernel]
+        chosen += chance.sample(found, min(args.count, len(found))) if args.count else found
+    order = [case.dtype for case in chosen]
+    chosen.sort(key=lambda case: order.index(case.dtype))  # what is broken off has seen every kernel of every target
+    print(f"{len(chosen)} cases, seed {seed}", flush=True)
+    rows: dict[tuple[str, str], str] = {}
+    table: dict[tuple[str, str], list[float]] = {}
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork")) as pool:
+        items = [(case, seed + i) for i, case in enumerate(chosen)]
+        for (case, own), (labels, verdict, seconds) in zip(items, pool.map(_examine, items), strict=True):
+            if verdict != "ok":
+                print(f"{case}, seed {own}: {verdict}", flush=True)
+            for label in labels:
+                if rows.get((str(case.target), label), "ok") == "ok":
+                    rows[str(case.target), label] = verdict.splitlines()[0]
+            entry = table.setdefault((str(case.target), case.kernel), [0, 0, 0.0])
+            entry[0] += 1
+            entry[1] += verdict != "ok"
+            entry[2] += seconds
+            if args.json and sum(e[0] for e in table.values()) % 20 == 0:
+                write(args.json, rows, seed)
+    print("\n| target | kernel | cases | wrong | seconds |\n| --- | --- | ---: | ---: | ---: |")
+    for (target, kernel), (count, wrong, seconds) in table.items():
+        print(f"| {target} | {kernel} | {count} | {wrong} | {seconds:.0f} |")
+    wrong = sum(entry[1] for entry in table.values())
+    print(f"{len(chosen)} cases with triton {triton.__version__}, seed {seed}: {wrong} wrong")
+    if args.json:
+        write(args.json, rows, seed)
+    return 1 if wrong else 0
+
+
+def write(file: Path, rows: dict[tuple[str, str], str], seed: int) -> None:
+    """The rows, with those that the file already has of other targets and launches."""
+    if file.exists():
+        rows = {(r["target"], r["label"]): r["result"] for r in json.loads(file.read_text())["rows"]} | rows
+    lines = ",\n".join(json.dumps({"target": t, "label": n, "result": v}) for (t, n), v in sorted(rows.items()))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f'{{"triton": "{triton.__version__}", "seed": {seed}, "rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -383,7 +383,7 @@ class Codegen:
         size = width_of(kind) // 8
         if len(targets) != count:
             raise Unsupported(str(ins))
-        if space == "param":
+        if space == "param" and isinstance(args[1].base, Symbol):
             offset = self.address(args[1].base) + args[1].offset
             for i, target in enumerate(targets):
                 self.write(target, kind, f"m.parameter({offset + i * size}, {numpy_of(kind)})")

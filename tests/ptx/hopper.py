@@ -114,7 +114,7 @@ class Hopper:
 
     def fence_proxy(self, S, space: str) -> None:
         races = self.races
-        views = {"": races.views[1:], "shared": [races.proxied], "global": [races.proxied_global]}[space]
+        views = {"": races.views[1:], "shared": [races.proxied], "global": races.views[2:]}[space]
         races.fence_proxy(*self.warps_of(S), views)
 
     # mbarriers

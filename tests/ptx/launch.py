@@ -94,7 +94,10 @@ def pack(program: Program, values: Sequence) -> tuple[np.ndarray, dict[int, Tens
         if isinstance(value, TensorMap):
             maps[slot.offset] = value
             continue
-        raw = np.frombuffer((np.uint64(value) if isinstance(value, int) else value).tobytes(), np.uint8)
+        value = np.uint64(value) if isinstance(value, int) else value
+        raw = np.frombuffer(
+            value.tobytes() if hasattr(value, "tobytes") else bytes(value), np.uint8
+        )  # or a ctypes struct
         if raw.size != slot.size:
             raise ValueError(f"{program.kernel.name}: {slot.name} has {slot.size} bytes, not {raw.size}")
         buffer[slot.offset : slot.offset + slot.size] = raw

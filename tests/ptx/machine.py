@@ -268,44 +268,54 @@ class Machine(Hopper):
             self.aligned(ins, S)
             self._go(place, S)
             return
-        arrive_only = "arrive" in ins.parts
         self.aligned(ins, S)
-        number, count = (self._uniform(ins, a, S) for a in [*ins.args, None][:2])
-        count = self.threads if count is None else count
-        if S is ALL and count == self.threads and not arrive_only and not self.resting:
+        arrive_only = "arrive" in ins.parts
+        number, count = (self._operand_of(a, S) for a in [*ins.args, None][:2])
+        if count is None:
+            count = np.array([self.threads])
+        if (
+            S is ALL
+            and number.size == count.size == 1
+            and count[0] == self.threads
+            and not (arrive_only or self.resting)
+        ):
             self.races.join_all()
             self.progress += 1
             self._go(place, S)
             return
         lanes = self.all(S)
-        for block in np.unique(self.block[lanes]):
-            own = lanes[self.block[lanes] == block]
-            entry = self.resting.setdefault((int(block), number), [0, []])
-            entry[0] += own.size
-            entry[1].append((place, own, arrive_only))
-            if entry[0] > count:
-                raise Fault(f"{ins}: {entry[0]} threads at a barrier of {count}")
-            if arrive_only:
-                self._go(place, own)
-            if entry[0] == count:
-                del self.resting[int(block), number]
-                everyone = np.concatenate([g for _, g, _ in entry[1]])
-                self.races.join(int(block), np.unique(self.warp[everyone]))
-                self.progress += 1
-                for where, group, arrived in entry[1]:
-                    if not arrived:
-                        self._go(where, group)
+        which = np.broadcast_to(number << 32 | count, lanes.size)
+        if (which.reshape(-1, 32) != which[::32, None]).any():
+            raise Fault(f"{ins}: lanes of one warp name different barriers")
+        for key in np.unique(self.block[lanes] << 48 | which):
+            own = lanes[(self.block[lanes] << 48 | which) == key]
+            self._arrive(ins, place, own, int(key) >> 48, int(key) >> 32 & 0xFFFF, int(key) & 0xFFFF, arrive_only)
 
-    def _uniform(self, ins, operand, S):
-        """The one value of a barrier's operand."""
-        if operand is None:
-            return None
-        if hasattr(operand, "value"):
-            return operand.value
-        values = np.unique(self.u32[operand.index, S])
-        if values.size != 1:
-            raise Fault(f"{ins}: threads of one group name different barriers")
-        return int(values[0])
+    def _arrive(self, ins, place, lanes, block: int, number: int, count: int, arrive_only: bool) -> None:
+        if number > 15 or count % 32:
+            raise Fault(f"{ins}: barrier {number} of {count} threads")
+        entry = self.resting.setdefault((block, number), [0, []])
+        entry[0] += lanes.size
+        entry[1].append((place, lanes, arrive_only))
+        if entry[0] > count:
+            raise Fault(f"{ins}: {entry[0]} threads at a barrier of {count}")
+        if arrive_only:
+            self._go(place, lanes)
+        if entry[0] == count:
+            del self.resting[block, number]
+            everyone = np.concatenate([group for _, group, _ in entry[1]])
+            self.races.join(block, np.unique(self.warp[everyone]))
+            self.progress += 1
+            for where, group, arrived in entry[1]:
+                if not arrived:
+                    self._go(where, group)
+
+    def _operand_of(self, operand, S):
+        """The values of a barrier's operand: one, or one for each lane."""
+        if operand is None or hasattr(operand, "value"):
+            return None if operand is None else np.array([operand.value])
+        values = self.u32[operand.index, S].astype(np.int64)
+        return values[:1] if (values == values[0]).all() else values
 
     # Lanes
 
@@ -419,6 +429,10 @@ class Machine(Hopper):
         lanes = self.all(S)
         if space == "global":
             data = self.memory.load(ins, address, width, self.known(lanes, WARP, sem is not None))
+        elif space == "param":
+            if ((address < 0) | (address + width > self.parameters.size)).any():
+                raise Fault(f"{ins}: outside the parameters")
+            data = rows(self.parameters[address[:, None] + np.arange(width)].ravel(), width)
         elif space == "local":
             index = self._local(ins, lanes, address, width)
             if not rows(self.local_written.view(np.uint8), width)[index].all():
@@ -443,6 +457,8 @@ class Machine(Hopper):
 
     def _st(self, ins, S, space, address, width, sem, scope, data) -> None:
         lanes = self.all(S)
+        if space == "param":
+            raise Fault(f"{ins}: parameters are not to be written")
         if space == "local":
             index = self._local(ins, lanes, address, width)
             rows(self.local, width)[index] = data
@@ -455,9 +471,13 @@ class Machine(Hopper):
             self.store_global(ins, lanes, address, width, data, strong=sem is not None)
         else:
             index = self.shared.index(ins, address, width, self.block[S])
-            self.races.writing(ins, index, width, self.block[S], self.warp[S], strong=sem is not None)
-            self.shared.store(index, width, data)
+            self._write_shared(ins, index, width, self.block[S], self.warp[S], data, sem is not None)
         self.progress += 1
+
+    def _write_shared(self, ins, index, width, block, warp, data, strong=False) -> None:
+        same = None if strong else lambda: (self.shared.load(index, width) == data).all(1)
+        self.races.writing(ins, index, width, block, warp, strong=strong, same=same)
+        self.shared.store(index, width, data)
 
     def _split(self, S, address, access, width: int):
         """A generic access: `access(space, lanes, address, which)` for each space that addresses lie in."""
@@ -465,10 +485,9 @@ class Machine(Hopper):
         spaces = np.searchsorted([PARAM_WINDOW, LOCAL_WINDOW, BASE], address, side="right")
         for number in np.unique(spaces):
             space = ("shared", "param", "local", "global")[number]
-            if space == "param":
-                raise Fault(f"generic access to parameters at {int(address[0]):#x}")
             which = spaces == number
-            data = access(space, lanes[which], address[which] - (LOCAL_WINDOW if space == "local" else 0), which)
+            window = {"param": PARAM_WINDOW, "local": LOCAL_WINDOW}.get(space, 0)
+            data = access(space, lanes[which], address[which] - window, which)
             if data is not None:
                 result = np.zeros((lanes.size, data.shape[1]), data.dtype) if result is None else result
                 result[which] = data
@@ -560,9 +579,9 @@ class Machine(Hopper):
         address = address.reshape(-1, 32)[:, : 8 * count]
         owner = block[::32].repeat(8 * count)
         index = self.shared.index(ins, address.ravel(), 16, owner)
-        self.races.writing(ins, index, 16, owner, warp[::32].repeat(8 * count))
         data = np.stack([fragments.gather_rows(v, trans) for v in values], 1)
-        self.shared.store(index, 16, np.ascontiguousarray(data).reshape(-1, 8).view(np.uint64))
+        data = np.ascontiguousarray(data).reshape(-1, 8).view(np.uint64)
+        self._write_shared(ins, index, 16, owner, warp[::32].repeat(8 * count), data)
 
     def mma(self, ins, S, a, b, c, kind):
         self.aligned(ins, S)

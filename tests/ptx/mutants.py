@@ -1,21 +1,27 @@
-"""Does the emulator notice? Break a kernel's PTX in one place at a time: python -m checks.mutants [--case N] [-v]
+"""Does the emulator notice? Break a kernel's PTX in one place at a time: python -m tests.ptx.mutants [--most N] [-v]
 
-Each mutant lacks one barrier, wait, fence or guard, waits for one group less, copies one byte less, reads a matrix the
-other way round, or computes one address bit wrong. It is killed by a fault (race, bounds, deadlock) or by a wrong
-number. What survives is listed: an instruction that was not needed, or a hole in the emulator.
+Each mutant lacks one barrier, wait, fence or guard, waits for one group or phase less, copies another number of bytes,
+reads a matrix the other way round, forgets a swizzle, or computes one address bit wrong. It is killed by a fault (race,
+bounds, deadlock) or by a wrong number. What survives is listed: an instruction that was not needed, or a hole.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import sys
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from .cases import Case, gemm_cases, run, small_cases
+from fastlora.kernels.tiles import Target
+
+from . import gpu
+from .cases import Case, quick, run
 from .gpu import Emulator
 
 
@@ -28,91 +34,124 @@ MUTATIONS = [
     ("no bar.sync", r"^\s*bar\.sync\s[^;]*;", gone),
     ("no cp.async.wait_group", r"^\s*cp\.async\.wait_group[^;]*;", gone),
     ("one copy group less waited for", r"(cp\.async\.wait_group\s+)(\d+)", lambda m: f"{m[1]}{int(m[2]) + 1}"),
-    ("no commit_group", r"^\s*cp\.async\.commit_group;", gone),
+    ("no cp.async.commit_group", r"^\s*cp\.async\.commit_group;", gone),
     ("no fence.proxy.async", r"^\s*fence\.proxy\.async[^;]*;", gone),
     ("no wgmma.wait_group", r"^\s*wgmma\.wait_group[^;]*;", gone),
     ("one wgmma group less waited for", r"(wgmma\.wait_group\S+\s+)(\d+)", lambda m: f"{m[1]}{int(m[2]) + 1}"),
     ("no bulk wait", r"^\s*cp\.async\.bulk\.wait_group[^;]*;", gone),
     ("no mbarrier.init", r"^[^;\n]*mbarrier\.init[^;]*;", gone),
     ("no expect_tx", r"^[^;\n]*mbarrier\.arrive\.expect_tx[^;]*;", gone),
-    ("other byte count", r"(expect_tx\.shared::cta\.b64 _, \[[^]]*\], )(\d+)", lambda m: f"{m[1]}{int(m[2]) - 16}"),
+    ("other byte count", r"(expect_tx\.\S+ _, \[[^]]*\], )(\d+)", lambda m: f"{m[1]}{int(m[2]) - 16}"),
     ("no mbarrier wait", r"@!complete bra\.uni waitLoop;", gone),
+    ("a phase early", r"(mbarrier\.try_wait\.parity[^]]*\], )(%r\d+);",
+     lambda m: f".reg .b32 early; xor.b32 early, {m[2]}, 1; {m[1]}early;"),
     ("unguarded global access", r"@!?%p\d+(\s+(ld|st)\.global)", lambda m: m[1]),
     ("unguarded copy", r"(, 0x(\w+), )%r\d+(?=;)", lambda m: f"{m[1]}{int(m[2], 16)}"),
     ("mask one too wide", r"setp\.lt\.s32", lambda m: "setp.le.s32"),
-    ("ldmatrix transposed", r"(ldmatrix\S+m8n8\.x4)(\.trans)?", lambda m: m[1] if m[2] else m[1] + ".trans"),
-    ("xor bit", r"(xor\.b32\s+%r\d+, %r\d+, )(\d+)", lambda m: f"{m[1]}{int(m[2]) ^ 16}"),
-    ("mma operands exchanged", r"(mma\.sync[^{]*\{[^}]*\}, \{ )(%r\d+), (%r\d+)", lambda m: f"{m[1]}{m[3]}, {m[2]}"),
+    ("mask one too wide", r"setp\.gt\.s32", lambda m: "setp.ge.s32"),
+    ("mask one too wide", r"setp\.lt\.s64", lambda m: "setp.le.s64"),
+    ("mask one too wide", r"setp\.gt\.s64", lambda m: "setp.ge.s64"),
+    ("ldmatrix the other way", r"(ldmatrix\S+m8n8\.x4)(\.trans)?", lambda m: m[1] if m[2] else m[1] + ".trans"),
+    ("swizzle's xor of another bit", r"(xor\.b32\s+%r\d+, %r\d+, )(\d+)", lambda m: f"{m[1]}{int(m[2]) ^ 16}"),
+    ("matrix operands exchanged", r"(mma\.sync[^{]*\{[^}]*\}, \{ )(%r\d+), (%r\d+)", lambda m: f"{m[1]}{m[3]}, {m[2]}"),
 ]  # fmt: skip
 
 
-def mutants(text: str):
-    """(mutation, line, mutant)"""
+def mutants(text: str) -> Iterator[tuple[str, int, str]]:
+    """(mutation, line, mutant), one place at a time."""
     for name, pattern, becomes in MUTATIONS:
         for m in re.finditer(pattern, text, flags=re.M):
-            line = text.count("\n", 0, m.end()) + 1
-            yield name, line, text[: m.start()] + becomes(m) + text[m.end() :]
+            yield name, text.count("\n", 0, m.end()) + 1, text[: m.start()] + becomes(m) + text[m.end() :]
 
 
-def cases() -> list[Case]:
-    """Each kernel on sm_80 and sm_90: through cp.async or TMA, and with odd strides."""
-    chosen = []
-    for arch in (80, 90):
-        found = [*gemm_cases(arch), *small_cases(arch)]
-        found = [c for c in found if c.dtype == c.adapter == torch.bfloat16]
-        for kernel, p in (
-            ("S", 0.3),
-            ("gemm forward", 0.0),
-            ("gemm dx", 0.3),
-            ("dS dB", 0.0),
-            ("dA", 0.3),
-            ("onepass", 0.3),
-        ):
-            match = [c for c in found if c.kernel == kernel and c.p == p]
-            chosen += [match[0], match[-1]]
-            chosen += [c for c in match if c.tile and c.tile.tma and c.tile.block_n == 256][:1]
-    return chosen
+def everywhere(text: str, parameters: list[str]) -> Iterator[tuple[str, str]]:
+    """(mutation, mutant), at all places at once; and the kernel's idea of M, N or K one too large."""
+    for name in dict.fromkeys(name for name, _, _ in MUTATIONS):
+        mutant = text
+        for _, pattern, becomes in (mutation for mutation in MUTATIONS if mutation[0] == name):
+            mutant = re.sub(pattern, becomes, mutant, flags=re.M)
+        if mutant != text and name != "mask one too wide":
+            yield name, mutant
+    for name in ("M", "N", "K"):
+        if name in parameters:
+            load = rf"(ld\.param\.[bus]32\s+(%r\d+), \[\w+_param_{parameters.index(name)}\];)"
+            mutant, count = re.subn(load, r"\1 add.s32 \2, \2, 1;", text)
+            if count:
+                yield f"{name} one too large", mutant
+
+
+def original(case: Case) -> tuple[str, list[str]]:
+    """The PTX of the case's first launch, and the names of its parameters."""
+    texts: list[str] = []
+    with Emulator(case.target.arch, lambda text: texts.append(text) or text) as emulator:
+        run(case)
+    signature = next(iter(emulator.cache.values())).signature
+    return texts[0], [name for name, kind in signature.items() if kind != "constexpr"]
+
+
+def dies(case: Case, text: str, mutant: str) -> str | None:
+    """What the emulator says of the case with `mutant` in the place of `text`; None: nothing."""
+    for order in ({"late": True}, {"seed": 0}, {"seed": 1}):
+        try:
+            with Emulator(case.target.arch, lambda t: mutant if t == text else t, steps=50_000, **order):
+                run(case)
+        except Exception as error:  # whatever it is, it was noticed
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
+def without_swizzle(case: Case) -> str | None:
+    """As `dies`, with tensor maps that leave rows as they are."""
+    right, gpu.tensor_map = gpu.tensor_map, lambda value, meta: replace(right(value, meta), swizzle=0)
+    try:
+        return dies(case, "", "")
+    finally:
+        gpu.tensor_map = right
+
+
+def report(case: Case, most: int, verbose: bool) -> int:
+    """Runs the case's mutants, `most` of each mutation; how many survive."""
+    (text, _), chance = original(case), random.Random(0)
+    found = defaultdict(list)
+    for name, line, mutant in mutants(text):
+        found[name].append((line, mutant))
+    died, alive = defaultdict(Counter), defaultdict(list)
+    for name, places in found.items():
+        for line, mutant in sorted(chance.sample(places, min(most, len(places)))):
+            what = dies(case, text, mutant)
+            if what is None:
+                alive[name].append(line)
+            else:
+                died[name][
+                    next((w for w in ("race", "deadlock", "out of bounds", "nobody") if w in what), what.split(":")[0])
+                ] += 1
+            if verbose:
+                print(f"   {name} at {line}: {what or 'survives'}"[:220], flush=True)
+    for name in found:
+        count = sum(died[name].values())
+        how = ", ".join(f"{n} by {k}" for k, n in died[name].items())
+        lines = f"; survive: lines {alive[name]}" if alive[name] else ""
+        print(f"   {name}: {count} of {count + len(alive[name])} killed ({how}){lines}", flush=True)
+    if case.tile.tma:
+        print(f"   tensor map without its swizzle: {without_swizzle(case)}"[:160])
+    return sum(map(len, alive.values()))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx.mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--case", type=int, nargs="*", help="only these cases")
+    parser.add_argument("--most", type=int, default=4, help="places of each mutation (default: 4)")
     parser.add_argument("-v", action="store_true", help="say how each mutant died")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for number, case in enumerate(cases()):
+    survive = 0
+    for number, case in enumerate(c for arch in (80, 90) for c in quick(Target("cuda", arch))):
         if args.case is None or number in args.case:
-            print(f"{number}: {case}")
-            report(case, args.v)
+            print(f"{number}: {case}", flush=True)
+            survive += report(case, args.most, args.v)
+    print(f"{survive} survive")
     return 0
-
-
-def report(case: Case, verbose: bool) -> None:
-    """Runs all mutants of one case's kernel, one after another."""
-    texts: list[str] = []
-    with Emulator(case.arch, edit=lambda text: texts.append(text) or text):
-        run(case)
-    original = texts[0]
-    died, alive = defaultdict(Counter), defaultdict(list)
-    for name, line, changed in mutants(original):
-        try:
-            with Emulator(case.arch, edit=lambda text, changed=changed: changed if text == original else text):
-                run(case)
-        except Exception as error:  # whatever it is, it was noticed
-            what = str(error)
-            words = ("race", "deadlock", "out of bounds", "nobody wrote")
-            died[name][next((w for w in words if w in what), type(error).__name__)] += 1
-            if verbose:
-                print(f"   {name} at {line}: {what[:160]}")
-        else:
-            alive[name].append(line)
-    for name, _, _ in MUTATIONS:
-        count = sum(died[name].values())
-        if count or alive[name]:
-            how = ", ".join(f"{n} by {k}" for k, n in died[name].items())
-            lines = f"; survive: lines {alive[name]}" if alive[name] else ""
-            print(f"   {name}: {count} of {count + len(alive[name])} killed ({how}){lines}", flush=True)
 
 
 if __name__ == "__main__":

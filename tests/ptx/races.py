@@ -76,11 +76,12 @@ class Races:
         own = kind * self.warps + w
         self.read[words, own] = self.clock(p, w) if kind == WARP else self._spread(clock, width)
 
-    def writing(self, ins, index, width, program, warp, kind=WARP, clock=None, strong=False) -> None:
+    def writing(self, ins, index, width, program, warp, kind=WARP, clock=None, strong=False, same=None) -> None:
+        """`same` tells where the bytes are what they were: warps that hold the same value may all write it."""
         words, p, w = self._words(index, width), self._spread(program, width), self._spread(warp, width)
         written, writer = self.written[words], self.writer[words]
         view = self.proxied if kind in (WGMMA, BULK, TMA) else self.seen
-        self._ordered(ins, "overwrites what", words, p, w, writer, written, view, strong)
+        self._ordered(ins, "overwrites what", words, p, w, writer, written, view, strong, same and (width, same))
         if self.together:
             known = self.seen[p[:, None], w[:, None], self.agent(WARP, p, 0)[:, None] + np.arange(self.readers)]
         else:
@@ -93,10 +94,12 @@ class Races:
         self.strong[words] = strong
         self.read[words] = 0
 
-    def _ordered(self, ins, what, words, p, w, writer, written, view, strong) -> None:
+    def _ordered(self, ins, what, words, p, w, writer, written, view, strong, same=None) -> None:
         late = written > view[p, w, writer]
         if strong:  # strong accesses do not race with each other
             late &= ~self.strong[words]
+        if same and late.any():
+            late &= ~self._spread(same[1](), same[0])
         if late.any():
             fence = view is self.proxied and not (written > self.seen[p, w, writer])[late].any()
             self._race(ins, what, late, words, w, writer - p * self.stride, fence)

@@ -1,0 +1,224 @@
+"""Words of texts: how a text is cut into them, their numbers, and their vectors, learned from the texts or read.
+
+Learned vectors are the left singular vectors of the words' positive pointwise mutual information (Levy and Goldberg
+2014, "Neural Word Embedding as Implicit Matrix Factorization"), by a randomised SVD (Halko, Martinsson and Tropp 2011).
+No label and no test text is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlora import env
+from fastlora.errors import UserError
+from fastlora.files import open_regular, read_json, write_json
+from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
+
+PAD, UNKNOWN, SPECIAL = 0, 1, ("<pad>", "<unk>")
+_WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?|[!?]")
+DIM = 100
+WINDOW = 5  # words on either side
+CONTEXTS = 4000  # columns of the co-occurrence matrix: the most frequent words
+SMOOTHING = 0.75  # power of the contexts' frequencies, which tames rare contexts
+RARE = 1e-3  # a word of frequency p weighs RARE / (RARE + p): Arora et al. 2017
+NORM = 5.0  # mean length of a vector, about that of GloVe's
+_VERSION = "3"  # of the cache
+
+
+def tokenise(text: str) -> list[str]:
+    """The words of `text`, lower case; of the punctuation only ! and ? stay."""
+    return _WORD.findall(text.lower().replace("<br />", " ").replace("#39;", "'"))
+
+
+class Vocabulary:
+    """Words (without the two special ones, none twice) and their numbers, most frequent first; 0 is padding, 1 any
+    other word."""
+
+    def __init__(self, words: Iterable[str]):
+        self.words = [*SPECIAL, *words]
+        self.numbers = {word: i for i, word in enumerate(self.words)}
+        if len(self.numbers) != len(self.words):
+            raise ValueError("words must differ from each other and from <pad> and <unk>")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @classmethod
+    def of(cls, texts: Iterable[Sequence[str]], size: int, least: int) -> Vocabulary:
+        """The (at most) `size` most frequent words of tokenised `texts` that occur `least` times or more."""
+        counts: Counter = Counter()
+        for words in texts:
+            counts.update(words)
+        ranked = sorted(((word, n) for word, n in counts.items() if n >= least), key=lambda item: (-item[1], item[0]))
+        return cls(word for word, _ in ranked[:size])
+
+    def encode(self, words: Sequence[str]) -> np.ndarray:
+        """The numbers of `words`, int32; a text with no words becomes one unknown word, so that its mean exists."""
+        get = self.numbers.get
+        return np.fromiter((get(word, UNKNOWN) for word in words or ("",)), dtype=np.int32, count=max(1, len(words)))
+
+    def save(self, path: Path) -> None:
+        """Write the words as a JSON list, whole or not at all."""
+        write_json(path, self.words[len(SPECIAL) :])
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Read what `save` wrote; UserError when it is missing or damaged."""
+        words = read_json(path)
+        try:
+            if isinstance(words, list) and all(isinstance(word, str) for word in words):
+                return cls(words)
+        except ValueError:
+            pass
+        raise UserError(f"{path}: damaged, not a list of words")
+
+
+class TextDataset:
+    """Encoded texts and their labels, in three flat tensors: ids int32 (words in all texts,), offsets int64
+    (texts + 1,), where each text begins and the end, and labels int64 (texts,)."""
+
+    def __init__(self, texts: Sequence[Sequence[str]], labels: Sequence[int], vocabulary: Vocabulary):
+        rows = [vocabulary.encode(words) for words in texts]
+        self.ids = torch.from_numpy(np.concatenate(rows))
+        self.offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def words(self, rows: Tensor) -> int:
+        """How many words the texts `rows` have together."""
+        return int((self.offsets[rows + 1] - self.offsets[rows]).sum())
+
+    def batch(self, rows: Tensor, pad_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """The texts `rows` (int64) one after the other, nothing between them.
+
+        Returns:
+            ids: int32 (words,), padded at the end to a multiple of `pad_to`: GPU steps are replayed for known shapes.
+            offsets: int32 (batch + 1,); the last is where the padding begins, a bag of its own that no mean contains.
+            labels: int64 (batch,).
+        """
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        total = int(offsets[-1])
+        source = torch.repeat_interleave(starts - offsets[:-1], lengths, output_size=total).add_(torch.arange(total))
+        ids = torch.nn.functional.pad(self.ids[source], (0, -total % pad_to), value=PAD)
+        return ids, offsets.int(), self.labels[rows]
+
+
+def learned(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
+    """`learn`, kept in the cache under the content's hash. A damaged cache file is made anew."""
+    digest = hashlib.sha256(repr((_VERSION, words, DIM, WINDOW, CONTEXTS, SMOOTHING)).encode())
+    digest.update(ids.numpy())
+    digest.update(offsets.numpy())
+    path = env.cache_dir() / "vectors" / f"{digest.hexdigest()[:32]}.safetensors"
+    try:
+        return read_checkpoint(path)["vectors"]
+    except (UserError, KeyError):  # absent or damaged: it is only a cache
+        vectors = learn(ids, offsets, words)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(path, {"vectors": vectors})
+    except OSError:  # a cache that cannot be written costs time, not the run
+        pass
+    return vectors
+
+
+def learn(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
+    """Vectors of `words` words, float32 (words, 100); those of the two special words are zero.
+
+    Args:
+        ids: int32 (total,): texts one after the other, most frequent words numbered first.
+        offsets: int64 (texts + 1,): where each text begins, and the end.
+    """
+    contexts = min(CONTEXTS, words)
+    counts = torch.zeros(words * contexts)
+    text = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff())
+    ids = ids.long()
+    real = ids >= len(SPECIAL)
+    for distance in range(1, WINDOW + 1):
+        near = (text[:-distance] == text[distance:]) & real[:-distance] & real[distance:]
+        left, right = ids[:-distance][near], ids[distance:][near]
+        for word, context in ((left, right), (right, left)):
+            kept = context < contexts
+            pairs = word[kept] * contexts + context[kept]
+            counts.index_add_(0, pairs, torch.ones(len(pairs)))
+    table = counts.view(words, contexts)
+    row, column = table.sum(1, keepdim=True), table.sum(0) ** SMOOTHING
+    column /= column.sum().clamp_(min=1)
+    table /= row.clamp_(min=1)
+    table /= column.clamp_(min=1e-12)
+    table.clamp_(min=1).log_()  # positive PMI: what is below chance counts as chance
+
+    rank = min(DIM, contexts)
+    sketch = torch.randn(contexts, min(rank + 10, contexts), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        sketch = torch.linalg.qr(table @ sketch).Q
+        sketch = torch.linalg.qr(table.T @ sketch).Q
+    left, singular, _ = torch.linalg.svd(table @ sketch, full_matrices=False)
+    vectors = torch.zeros(words, DIM)
+    vectors[:, :rank] = left[:, :rank] * singular[:rank].sqrt()
+    vectors[: len(SPECIAL)] = 0
+    return vectors * (NORM * (words - len(SPECIAL)) / vectors.norm(dim=1).sum().clamp(min=1e-12))
+
+
+def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[Tensor, int]:
+    """Vectors for `vocabulary` from a file in GloVe's text format: a word and 100 numbers a line.
+
+    Returns (float32 (words, 100), how many words were found); words that the file lacks are zero.
+
+    Raises UserError when the file is missing, a line is not of this format, or it has none of the words.
+    """
+    vectors = np.zeros((len(vocabulary), DIM), dtype=np.float32)
+    found = set()
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(iter(lambda: file.readline(1 << 16), ""), 1):
+                # From the right: some of GloVe's words hold a space.
+                word, *values = line.rstrip("\n").rsplit(" ", DIM)
+                index = vocabulary.numbers.get(word, 0)
+                try:
+                    if len(values) != DIM:
+                        raise ValueError
+                    if index >= len(SPECIAL) and index not in found:
+                        vectors[index] = values
+                        found.add(index)
+                except ValueError:
+                    raise UserError(f"{path}: line {number} is not a word and {DIM} numbers (GloVe's format)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8, so not GloVe's text format") from None
+    if not found:
+        raise UserError(f"{path}: has none of the {len(vocabulary) - len(SPECIAL)} words of the training texts")
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{path}: holds numbers that are not finite")
+    return torch.from_numpy(vectors), len(found)
+
+
+def weighted(vectors: Tensor, ids: Tensor, scale: float) -> Tensor:
+    """`vectors` prepared for averaging: frequent words weigh less, the mean text is zero, a word's norm about `scale`.
+
+    Args:
+        vectors: float32 (words, dim).
+        ids: the training texts' words, int32; they give the words' frequencies.
+    """
+    absent = ~vectors.any(dim=1)
+    absent[: len(SPECIAL)] = True
+    frequency = torch.bincount(ids, minlength=len(vectors)).float()
+    frequency[: len(SPECIAL)] = 0
+    frequency /= frequency.sum().clamp(min=1)
+    vectors = vectors * (RARE / (RARE + frequency))[:, None]
+    vectors = vectors - frequency @ vectors
+    vectors[absent] = 0
+    return vectors * (scale / (frequency @ vectors.norm(dim=1)).clamp(min=1e-12))
