@@ -64,14 +64,14 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
         ("fastlora/gate.py", "if forward_ad._current_level >= 0", "if forward_ad._current_level > 0"),
     ),
     "tests/paths/test_cpu.py::test_what_runs_on_a_cpu": (
-        ("fastlora/choice.py", "lora_A.shape[0], dropout_p > 0.0, *sizes)", "lora_A.shape[0], *sizes)"),
+        ("fastlora/choice.py", "lora_A.dtype, R, dropout\n", "lora_A.dtype, R\n"),
     ),
     "tests/test_choice.py::test_selfcheck_examines_every_dtype_and_the_paths_own_cases": (
-        ("fastlora/check.py", "enumerate([*cases, *path.cases])", "enumerate(cases)"),
+        ("fastlora/check.py", "in [*cases, *path.cases]:", "in cases:"),
         ("fastlora/check.py", "([torch.bfloat16] if _has_bfloat16(device) else [])", "[]"),
     ),
     "tests/test_choice.py::test_the_first_call_may_be_inside_a_checkpoint": (
-        ("fastlora/check.py", "        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),\n", ""),
+        ("fastlora/check.py", "apart(device, _examine, path, device,", "_examine(path, device,"),
     ),
     "tests/test_autograd.py::test_gradients_can_be_differentiated_again": (
         ("fastlora/autograd.py",
@@ -111,8 +111,8 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
     ),
     "tests/paths/test_cpu.py::test_adapters_may_lie_anyhow": (
         ("fastlora/paths/cpu.py", "_dense(lora_A), _dense(lora_B)\n    (M, K)", "_dense(lora_A), lora_B\n    (M, K)"),
-        ("csrc/node.cpp", "rows = dense_rows(x), A = lora_A.contiguous(), B = lora_B.contiguous();",
-         "rows = dense_rows(x), A = lora_A.contiguous(), B = lora_B;"),
+        ("csrc/node_cpu.h", "A = layer.lora_A.contiguous(), B = layer.lora_B.contiguous();",
+         "A = layer.lora_A.contiguous(), B = layer.lora_B;"),
     ),
     "tests/paths/test_cpu.py::test_error_rule": (
         ("fastlora/paths/cpu.py", "add = dy.dtype is torch.bfloat16  #", "add = False  #"),
