@@ -88,11 +88,11 @@ def node():
         Extension(
             f"fastlora.{name}",
             sources=["csrc/node.cpp"],
-            depends=["csrc/call.h"],
+            depends=[f"csrc/{header}.h" for header in ("call", "layer", "node_cpu", "record", "table")],
             include_dirs=[str(include), str(include / "torch" / "csrc" / "api" / "include")],
             library_dirs=[str(folder / "lib")],
             libraries=["torch_python", "torch_cpu", "c10"],
-            define_macros=[("FASTLORA_NAME", name)],
+            define_macros=[("FASTLORA_NAME", name), ("PY_SSIZE_T_CLEAN", None)],
             language="c++",
             extra_compile_args=["-O2", "-g0", "-std=c++20"],
             optional=True,
