@@ -33,9 +33,7 @@ def _records(path: Path, x: Tensor) -> bool:
     return NODE is not None and x.is_cuda and path.fingerprint is not None  # without: ATen's operations alone
 
 
-def forward(
-    path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update
-) -> tuple[Tensor, Tensor]:
+def forward(path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:
     """`path.forward`, recorded where the node has use for it."""
     lora_A, lora_B, scaling, p, seed = update
     inputs = (x, weight, lora_A, lora_B, bias, seed)

@@ -122,7 +122,9 @@ class _Slots:
             return slot, 0
         storage = t.untyped_storage().data_ptr()
         if t.data_ptr() in self._places or storage not in self._scratch:
-            raise Unrecordable(f"a tensor of shape {tuple(t.shape)} is none of the call's, or one of several at its place")
+            raise Unrecordable(
+                f"a tensor of shape {tuple(t.shape)} is none of the call's, or one of several at its place"
+            )
         return self._count, self._scratch[storage] + t.data_ptr() - storage
 
     def holds(self, t: Tensor) -> bool:
@@ -175,7 +177,9 @@ def _attribute(which: int, *values: int) -> bytes:
 def sizes_in_ptx(kernel: Any) -> list[int]:
     """Bytes of each parameter of the kernel, as its PTX declares them."""
     entry = kernel.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
-    found = re.findall(r"\.param(?:\s+\.align\s+\d+)?\s+\.[a-z](\d+)(?:\s+\.ptr[^,\n]*?)?\s+\w+_param_\d+(?:\[(\d+)\])?", entry)
+    found = re.findall(
+        r"\.param(?:\s+\.align\s+\d+)?\s+\.[a-z](\d+)(?:\s+\.ptr[^,\n]*?)?\s+\w+_param_\d+(?:\[(\d+)\])?", entry
+    )
     return [_PTX_BYTES[bits] * int(count or 1) for bits, count in found]
 
 

@@ -78,7 +78,9 @@ def expected(launch, kernel) -> tuple[tuple, tuple]:
         elif kind.startswith("tensordesc"):
             addresses.append(value.base.data_ptr())
             numbers.append(...)  # the rest of the map: tests.campaigns.launches has Triton's own
-            numbers += [bytes(ctypes.c_int32(n)) for n in value.shape] + [bytes(ctypes.c_int64(n)) for n in value.strides]
+            numbers += [bytes(ctypes.c_int32(n)) for n in value.shape] + [
+                bytes(ctypes.c_int64(n)) for n in value.strides
+            ]
         elif kind != "constexpr":
             numbers.append(bytes(C_TYPES[kind](value)))
     numbers += [bytes(8)] * 2
