@@ -2,9 +2,9 @@
 
     python -m benchmarks.host [--seconds 60]      # with a CUDA build of torch and the node built for it
 
-No GPU is needed, and none computes: torch, Triton and the node run all of their own host code on a stand-in for the CUDA
-libraries (tests/campaigns/sync.py). Kernels, products and the driver cost nothing there, so these are the times of the
-software above the driver alone. `linear` is the bare frozen layer with the gradient of its input. Writes
+No GPU is needed, and none computes: torch, Triton and the node run all of their own host code on a stand-in for the
+CUDA libraries (tests/campaigns/sync.py). Kernels, products and the driver cost nothing there, so these are the times
+of the software above the driver alone. `linear` is the bare frozen layer with the gradient of its input. Writes
 benchmarks/results/<device>/<date>-host.json.
 """
 
@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{name:8} {numbers}" + (f"   goal {goal}: {'met' if row['median'] <= goal else 'missed'}" if goal else "")
         )
-    payload = {"metadata": taken, "case": dict(M=M, N=N, K=K, R=R, dropout_p=DROPOUT, dtype="bfloat16"), "rows": rows}
+    case = {"M": M, "N": N, "K": K, "R": R, "dropout_p": DROPOUT, "dtype": "bfloat16"}
+    payload = {"metadata": taken, "case": case, "rows": rows}
     print(write_results("host", payload | {"unit": "microseconds a step", "goals": GOALS}))
     return 0
 

@@ -1,7 +1,7 @@
 """The autograd node in C++ (csrc/node.cpp), or None: compiled at install for one version of torch, and optional.
 
-It takes ordinary calls whole, forward and backward, and leaves the others to `fastlora.autograd` by returning None. On a
-GPU it does what it was shown: a path's first call of a kind runs in Python, here, and its record is handed over.
+It takes ordinary calls whole, forward and backward, and leaves the others to `fastlora.autograd` by returning None. On
+a GPU it does what it was shown: a path's first call of a kind runs in Python, here, and its record is handed over.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a path did on a GPU in one call, watched and written down, for the node in C++ to do again (csrc/record.h).
 
-`observe` runs the path once and sees two things: ATen's operations, and the launches of Triton kernels. A record is made
-when all that it saw is memory taken (`empty`), views, products added in place, and launches whose arguments are the
-call's own tensors or that memory. Anything else makes the call unrecordable, and Python goes on serving it.
+`observe` runs the path once and sees two things: ATen's operations, and the launches of Triton kernels. A record is
+made when all that it saw is memory taken (`empty`), views, products added in place, and launches whose arguments are
+the call's own tensors or that memory. Anything else makes the call unrecordable, and Python goes on serving it.
 
 A record holds for calls of the same dtypes, sizes, strides, alignment and numbers: addresses alone are filled in.
 """
@@ -46,6 +46,12 @@ class Unrecordable(Exception):
     """What a record cannot hold; the message says which."""
 
 
+def _adds_a_product(function, args, kwargs) -> bool:
+    if function is torch.ops.aten.addmm.out:
+        return kwargs.keys() == {"out"} and kwargs["out"] is args[0]
+    return function is torch.ops.aten.addmm_.default and not kwargs
+
+
 class _Watch(TorchDispatchMode):
     """ATen's operations, in order with the launches that `launches` receives."""
 
@@ -57,9 +63,7 @@ class _Watch(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         if function in _EMPTY:
             self.taken.append(found)
-        elif function is torch.ops.aten.addmm_.default and not kwargs:
-            self.launches.append(tuple(args))
-        elif function is torch.ops.aten.addmm.out and kwargs.keys() == {"out"} and kwargs["out"] is args[0]:
+        elif _adds_a_product(function, args, kwargs or {}):
             self.launches.append(tuple(args))
         elif not function.is_view:
             self.obstacle = self.obstacle or f"{function} is no part of a record"
@@ -217,7 +221,7 @@ class _Parameters:
             kind = TMA_TF32
         in_bytes = [itemsize * s for s in strides[-2::-1]]
         in_bytes.append(shape[0] * (in_bytes[-1] if in_bytes else itemsize))
-        last = sum((n - 1) * s for n, s in zip(shape[::-1], (itemsize, *in_bytes)))
+        last = sum((n - 1) * s for n, s in zip(shape[::-1], (itemsize, *in_bytes), strict=False))
         small = (last + 2**31) % 2**32 - 2**31 + 1 < SMALL_MAP  # in 32 bits, as Triton counts
         map_ = (kind, len(shape), meta["swizzle"], descriptor.padding == "nan", small)
         five = [(*row, *(0,) * (5 - len(row))) for row in (shape[::-1], in_bytes, meta["block_size"][::-1])]

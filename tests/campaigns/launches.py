@@ -1,11 +1,11 @@
 """Whether the node hands to the driver what Triton's own launcher hands over, byte for byte. No GPU is needed.
 
-    python -m tests.campaigns.launches [--quick]     # with a CUDA build of torch and the node built for it; ten minutes
+    python -m tests.campaigns.launches [--quick]     # with a CUDA build of torch and the node built for it; minutes
 
-On the hollow GPU (sync.py) each call runs twice: by its path in Python, where Triton launches, then by the node, from the
-record that the first has left. The stand-in tells what the driver was given: function, grid, block, shared memory, stream,
-attributes, every byte of every parameter, tensor maps included, and the products that cuBLAS was asked for, in order.
-Both must be the same but for the addresses of memory that each takes for itself; those must correspond one to one.
+On the hollow GPU (sync.py) each call runs twice: by its path in Python, where Triton launches, then by the node, from
+the record that the first has left. The stand-in tells what the driver was given: function, grid, block, shared memory,
+stream, attributes, every byte of every parameter, tensor maps included, and the products that cuBLAS was asked for, in
+order. Both must be the same but for the addresses of memory that each takes for itself; those must correspond one to one.
 HOLLOW_CAPABILITY=80, 90 (the default), 100, ... is the kind of GPU, HOLLOW_DRIVER the driver's version.
 """
 
@@ -24,6 +24,7 @@ import torch
 
 import fastlora
 from fastlora import choice, node, ops, record
+
 from . import sync
 
 PATHS = ("hybrid", "onepass", "split")
@@ -103,10 +104,10 @@ def differences(first: list, second: list, fixed: dict[int, int]) -> tuple[list[
     pairs, found = dict(fixed), []
     if len(first) != len(second):
         found.append(f"{len(first)} launches and products in Python, {len(second)} in the node")
-    for i, ((same, old), (other, new)) in enumerate(zip(first, second)):
+    for i, ((same, old), (other, new)) in enumerate(zip(first, second, strict=False)):
         if same != other or len(old) != len(new):
             found.append(f"number {i}: {same} in Python, {other} in the node")
-        for a, b in zip(old, new):
+        for a, b in zip(old, new, strict=False):
             if pairs.setdefault(a, b) != b:
                 found.append(f"number {i}: address {a:x} is {pairs[a]:x} and {b:x}")
     if len(set(pairs.values())) < len(pairs):
@@ -126,10 +127,10 @@ class Twice:
         self.lora_A = torch.zeros(R, K, dtype=adapter_dtype, device="cuda", requires_grad=needs[1])
         self.lora_B = torch.zeros(N, R, dtype=adapter_dtype, device="cuda", requires_grad=needs[2])
         self.inputs = (self.x, self.weight, self.lora_A, self.lora_B, self.bias)
-        self.wanted = [t for t, need in zip((self.x, self.lora_A, self.lora_B), needs) if need]
+        self.wanted = [t for t, need in zip((self.x, self.lora_A, self.lora_B), needs, strict=True) if need]
 
     def once(self) -> tuple:
-        """(launches of forward, launches of backward, y, gradients, inputs of the records, obstacles, dy, the node's)"""
+        """(launches of forward, launches of backward, y, gradients, inputs of the records, obstacles, dy)"""
         seen, obstacles = [], []
 
         def observe(call, inputs, wanted):
@@ -157,7 +158,7 @@ class Twice:
         same = {t.data_ptr(): t.data_ptr() for t in self.inputs if t is not None}
         found, pairs = differences(forward, again, same | {y.data_ptr(): y2.data_ptr()})
         kept = {t.data_ptr(): pairs.get(t.data_ptr()) for t in seen[1][5:] if t is not None}  # S and the seed
-        results = {a.data_ptr(): b.data_ptr() for a, b in zip(gradients, gradients2)}
+        results = {a.data_ptr(): b.data_ptr() for a, b in zip(gradients, gradients2, strict=True)}
         if None in kept.values():
             found.append("S or the seed is not what forward wrote")
         return found + differences(backward, backward_again, same | {dy.data_ptr(): dy2.data_ptr()} | kept | results)[0]

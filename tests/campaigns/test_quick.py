@@ -12,9 +12,8 @@ import pytest
 
 pytest.importorskip("peft")
 
-from campaigns import concurrency, launches, memory, numbers, observe, properties, sync, waits
+from campaigns import concurrency, memory, numbers, observe, properties, sync, waits
 from campaigns.case import Case
-from fastlora.node import NODE
 from fastlora.paths import PATHS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,12 +118,6 @@ def test_the_hollow_gpu_says_what_it_lacks(monkeypatch, capsys):
     monkeypatch.setattr("torch.version.cuda", None)
     assert sync.main([]) == sync.CANNOT_RUN
     assert capsys.readouterr().out.endswith("it stands in for CUDA 13, and this torch was built for no CUDA\n")
-
-
-def test_the_node_hands_to_the_driver_what_triton_does():
-    if sync.missing() or NODE is None:
-        pytest.skip(sync.missing() or "the node in C++ was not compiled here")
-    assert launches.main(["--quick"]) == 0
 
 
 def test_properties():
