@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,45 +115,35 @@ def test_a_full_cache(capfd, monkeypatch):
 
 def test_a_capture_compiles_nothing_raises_nothing_and_has_its_own_winner(monkeypatch):
     layer, x = layer_and_x()
-    ran = []
-
-    def watch(name):
-        path = PATHS[name]
-
-        def forward(*arguments, **options):
-            ran.append(name)
-            return path.forward(*arguments, **options)
-
-        return replace(path, forward=forward)
-
-    for name in PATHS:
-        monkeypatch.setitem(PATHS, name, watch(name))
-    monkeypatch.setattr(choice, "ATEN", PATHS["torch"])
     PATHS["torch"].mask(torch.zeros((), dtype=torch.int64, device=DEVICE), 4, 4, 0.1)  # its kernel is compiled once
+    chosen, choose = [], choice.choose
+
+    def spy(problem):
+        chosen.append(choose(problem))
+        return chosen[-1]
 
     def captured():
-        ran.clear()
+        chosen.clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step(layer, x)
         graph.replay()
-        return ran[-1]
-
-    with monkeypatch.context() as here:
-        refuse(here)
-        assert captured() == "torch"
-    assert not rows()
+        return chosen[-1].path
 
     def times(problem):
         seconds = {"torch": (2.0, 2.0), "hybrid": (1.0, 2.0), "split": (2.0, 1.0)}
         paths = {name: tuning.pin(PATHS[name], problem) for name in seconds}
         return tuning.Row(tuple(tuning.Timing(paths[name], *both) for name, both in seconds.items()))
 
+    monkeypatch.setattr(choice, "choose", spy)
+    with monkeypatch.context() as here:
+        refuse(here)
+        assert captured() == "torch"
+    assert not rows()
     monkeypatch.setattr(tuning, "time_paths", times)
     step(layer, x)
     refuse(monkeypatch)
-    step(layer, x)
-    assert ran[-1] == "hybrid"
+    assert chosen[-1].path == "hybrid"
     assert captured() == "split"
 
 
