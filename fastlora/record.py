@@ -84,8 +84,8 @@ def observe(
 
     with launch.recording() as launches, _Watch(launches) as watch:
         outputs = call()
-    if watch.obstacle:
-        return outputs, None, watch.obstacle
+    if watch.obstacle or not launches:
+        return outputs, None, watch.obstacle or "no launch was seen"
     try:
         slots = _Slots(inputs, [t for t, want in zip(outputs, wanted, strict=True) if want], watch.taken)
         steps = tuple(_product(slots, *s) if isinstance(s[0], Tensor) else launch_step(slots, *s) for s in launches)

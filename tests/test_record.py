@@ -146,6 +146,13 @@ def test_a_kernel_with_other_parameters_than_it_tells_is_not_recorded(imaginary_
     assert made is None and "other parameters" in obstacle
 
 
+def test_a_path_whose_launches_are_not_seen_is_not_recorded():
+    pytest.importorskip("triton")
+    x = torch.zeros(2, 3)
+    _, made, obstacle = record.observe(lambda: (torch.empty_like(x),), (x,), (True,))
+    assert made is None and obstacle == "no launch was seen"
+
+
 def test_scratch_memory_does_not_overlap(imaginary_gpu):
     taken = [torch.empty(n, dtype=torch.uint8) for n in (1, 300, 256, 0)]
     slots = record._Slots((taken[0],), [], taken)

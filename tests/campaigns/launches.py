@@ -5,8 +5,8 @@
 On the hollow GPU (sync.py) each call runs twice: by its path in Python, where Triton launches, then by the node, from
 the record that the first has left. The stand-in tells what the driver was given: function, grid, block, shared memory,
 stream, attributes, every byte of every parameter, tensor maps included, and the products that cuBLAS was asked for, in
-order. Both must be the same but for the addresses of memory that each takes for itself; those must correspond one to one.
-HOLLOW_CAPABILITY=80, 90 (the default), 100, ... is the kind of GPU, HOLLOW_DRIVER the driver's version.
+order. Both must be the same but for the addresses of memory that each takes for itself; those must correspond one to
+one. HOLLOW_CAPABILITY=80, 90 (the default), 100, ... is the kind of GPU, HOLLOW_DRIVER the driver's version.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from campaigns import launches, sync
 
+from campaigns import launches, sync
 from fastlora.node import NODE
 
 
