@@ -268,7 +268,7 @@ def test_the_first_call_may_be_inside_a_checkpoint(monkeypatch):
     choice.forget()
     layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8, requires_grad=True)
     checkpoint(layer, x, use_reentrant=False).sum().backward()
-    assert layer.lora_B.grad.any() and check._verdicts in ({}, {("cpu", torch.device("cpu")): None})
+    assert layer.lora_B.grad.any() and not any(check._verdicts.values())
 
 
 def test_forced_by_the_environment(monkeypatch):
