@@ -268,7 +268,7 @@ def test_the_first_call_may_be_inside_a_checkpoint(monkeypatch):
     choice.forget()
     layer, x = fastlora.FusedLoRALinear(8, 6, r=2), torch.randn(3, 8, requires_grad=True)
     checkpoint(layer, x, use_reentrant=False).sum().backward()
-    assert layer.lora_B.grad.any() and not any(check._verdicts.values())
+    assert layer.lora_B.grad.any() and all(verdict is None for verdict in check._verdicts.values())
 
 
 def test_forced_by_the_environment(monkeypatch):
@@ -296,12 +296,18 @@ BROKEN_KERNEL = """
 import torch
 from fastlora import check
 from fastlora.paths import PATHS
+from fastlora.paths.problem import Layout, Problem
 import fastlora.kernels.s as s
 cpu, split = torch.device("cpu"), PATHS["split"]
+check.CASES = check.CASES[1:2]  # tests/kernels has the others
 assert check.examine(split, cpu) is None, check.examine(split, cpu)
+odd = Layout((48, 1), 4, (1, 24), 0)  # x unaligned and with a pitch, the weight transposed
+trials = [check.Trial(Problem(40, 24, 32, 4, *[torch.float32] * 2, cpu, True, layout)) for layout in (None, odd)]
+assert [trial.fault(split) for trial in trials] == [None, None]
 honest = s.s_forward
 s.s_forward = lambda x, A, scaling, dropout, tile: honest(x, A, scaling * 1.01, dropout, tile)
 print(check.examine(split, cpu))
+assert all("over the limit" in trial.fault(split) for trial in trials), "a trial that finds nothing"
 check.needs_check = lambda path, device: path.name != "torch"
 try:
     import fastlora
@@ -312,7 +318,7 @@ except RuntimeError as error:
 
 
 def test_a_kernel_broken_on_purpose_is_found_and_refused(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTLORA_CACHE": str(tmp_path)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTLORA_CACHE": str(tmp_path)}
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", BROKEN_KERNEL], env=environment, capture_output=True, text=True
@@ -339,8 +345,10 @@ import sys, torch
 sys.path.insert(0, "tests")
 import accuracy, fastlora
 from dataclasses import replace
+fastlora.check.CASES = fastlora.check.CASES[1:2]  # tests/kernels has the others
 assert fastlora.paths("cpu")["split"] == "usable"
-for name in ("hybrid", "onepass", "split"):
+assert {fastlora.selfcheck("cpu")[name] for name in ("torch", "hybrid", "onepass", "split")} == {"ok"}
+for name in ("hybrid", "split"):
     for dtype, dropout_p in ((torch.float32, 0.3), (torch.float16, 0.0)):
         inputs = accuracy.draw(30, 20, 24, 5, dtype)
         inputs = replace(inputs, x=inputs.x.view(5, 6, 24), dy=inputs.dy.view(5, 6, 20))
@@ -364,7 +372,7 @@ for bad in (torch.float64, torch.bfloat16):
 
 def test_the_triton_paths_in_the_interpreter(tmp_path):
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "FASTLORA_CACHE": str(tmp_path)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTLORA_CACHE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", TRITON_PATHS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
