@@ -1,12 +1,19 @@
-"""Who is measured: the floor, what people use today, each of our paths, and what we choose."""
+"""Who is measured: the floor, what people use today, each of our paths, and what we choose.
+
+To add a contender: write a function with the arguments of `fastlora.lora_linear` up to `dropout_p` (or one that makes
+`Call`s of a case), and give it a line in CONTENDERS below: its name, what calls it, where it runs, and in which modes.
+A rival gets a colour, and then stands in tables, in the figure and among those to whom shapes are lost. Raise
+`Unavailable` where it cannot run. A plan in benchmarks/model.py adds rates and a prediction; without one its rows lack
+them. Tests: tests/benchmarks/test_suite.py takes all that is named here.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
 import sys
-import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case
+from benchmarks.cases import COMPILED, GRAPH, PLAIN, Case
 from benchmarks.measure import ROOT
 from fastlora import lora_linear, reference
-from fastlora.dispatch import Problem, choose, select
-from fastlora.dispatch.registry import NAMES as PATHS
+from fastlora.choice import choose
+from fastlora.paths import PATHS
+from fastlora.paths.problem import Problem
 
 SCALING = 2.0
 PEERS = ROOT / ".peers"  # ignored by git: a checkout of a peer's sources is measured when it lies here
@@ -74,43 +82,22 @@ def draw(case: Case, count: int, device: torch.device, seed: int = 0) -> list[In
     ]
 
 
-def calls(name: str, case: Case, sets: list[Inputs], compiled: bool = False) -> list[Call]:
-    """The calls of contender `name`, one for each set of inputs.
+@dataclass(frozen=True)
+class Contender:
+    """Who is measured. `calls`: (case, sets of inputs, whether compiled) -> a call for each set, or `Unavailable`;
+    `where`: on which cases and devices; `colour`: a rival's in the figure, else None; `ours`: fastlora's."""
 
-    Raises:
-        Unavailable: it cannot run this case here.
-    """
-    if name in ("peft", "peft-float32"):
-        if compiled:
-            raise Unavailable("measured without torch.compile only")
-        return _peft(case, sets, adapter_float32=name == "peft-float32")
-    if name == "bare":
-        run = torch.compile(F.linear, dynamic=False) if compiled else F.linear
-        return [Call(lambda t=t: run(t.x, t.weight, t.bias), (t.x,), t.dy) for t in sets]
-    run = _function(name)
-    if compiled:
-        run = torch.compile(run, dynamic=False)
-    made = []
-    for t in sets:
-        A, B = t.lora_A, t.lora_B
-        if name == "fastlora-float32":
-            A, B = (adapter.detach().float().requires_grad_() for adapter in (A, B))
-        made.append(
-            Call(
-                lambda t=t, A=A, B=B: run(t.x, t.weight, A, B, t.bias, SCALING, case.dropout),
-                (t.x, A, B),
-                t.dy,
-            )
-        )
-    return made
+    name: str
+    calls: Callable[[Case, list[Inputs], bool], list[Call]]
+    where: Callable[[Case, torch.device], bool] = lambda case, device: True
+    modes: tuple[str, ...] = (PLAIN,)
+    colour: str | None = None
+    ours: bool = False
 
 
 def names(case: Case, device: torch.device) -> list[str]:
     """The contenders of a case on a device, the floor first; those that cannot run say so when they are built."""
-    wide = [] if case.dtype == "float32" else ["peft-float32", "fastlora-float32"]
-    paths = ["cpu"] if device.type == "cpu" else [path for path in PATHS if path not in ("torch", "cpu")]
-    peers = ["lorafusion"] if device.type == "cuda" and (PEERS / "lorafusion").exists() else []
-    return ["bare", "eager", "peft", "optimised", *wide, "torch", *paths, "fastlora", *peers]
+    return [name for name, one in CONTENDERS.items() if one.where(case, device)]
 
 
 def chosen_path(case: Case, device: torch.device) -> str:
@@ -119,35 +106,28 @@ def chosen_path(case: Case, device: torch.device) -> str:
     return choose(Problem(M, N, K, R, dtype, dtype, device, case.dropout > 0)).path
 
 
-def choosing_seconds(device: torch.device, calls: int = 2000) -> float:
-    """What choosing a path adds to a call whose shape has been seen before: the least mean of five runs, in seconds."""
-    case = Case("tiny", 64, 100, 128, 2, "float32", 0.0)
-    (t,) = draw(case, 1, device)
-    select(t.x, t.weight, t.lora_A, 0.0, None)
-    means = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(calls):
-            select(t.x, t.weight, t.lora_A, 0.0, None)
-        means.append((time.perf_counter() - start) / calls)
-    return min(means)
+def _layer(function: Callable, float32: bool = False) -> Callable[[Case, list[Inputs], bool], list[Call]]:
+    """The calls of a function that takes the arguments of `lora_linear`; `float32`: with adapters of that dtype."""
+
+    def calls(case: Case, sets: list[Inputs], compiled: bool) -> list[Call]:
+        run, made = torch.compile(function, dynamic=False) if compiled else function, []
+        for t in sets:
+            A, B = t.lora_A, t.lora_B
+            if float32:
+                A, B = (adapter.detach().float().requires_grad_() for adapter in (A, B))
+            arguments = (t.x, t.weight, A, B, t.bias, SCALING, case.dropout)
+            made.append(Call(functools.partial(run, *arguments), (t.x, A, B), t.dy))
+        return made
+
+    return calls
 
 
-def ours(name: str) -> bool:
-    """True for a contender that is fastlora's."""
-    return name.startswith("fastlora") or name in PATHS
+def _bare(case: Case, sets: list[Inputs], compiled: bool) -> list[Call]:
+    run = torch.compile(F.linear, dynamic=False) if compiled else F.linear
+    return [Call(functools.partial(run, t.x, t.weight, t.bias), (t.x,), t.dy) for t in sets]
 
 
-def _function(name: str) -> Callable:
-    """The function behind a name; its arguments are those of `fastlora.lora_linear` up to `dropout_p`."""
-    if name in PATHS:
-        return lambda *arguments: lora_linear(*arguments, path=name)
-    if name == "lorafusion":
-        return _lorafusion()
-    return {"eager": reference.lora_linear, "optimised": _Optimised.call}.get(name, lora_linear)
-
-
-def _peft(case: Case, sets: list[Inputs], adapter_float32: bool) -> list[Call]:
+def _peft(case: Case, sets: list[Inputs], compiled: bool, float32: bool = False) -> list[Call]:
     """PEFT's own `lora.Linear`, put by PEFT itself around a frozen `nn.Linear`."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -162,13 +142,13 @@ def _peft(case: Case, sets: list[Inputs], adapter_float32: bool) -> list[Call]:
         holder.linear = torch.nn.Linear(case.K, case.N, device="meta", dtype=case.torch_dtype)
         holder.linear.weight = torch.nn.Parameter(t.weight, requires_grad=False)
         holder.linear.bias = torch.nn.Parameter(t.bias, requires_grad=False)
-        layer = get_peft_model(holder, config, autocast_adapter_dtype=adapter_float32).base_model.model.linear
+        layer = get_peft_model(holder, config, autocast_adapter_dtype=float32).base_model.model.linear
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         with torch.no_grad():
             A.copy_(t.lora_A)
             B.copy_(t.lora_B)
         layer.train()
-        made.append(Call(lambda t=t, layer=layer: layer(t.x), (t.x, A, B), t.dy))
+        made.append(Call(functools.partial(layer, t.x), (t.x, A, B), t.dy))
     return made
 
 
@@ -205,19 +185,53 @@ class _Optimised(torch.autograd.Function):
         return dx, None, dA, dB, None, None, None
 
 
+@functools.cache
 def _lorafusion() -> Callable:
-    """The peer's fused layer, from a checkout in `.peers/lorafusion`; it takes three-dimensional inputs only."""
     checkout = str(PEERS / "lorafusion")
     if checkout not in sys.path:
         sys.path.append(checkout)
     if importlib.util.find_spec("loguru") is None:  # it only logs
         sys.modules["loguru"] = types.SimpleNamespace(logger=logging.getLogger("lorafusion"))
     try:
-        fused = importlib.import_module("lorafusion.ops.lora_v1").fused_linear_lora
+        return importlib.import_module("lorafusion.ops.lora_v1").fused_linear_lora
     except Exception as error:  # a peer's import may fail in any way, and the run goes on without it
         raise Unavailable(f"lorafusion: {type(error).__name__}: {error}") from None
 
-    def run(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
-        return fused(x[None], weight, lora_A, lora_B, scaling, 1, dropout_p, bias)[0]
 
-    return run
+def _peer(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
+    """LoRAFusion's fused layer, from a checkout in `.peers/lorafusion`; it takes three-dimensional inputs only."""
+    return _lorafusion()(x[None], weight, lora_A, lora_B, scaling, 1, dropout_p, bias)[0]
+
+
+def _narrow(case: Case, device: torch.device) -> bool:
+    return case.dtype != "float32"
+
+
+def _path(name: str) -> Contender:
+    def where(case: Case, device: torch.device) -> bool:
+        return name == "torch" or (name == "cpu") == (device.type == "cpu")
+
+    return Contender(name, _layer(functools.partial(lora_linear, path=name)), where, ours=True)
+
+
+_ALL = (PLAIN, COMPILED, GRAPH)
+CONTENDERS: dict[str, Contender] = {
+    one.name: one
+    for one in (
+        Contender("bare", _bare, modes=_ALL),
+        Contender("eager", _layer(reference.lora_linear), modes=_ALL, colour="#d1495b"),
+        Contender("peft", _peft, colour="#edae49"),
+        Contender("peft-float32", functools.partial(_peft, float32=True), _narrow, colour="#c98b2b"),
+        Contender("optimised", _layer(_Optimised.call), modes=(PLAIN, GRAPH), colour="#66a182"),
+        Contender(
+            "lorafusion",
+            _layer(_peer),
+            lambda case, device: device.type == "cuda" and (PEERS / "lorafusion").exists(),
+            colour="#8d6a9f",
+        ),
+        *map(_path, PATHS),
+        Contender("fastlora-float32", _layer(lora_linear, float32=True), _narrow, ours=True),
+        Contender("fastlora", _layer(lora_linear), modes=_ALL, ours=True),
+    )
+}
+RIVALS = tuple(name for name, one in CONTENDERS.items() if one.colour)

@@ -1,13 +1,15 @@
 """What every measurement shares: the device it ran on, interleaved timing, and where results are written."""
 
+from __future__ import annotations
+
+import contextlib
 import datetime
-import json
 import os
 import platform
 import random
 import re
+import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from importlib import metadata as packages
@@ -15,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from fastlora.dispatch import cpu
+from fastlora.cache import write_json
+from fastlora.node import NODE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,20 +78,15 @@ def interleave(
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile of samples in seconds, and how many there were."""
-    ordered = sorted(seconds)
-    return {
-        "median": _quantile(ordered, 0.5),
-        "p20": _quantile(ordered, 0.2),
-        "p80": _quantile(ordered, 0.8),
-        "samples": len(ordered),
-    }
+    """Median, 20th and 80th percentile of samples, and how many there were."""
+    several = seconds if len(seconds) > 1 else [*seconds, *seconds]
+    p20, *_, p80 = statistics.quantiles(several, n=5, method="inclusive")
+    return {"median": statistics.median(seconds), "p20": p20, "p80": p80, "samples": len(seconds)}
 
 
 def ratio(seconds: list[float], over: list[float]) -> dict[str, float]:
-    """The ratio of two contenders of one interleaved run, taken round by round: median, p20, p80."""
-    ordered = sorted(mine / other for mine, other in zip(seconds, over, strict=True))
-    return {"median": _quantile(ordered, 0.5), "p20": _quantile(ordered, 0.2), "p80": _quantile(ordered, 0.8)}
+    """`summary` of the ratio of two contenders of one interleaved run, taken round by round."""
+    return summary([mine / other for mine, other in zip(seconds, over, strict=True)])
 
 
 def warm_clocks(device: str | torch.device, seconds: float = 0.5) -> None:
@@ -111,22 +109,8 @@ def write_results(name: str, payload: dict, folder: str | Path | None = None) ->
     taken = payload["metadata"]
     folder = RESULTS / taken["device"] if folder is None else Path(folder)
     stamp = taken["date"].replace(":", "").removesuffix("Z").replace("T", "-")
-    return write_json(folder / (f"{stamp}-{name}.json" if name else f"{stamp}.json"), payload)
-
-
-def write_json(path: Path, payload: dict) -> Path:
-    """JSON to `path` through a temporary file beside it, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(payload, file, indent=1)
-            file.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    path = folder / (f"{stamp}-{name}.json" if name else f"{stamp}.json")
+    write_json(path, payload)
     return path
 
 
@@ -180,13 +164,6 @@ def _calls_per_sample(fn: Callable[[], object], sample: Callable, least: float) 
     return max(1, min(1000, round(least / max(seconds, 1e-9))))
 
 
-def _quantile(ordered: list[float], q: float) -> float:
-    position = q * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -198,7 +175,7 @@ def _cpu_facts() -> dict:
         "threads": torch.get_num_threads(),
         "load_before": load,
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "autograd_node": "Python" if cpu.NODE is None else "C++",
+        "autograd_node": "Python" if NODE is None else "C++",
     }
 
 
@@ -228,10 +205,8 @@ def _nvidia_smi(device: torch.device) -> dict:
 def _versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS:
-        try:
+        with contextlib.suppress(packages.PackageNotFoundError):
             found[name] = packages.version(name)
-        except packages.PackageNotFoundError:
-            continue
     return found
 
 

@@ -10,6 +10,7 @@ bare model that patching removes, from differences taken round by round. Ends wi
 
 import argparse
 import copy
+import statistics
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -102,10 +103,9 @@ def _step(model: torch.nn.Module, batch: dict):
 
 def _removed(samples: dict[str, list[float]], p: float) -> dict:
     stock, fused = (
-        [mine - bare for mine, bare in zip(samples[f"{name} {p}"], samples["bare"], strict=True)]
+        statistics.median(mine - bare for mine, bare in zip(samples[f"{name} {p}"], samples["bare"], strict=True))
         for name in ("stock", "fused")
     )
-    stock, fused = (sorted(differences)[len(differences) // 2] for differences in (stock, fused))
     return {"dropout": p, "stock_overhead": stock, "fused_overhead": fused, "removed": 1.0 - fused / stock}
 
 

@@ -1,20 +1,22 @@
-"""Tables and the README's section from result files: no number here is without a raw file behind it."""
+"""Tables from result files, and the comparison of two: no number here is without a raw file behind it."""
 
 from __future__ import annotations
 
 import json
-import math
+import statistics
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 from benchmarks.cases import COMPILED, FORWARD, GRAPH, PLAIN, TRAIN
+from benchmarks.contenders import CONTENDERS, RIVALS
 from benchmarks.measure import RESULTS, ROOT
-from fastlora.dispatch.registry import NAMES as PATHS
 from fastlora.errors import UserError
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-RIVALS = ("eager", "peft", "peft-float32", "optimised", "lorafusion")
-LOST_BEYOND = 1.03  # of the faster one's time; nearer than this two contenders are level
+LEVEL = 1.03  # nearer than this two times are level: no loss, no regression
 Row = dict
+Group = dict[str, Row]  # by contender
 
 
 def load(path: Path) -> dict:
@@ -34,15 +36,8 @@ def load(path: Path) -> dict:
 
 def newest(results: Path = RESULTS) -> list[Path]:
     """The newest suite file of every device that has one."""
-    found = []
-    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        for path in sorted(folder.glob("*.json"), reverse=True):
-            try:
-                load(path)
-            except UserError:
-                continue
-            found.append(path)
-            break
+    suites = (sorted(folder.glob("????-??-??-??????.json")) for folder in sorted(results.glob("*")))
+    found = [files[-1] for files in suites if files]
     if not found:
         raise UserError(f"no result file of the suite under {results}; `python -m benchmarks` makes one")
     return found
@@ -51,85 +46,71 @@ def newest(results: Path = RESULTS) -> list[Path]:
 def tables(payload: dict, path: Path) -> str:
     """Everything in a result file as Markdown: tables by direction and mode, means, and the shapes that are lost."""
     parts = [provenance(payload, path)]
-    for direction in (TRAIN, FORWARD):
-        for mode in (PLAIN, COMPILED, GRAPH):
-            groups = grouped(payload["rows"], direction, mode)
-            if groups:
-                parts.append(f"**{direction}, {mode}** (times over the bare linear)\n\n{table(groups)}")
-            if groups and mode == PLAIN:
-                parts.append(costs(groups))
-    parts.append(means(payload["rows"]))
-    parts.append(lost(payload["rows"]))
-    return "\n\n".join(part for part in parts if part)
+    for direction, mode, groups in _sections(payload["rows"]):
+        parts.append(f"**{direction}, {mode}** (times over the bare linear)\n\n{table(groups)}")
+        if mode == PLAIN:
+            parts.append(costs(groups))
+    return "\n\n".join([*parts, means(payload["rows"]), lost(payload["rows"])])
 
 
 def provenance(payload: dict, path: Path) -> str:
     """Device, versions, commit, date and file of a result, in a sentence."""
     data = payload["metadata"]
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items() if name != "numpy")
-    device = data["device_name"] + (f", {data['cores']} cores" if "cores" in data else "")
+    said = [data["device_name"], ", ".join(f"{name} {version}" for name, version in data["versions"].items())]
+    if "cores" in data:
+        said[0] += f", {data['cores']} cores"
     if "driver_version" in data:
-        device += f", driver {data['driver_version']}"
-    commit = (data["commit"] or "unknown")[:10] + (" with uncommitted changes" if data["uncommitted_changes"] else "")
-    shown = Path(path).resolve()
-    shown = shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else shown.name
-    busy = data.get("load_before") or 0.0
-    if busy > 0.5 * data.get("cores", 1):
-        device += f" (BUSY: a load of {busy:.1f} when it began)"
-    choosing = f"; choosing a path takes {payload['choosing_s'] * 1e6:.1f} µs a call" if "choosing_s" in payload else ""
-    left = f"; {len(payload['left_out'])} jobs left out for want of time" if payload["left_out"] else ""
-    left += f"; {len(payload['failed'])} jobs failed" if payload.get("failed") else ""
-    return f"{device}; {versions}; commit {commit}; {data['date'][:10]}; raw: `{shown}`{choosing}{left}."
+        said[0] += f", driver {data['driver_version']}"
+    if (busy := data.get("load_before") or 0.0) > 0.5 * data.get("cores", 1):
+        said[0] += f" (BUSY: a load of {busy:.1f} when it began)"
+    changed = " with uncommitted changes" if data["uncommitted_changes"] else ""
+    said += [f"commit {(data['commit'] or 'unknown')[:10]}{changed}", data["date"][:10], f"raw: `{_in_tree(path)}`"]
+    if "choosing_s" in payload:
+        said.append(f"choosing a path takes {payload['choosing_s'] * 1e6:.1f} µs a call")
+    if payload["left_out"]:
+        said.append(f"{len(payload['left_out'])} jobs left out for want of time")
+    if payload.get("failed"):
+        said.append(f"{len(payload['failed'])} jobs failed")
+    return "; ".join(said) + "."
 
 
-def grouped(rows: list[Row], direction: str, mode: str) -> dict[str, dict[str, Row]]:
-    """{case: {contender: row}} of one direction and mode, skipped rows left out, where fastlora was measured."""
-    groups: dict[str, dict[str, Row]] = {}
+def grouped(rows: list[Row], direction: str, mode: str) -> dict[str, Group]:
+    """{case: {contender: row}} of one direction and mode, where the floor and another were measured."""
+    groups: dict[str, Group] = {}
     for row in rows:
         if row["direction"] == direction and row["mode"] == mode and "median" in row:
             groups.setdefault(row["case"], {})[row["contender"]] = row
     return {case: group for case, group in groups.items() if "bare" in group and len(group) > 1}
 
 
-def table(groups: dict[str, dict[str, Row]]) -> str:
-    """A Markdown table: the floor in microseconds, every contender over it, the prediction, and the gain over eager."""
+def table(groups: dict[str, Group]) -> str:
+    """The floor in microseconds, every contender over it, what is predicted of us, and the gain over eager."""
     present = {name for group in groups.values() for name in group}
-    columns = [name for name in (*RIVALS, *PATHS) if name in present]
-    heads = ["case", "bare, µs", *columns]
-    if "fastlora-float32" in present:
-        heads.append("fastlora, float32 adapters")
-    heads += ["**fastlora**", "path", "predicted", "20–80 %", "eager ÷ fastlora"]
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    columns = [name for name in CONTENDERS if name in present and name not in ("bare", "fastlora")]
+    heads = ["case", "bare, µs", *columns, "**fastlora**", "path", "predicted", "20–80 %", "eager ÷ fastlora"]
+    lines = []
     for case, group in groups.items():
-        cells = [case, f"{group['bare']['median'] * 1e6:.0f}", *(_over(group.get(name)) for name in columns)]
-        if "fastlora-float32" in present:
-            cells.append(_over(group.get("fastlora-float32")))
-        mine = group.get("fastlora")
-        cells += [
-            f"**{_over(mine)}**",
-            mine.get("path", "–") if mine else "–",
-            _predicted(mine),
-            _spread(mine),
-            _gain(mine),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        mine = group.get("fastlora", {})
+        spread = "{p20:.2f}–{p80:.2f}".format(**mine["over_bare"]) if mine else "–"
+        gain = f"{1 / mine['over_eager']['median']:.2f}" if "over_eager" in mine else "–"
+        over = [_over(group.get(name)) for name in columns]
+        said = [f"**{_over(mine)}**", mine.get("path", "–"), _figure(mine, "predicted_over_bare"), spread, gain]
+        lines.append([case, f"{group['bare']['median'] * 1e6:.0f}", *over, *said])
+    return _markdown(heads, lines)
 
 
-def costs(groups: dict[str, dict[str, Row]]) -> str:
-    """A Markdown table of what fastlora's and eager's calls cost besides time, and the rates they reach."""
-    lines = [
-        "| case | TFLOP/s | GB/s | peak memory, MiB | eager's | launches | predicted | eager's |",
-        "| --- |" + " ---: |" * 7,
-    ]
+def costs(groups: dict[str, Group]) -> str:
+    """What fastlora's and eager's calls cost besides time, and the rates they reach."""
+    heads = ["case", "TFLOP/s", "GB/s", "peak memory, MiB", "eager's", "launches", "predicted", "eager's"]
+    lines = []
     for case, group in groups.items():
         mine, eager = group.get("fastlora"), group.get("eager", {})
         if mine:
-            memory = (_mib(row.get("peak_memory_bytes")) for row in (mine, eager))
-            launches = (mine.get("launches", "–"), mine.get("predicted_launches", "–"), eager.get("launches", "–"))
-            rates = f"{mine['tflops']:.2f}", f"{mine['bytes_per_s'] / 1e9:.0f}"
-            lines.append("| " + " | ".join(map(str, (case, *rates, *memory, *launches))) + " |")
-    return "\n".join(lines)
+            memory = [_figure(row, "peak_memory_bytes", 2**-20, ".1f") for row in (mine, eager)]
+            launches = [mine.get("launches", "–"), mine.get("predicted_launches", "–"), eager.get("launches", "–")]
+            rates = [_figure(mine, "tflops"), _figure(mine, "bytes_per_s", 1e-9, ".0f")]
+            lines.append([case, *rates, *memory, *map(str, launches)])
+    return _markdown(heads, lines)
 
 
 def means(rows: list[Row]) -> str:
@@ -137,31 +118,25 @@ def means(rows: list[Row]) -> str:
     found: dict[tuple, list[float]] = {}
     for row in rows:
         if row["contender"] == "fastlora" and "over_eager" in row:
-            found.setdefault((row["direction"], row["mode"], row["dtype"]), []).append(row["over_eager"]["median"])
-    if not found:
-        return ""
-    lines = [
-        "| direction | calls | dtype | cases | eager ÷ fastlora, geometric mean | worst |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
-    ]
-    for (direction, mode, dtype), ratios in found.items():
-        mean = math.exp(-sum(map(math.log, ratios)) / len(ratios))
-        lines.append(f"| {direction} | {mode} | {dtype} | {len(ratios)} | {mean:.2f} | {1 / max(ratios):.2f} |")
-    return "\n".join(lines)
+            found.setdefault((row["direction"], row["mode"], row["dtype"]), []).append(1 / row["over_eager"]["median"])
+    return _markdown(
+        ["direction", "calls", "dtype", "cases", "eager ÷ fastlora, geometric mean", "worst"],
+        [[*key, str(len(gains)), f"{statistics.geometric_mean(gains):.2f}", f"{min(gains):.2f}"]
+         for key, gains in found.items()],
+    )  # fmt: skip
 
 
 def losses(rows: list[Row]) -> list[tuple[Row, str, float]]:
     """Where fastlora is slower than a rival in the same mode: (fastlora's row, who is fastest, our time over his)."""
     found = []
-    for direction in (TRAIN, FORWARD):
-        for mode in (PLAIN, COMPILED, GRAPH):
-            for group in grouped(rows, direction, mode).values():
-                rivals = {name: row["median"] for name, row in group.items() if name in RIVALS}
-                if "fastlora" in group and rivals:
-                    best = min(rivals, key=rivals.__getitem__)
-                    over = group["fastlora"]["median"] / rivals[best]
-                    if over > LOST_BEYOND:
-                        found.append((group["fastlora"], best, over))
+    for _, _, groups in _sections(rows):
+        for group in groups.values():
+            rivals = {name: row["median"] for name, row in group.items() if name in RIVALS}
+            if "fastlora" in group and rivals:
+                best = min(rivals, key=rivals.__getitem__)
+                over = group["fastlora"]["median"] / rivals[best]
+                if over > LEVEL:
+                    found.append((group["fastlora"], best, over))
     return sorted(found, key=lambda one: -one[2])
 
 
@@ -169,32 +144,14 @@ def lost(rows: list[Row]) -> str:
     """The lost shapes as a Markdown list, or the statement that there are none."""
     found = losses(rows)
     if not found:
-        return f"No measured shape at which a rival is more than {LOST_BEYOND - 1:.0%} faster."
-    lines = [f"Shapes at which a rival is more than {LOST_BEYOND - 1:.0%} faster:", ""]
-    lines += [
-        f"- {row['case']}, {row['direction']}, {row['mode']}: {best} is {over:.2f}× faster" for row, best, over in found
-    ]
-    return "\n".join(lines)
-
-
-def readme_section(loaded: list[tuple[Path, dict]]) -> str:
-    """The README's text: for each device the training step's table, the means, the lost shapes and the file."""
-    parts = []
-    for path, payload in loaded:
-        parts.append(f"### {payload['metadata']['device_name']}" + _cores(payload) + "\n\n" + provenance(payload, path))
-        figure = Path(path).with_suffix(".png").resolve()
-        if figure.exists() and figure.is_relative_to(ROOT):
-            parts.append(f"![roofline, overhead and speed-up]({figure.relative_to(ROOT).as_posix()})")
-        groups = grouped(payload["rows"], TRAIN, PLAIN)
-        shown = {case: group for case, group in groups.items() if group["bare"]["dtype"] != "float16"}
-        if shown:
-            parts.append("Forward and backward, times over the bare frozen linear; less is better:\n\n" + table(shown))
-        parts += [means(payload["rows"]), lost(payload["rows"])]
-    return "\n\n".join(part for part in parts if part)
+        return f"No measured shape at which a rival is more than {LEVEL - 1:.0%} faster."
+    lines = [f"- {row['case']}, {row['direction']}, {row['mode']}: {best} is {over:.2f}× faster"
+             for row, best, over in found]  # fmt: skip
+    return "\n".join([f"Shapes at which a rival is more than {LEVEL - 1:.0%} faster:", "", *lines])
 
 
 def write_readme(path: Path, loaded: list[tuple[Path, dict]]) -> None:
-    """Replace what stands between the README's two markers.
+    """Put each device's training steps, means and lost shapes between the two markers of the file `path`.
 
     Raises:
         UserError: it cannot be read, or lacks a marker.
@@ -207,44 +164,72 @@ def write_readme(path: Path, loaded: list[tuple[Path, dict]]) -> None:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{path}: needs the two lines {BEGIN} and {END}")
-    path.write_text(f"{head}{BEGIN}\n\n{readme_section(loaded)}\n\n{END}{tail}", encoding="utf-8")
+    parts = []
+    for file, payload in loaded:
+        parts += [f"### {payload['metadata']['device_name']}", provenance(payload, file)]
+        figure = file.resolve().with_suffix(".png")
+        if figure.exists() and figure.is_relative_to(path.resolve().parent):
+            parts.append(f"![roofline, overhead and speed-up]({figure.relative_to(path.resolve().parent).as_posix()})")
+        groups = grouped(payload["rows"], TRAIN, PLAIN)
+        shown = {case: group for case, group in groups.items() if group["bare"]["dtype"] != "float16"}
+        if shown:
+            parts.append("Forward and backward, times over the bare frozen linear; less is better:\n\n" + table(shown))
+        parts += [means(payload["rows"]), lost(payload["rows"])]
+    path.write_text("\n\n".join([head + BEGIN, *parts, END + tail]), encoding="utf-8")
 
 
-def short(rows: list[Row], most: int = 24) -> str:
-    """The first measured training steps as plain text, best mode first: what a terminal's last screen can hold."""
-    mode = GRAPH if any(row["mode"] == GRAPH for row in rows) else PLAIN
-    groups = grouped(rows, TRAIN, mode)
-    lines = [
-        f"forward+backward, {mode}: times over the bare linear",
-        f"{'case':<44}{'bare us':>9}{'eager':>7}{'ours':>7}{'pred.':>7}  path",
-    ]
-    for case, group in list(groups.items())[:most]:
-        mine = group.get("fastlora")
-        times = f"{_over(group.get('eager')):>7}{_over(mine):>7}{_predicted(mine):>7}"
-        lines.append(f"{case:<44}{group['bare']['median'] * 1e6:9.0f}{times}  {mine['path'] if mine else '-'}")
-    return "\n".join(lines)
+def compare(before: list[Row], after: list[Row]) -> tuple[str, int]:
+    """A line for each row that both have, the slowest first, and how many of ours are slower past the noise.
+
+    Each time is taken over the bare linear of its own job, which cancels the machine's drift; the noise is the range
+    between the 20th and 80th percentiles of the two.
+
+    Raises:
+        UserError: they have no row in common.
+    """
+
+    def key(row):
+        return f"{row['case']}/{row['direction']} {row['contender']} {row['mode']}"
+
+    old = {key(row): row for row in before if "over_bare" in row}
+    found, slower = [], 0
+    for new in after:
+        past = old.get(key(new))
+        if past is None or "over_bare" not in new or new["contender"] == "bare":
+            continue
+        a, b = past["over_bare"], new["over_bare"]
+        ratio, low, high = b["median"] / a["median"], b["p20"] / a["p80"], b["p80"] / a["p20"]
+        worse = getattr(CONTENDERS.get(new["contender"]), "ours", False) and low > 1.0 and ratio > LEVEL
+        slower += worse
+        times = f"{past['median'] * 1e6:8.1f}us {new['median'] * 1e6:8.1f}us"
+        found.append((ratio, f"{key(new):<84} {times}  {ratio:.3f} ({low:.3f}-{high:.3f})" + "  REGRESSION" * worse))
+    if not found:
+        raise UserError("the two have no row in common")
+    head = f"{'job, contender':<84} {'before':>10} {'after':>10}  ratio over bare (20-80 %)"
+    lines = [line for _, line in sorted(found, reverse=True)]
+    return "\n".join([head, *lines, f"{len(found)} rows compared, {slower} slower past the noise"]), slower
 
 
-def _cores(payload: dict) -> str:
-    cores = payload["metadata"].get("cores")
-    return f", {cores} cores" if cores else ""
+def _sections(rows: list[Row]) -> Iterator[tuple[str, str, dict[str, Group]]]:
+    for direction, mode in product((TRAIN, FORWARD), (PLAIN, COMPILED, GRAPH)):
+        groups = grouped(rows, direction, mode)
+        if groups:
+            yield direction, mode, groups
 
 
-def _mib(size: float | None) -> str:
-    return "–" if size is None else f"{size / 2**20:.1f}"
+def _markdown(heads: list[str], lines: list[list[str]]) -> str:
+    rule = "| --- |" + " ---: |" * (len(heads) - 1)
+    return "\n".join(["| " + " | ".join(heads) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _in_tree(path: Path) -> str:
+    path = Path(path).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def _over(row: Row | None) -> str:
     return f"{row['over_bare']['median']:.2f}" if row and "over_bare" in row else "–"
 
 
-def _spread(row: Row | None) -> str:
-    return f"{row['over_bare']['p20']:.2f}–{row['over_bare']['p80']:.2f}" if row and "over_bare" in row else "–"
-
-
-def _predicted(row: Row | None) -> str:
-    return f"{row['predicted_over_bare']:.2f}" if row and "predicted_over_bare" in row else "–"
-
-
-def _gain(row: Row | None) -> str:
-    return f"{1 / row['over_eager']['median']:.2f}" if row and "over_eager" in row else "–"
+def _figure(row: Row, key: str, factor: float = 1.0, form: str = ".2f") -> str:
+    return format(row[key] * factor, form) if key in row else "–"

@@ -14,14 +14,11 @@ import torch
 
 from benchmarks import contenders, model
 from benchmarks.cases import COMPILED, GRAPH, PLAIN, TRAIN, Job
+from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import interleave, ratio, summary
 
 CACHE_BYTES = {"cuda": 192 << 20, "cpu": 64 << 20}  # several times what a last-level cache holds
 MOST_SETS = {"cuda": 8, "cpu": 6}
-MODES = {  # besides plain calls: who is worth compiling, who worth capturing
-    COMPILED: ("bare", "eager", "fastlora"),
-    GRAPH: ("bare", "eager", "optimised", "fastlora"),
-}
 
 
 @dataclass
@@ -41,11 +38,10 @@ def run_job(
     budget_s: float,
     ceilings: model.Ceilings | None = None,
     only: list[str] | None = None,
-    keep_samples: bool = False,
 ) -> list[dict]:
     """Rows of a job, one for each contender and mode; one that cannot run has the key `skipped` with the reason.
 
-    `only` names the contenders beside the floor. `keep_samples` adds every sample and leaves memory and launches out.
+    `only` names the contenders beside the floor.
     """
     case, rows, path = job.case, [], contenders.chosen_path(job.case, device)
     sets = contenders.draw(case, set_count(job, device), device)
@@ -54,7 +50,7 @@ def run_job(
     if COMPILED in job.modes:
         torch._dynamo.reset()
     for mode in job.modes:
-        for name in wanted if mode == PLAIN else [name for name in MODES[mode] if name in wanted]:
+        for name in (name for name in wanted if mode in CONTENDERS[name].modes):
             label = name if mode == PLAIN else f"{name}+{mode}"
             try:
                 with warnings.catch_warnings():
@@ -67,20 +63,16 @@ def run_job(
     samples = interleave({label: entry.step for label, entry in entries.items()}, budget_s, device=device)
     for label, entry in entries.items():
         samples[label] = [seconds / entry.divisor for seconds in samples[label]]
-    plain = {} if keep_samples else {label: e.step for label, e in entries.items() if e.mode == PLAIN}
-    costs = _costs(plain, device)
+    costs = _costs({label: entry.step for label, entry in entries.items() if entry.mode == PLAIN}, device)
     for label, entry in entries.items():
         suffix = label[len(entry.name) :]
         row = _identity(job, entry.name, entry.mode) | summary(samples[label])
         for key, floor in (("over_bare", "bare" + suffix), ("over_eager", "eager" + suffix)):
             if floor in samples:
                 row[key] = ratio(samples[label], samples[floor])
-        row |= _rates(job, entry, path, row["median"], ceilings)
-        row |= costs.get(label, {})
+        row |= _rates(job, entry, path, row["median"], ceilings) | costs.get(label, {})
         if entry.name.startswith("fastlora"):
             row["path"] = path
-        if keep_samples:
-            row["seconds"] = samples[label]
         rows.append(row)
     return rows
 
@@ -94,7 +86,7 @@ def set_count(job: Job, device: torch.device) -> int:
 
 def build(name: str, mode: str, job: Job, sets: list, device: torch.device) -> Entry:
     """Contender `name` in `mode`, whose every step takes the next set of inputs."""
-    made = contenders.calls(name, job.case, sets, compiled=mode == COMPILED)
+    made = CONTENDERS[name].calls(job.case, sets, mode == COMPILED)
     train = job.direction == TRAIN
     if mode == GRAPH:
         graph = _capture(made, train)
@@ -137,18 +129,23 @@ def _capture(made: list[contenders.Call], train: bool) -> torch.cuda.CUDAGraph:
 
 
 def _rates(job: Job, entry: Entry, path: str, seconds: float, ceilings: model.Ceilings | None) -> dict:
-    """Operations and bytes per second, and what the traffic model expects of who does the work (`path` for us)."""
+    """Operations and bytes per second, and what the traffic model expects of who does the work (`path` for us).
+
+    No bytes and no prediction for a contender that the model does not know.
+    """
     worker = path if entry.name.startswith("fastlora") else entry.name
     worker = f"{worker}+{entry.mode}" if entry.mode == COMPILED else worker
     flops = model.useful_flops(job.case, job.direction, lora=entry.name != "bare")
-    moved = sum(one.bytes for one in model.passes(job.case, worker, job.direction))
-    rates = {"tflops": flops / seconds / 1e12, "model_bytes": moved, "bytes_per_s": moved / seconds}
+    rates = {"tflops": flops / seconds / 1e12}
+    try:
+        moved = sum(one.bytes for one in model.passes(job.case, worker, job.direction))
+    except KeyError:
+        return rates
+    rates |= {"model_bytes": moved, "bytes_per_s": moved / seconds}
     if ceilings is not None:
-        predicted = model.predict(job.case, worker, job.direction, ceilings)
-        floor = model.predict(job.case, "bare", job.direction, ceilings)
-        rates["predicted"] = predicted.seconds
+        predicted, floor = (model.predict(job.case, who, job.direction, ceilings) for who in (worker, "bare"))
+        rates["predicted"], rates["predicted_launches"] = predicted.seconds, predicted.launches
         rates["predicted_over_bare"] = predicted.seconds / floor.seconds
-        rates["predicted_launches"] = predicted.launches
     return rates
 
 

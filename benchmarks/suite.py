@@ -11,15 +11,14 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, model
-from benchmarks.cases import COMPILED, Job
-from benchmarks.contenders import choosing_seconds
+from benchmarks.cases import COMPILED, Case, Job
+from benchmarks.contenders import draw
 from benchmarks.runner import run_job
+from fastlora.cache import write_json
+from fastlora.choice import select
 
 SECONDS_PER_JOB = {"cuda": 0.7, "cpu": 2.5}  # of timing, the building of contenders not counted
-SECONDS_PER_COMPILED_JOB = {
-    "cuda": 45.0,
-    "cpu": 60.0,
-}  # a compiler may take this long: no such job starts with less left
+SECONDS_PER_COMPILED_JOB = {"cuda": 45.0, "cpu": 60.0}  # a compiler may take it: no such job starts with less left
 
 
 def run(
@@ -62,18 +61,32 @@ def run(
             print(f"{job.name:<62} FAILED: {payload['failed'][job.name]}", flush=True)
             rows = []
         payload["rows"] += rows
-        measure.write_json(path, payload)
+        write_json(path, payload)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         if COMPILED not in job.modes:
             longest = max(each, 0.8 * longest, time.perf_counter() - start)  # the first pay for what is compiled once
         if rows:
-            print(progress(job, rows), flush=True)
+            print(_line(job, rows), flush=True)
     return path, payload
 
 
-def progress(job: Job, rows: list[dict]) -> str:
+def choosing_seconds(device: torch.device, calls: int = 2000) -> float:
+    """What choosing a path adds to a call whose shape has been seen before: the least mean of five runs, in seconds."""
+    case = Case("tiny", 64, 100, 128, 2, "float32", 0.0)
+    (t,) = draw(case, 1, device)
+    select(t.x, t.weight, t.lora_A, 0.0, None)
+    means = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            select(t.x, t.weight, t.lora_A, 0.0, None)
+        means.append((time.perf_counter() - start) / calls)
+    return min(means)
+
+
+def _line(job: Job, rows: list[dict]) -> str:
     """One line for a finished job: the floor, then each contender over it."""
     floor = next((row["median"] for row in rows if row["contender"] == "bare" and "median" in row), math.nan)
     parts = [f"{job.name:<62} bare {floor * 1e6:9.1f} us"]

@@ -1,59 +1,67 @@
-// fastlora._node_<torch's version>: path `cpu` as an autograd node of torch's own, for ordinary tensors.
+// fastlora._node_<torch's version>: the layer as an autograd node of torch's own, for ordinary tensors; CPU and GPU.
 //
-// It does what fastlora/functional.py, autograd.py and paths/cpu.py do, with the same kernels, seeds and ATen calls, and
-// saves most of the time that a small layer spends in Python. Whatever is out of the ordinary (a subclass, a function
-// transform, a wrong shape, a gradient of another kind) it leaves to Python, which explains and serves it: no message is
-// written here. It is bound to one version of torch, which its name says, and optional: without it Python does it all.
+// It does what fastlora/functional.py, autograd.py and ops.py do, with the same kernels, seeds and ATen calls, and saves
+// most of the time that a small layer spends in Python. On a CPU path `cpu` runs here (node_cpu.h); on a GPU the records
+// of what a path did (record.h). Which of them, says table.h. Whatever is out of the ordinary (a subclass, a function
+// transform, a wrong shape, a gradient of another kind, a call that was not seen before) it leaves to Python, which
+// explains and serves it: no message is written here. It is bound to one version of torch, which its name says, and
+// optional: without it Python does it all.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/library.h>
 
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/randint.h>
+#include <ATen/ops/random.h>
 #include <ATen/ops/zeros.h>
 
-#include <cstring>
+#include <cstdlib>
 #include <limits>
 #include <memory>
-#include <optional>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "call.h"
+#include "layer.h"
+#include "node_cpu.h"
+#include "record.h"
+#include "table.h"
 
 namespace {
 
 using at::Tensor;
+using fastlora::Gradients;
+using fastlora::Incoming;
+using fastlora::Layer;
+using fastlora::Optional;
+using fastlora::Result;
 using std::int64_t;
 using torch::autograd::variable_list;
-typedef std::optional<Tensor> Optional;
 
 // Given once by `prepare`, and kept for good.
-const fastlora::Kernels* kernels = nullptr;
-PyObject* path_cpu = nullptr;          // fastlora.paths.PATHS["cpu"]
+std::vector<PyObject*> paths;  // fastlora.paths.PATHS, then what has tiles of its own; a path is its place among them
+int path_cpu = -1;
 PyObject* python_gradients = nullptr;  // fastlora.autograd.gradients
+PyObject *python_forward = nullptr, *python_backward = nullptr;  // the ops of fastlora/ops.py
 
-// What fastlora.choice has found: whether path `cpu` runs for the dtypes of x and of the adapters (bfloat16 or float32),
-// the rank, and dropout on or off. Read and written under the GIL.
-bool allowed[2][2][fastlora::MAX_RANK + 1][2];
+// ---- the gate: which tensors are ordinary ----
 
-bool is_bfloat16(const Tensor& t) { return t.scalar_type() == at::kBFloat16; }
-bool kernels_take(const Tensor& t) { return is_bfloat16(t) || t.scalar_type() == at::kFloat; }
-
-// Dense, on the CPU, with memory of its own, not conjugated or negated, and nobody's wrapper: no other key is set.
+// Dense, of a CPU or a CUDA GPU, with memory of its own, not conjugated or negated, and nobody's wrapper: no other key is
+// set.
 bool is_plain(const Tensor& t) {
-  const c10::DispatchKeySet usual({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                   c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet on_cpu({DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU,
+                                           DispatchKey::AutocastCPU});
+  static const c10::DispatchKeySet on_cuda({DispatchKey::CUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCUDA,
+                                            DispatchKey::AutocastCUDA});
+  static const c10::DispatchKeySet cpu(c10::BackendComponent::CPUBit), cuda(c10::BackendComponent::CUDABit);
   // a difference keeps the bit that says whose memory it is
-  return t.key_set() - usual == c10::DispatchKeySet(c10::BackendComponent::CPUBit) && t.has_storage();
+  return (t.key_set() - on_cpu == cpu || t.key_set() - on_cuda == cuda) && t.has_storage();
 }
 
 bool nobody_watches() {
@@ -61,107 +69,121 @@ bool nobody_watches() {
          !torch::jit::tracer::isTracing() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
 }
 
-// (..., K) as (M, K) with the elements of a row side by side.
-Tensor dense_rows(const Tensor& t) {
-  Tensor two = t.dim() == 2 ? t : t.dim() > 2 ? t.flatten(0, -2) : t.unsqueeze(0);
-  return two.stride(1) == 1 ? two : two.contiguous();
+bool is_seed(const Tensor& t, double p, c10::Device device) {
+  if (!t.defined() || !(p > 0.0)) return !t.defined() && !(p > 0.0);
+  return is_plain(t) && t.scalar_type() == at::kLong && t.numel() == 1 && t.device() == device &&
+         reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
-fastlora::Dropout dropout(double p, const Tensor& seed) {
-  return seed.defined() ? fastlora::Dropout::with(p, *seed.const_data_ptr<int64_t>()) : fastlora::Dropout::none();
+// What fastlora.arguments.check lets pass.
+bool fits(const Layer& layer) {
+  const Tensor &x = layer.x, &weight = layer.weight, &A = layer.lora_A, &B = layer.lora_B;
+  for (const Tensor* t : {&x, &weight, &A, &B})
+    if (!is_plain(*t) || t->device() != x.device()) return false;
+  if (x.dim() < 1 || weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
+  const int64_t N = weight.size(0), K = weight.size(1), R = A.size(0);
+  const auto dtype = x.scalar_type();
+  const Optional& bias = layer.bias;
+  return x.size(-1) == K && A.size(1) == K && B.size(0) == N && B.size(1) == R && R > 0 && R <= fastlora::MAX_RANK &&
+         weight.scalar_type() == dtype && B.scalar_type() == A.scalar_type() &&
+         (!bias || (is_plain(*bias) && bias->device() == x.device() && bias->dim() == 1 && bias->size(0) == N &&
+                    bias->scalar_type() == dtype)) &&
+         layer.p >= 0.0 && layer.p <= 1.0;
 }
 
-struct Result {
-  Tensor y, S, seed;
+// Hooks of saved tensors may have changed them, and the kernels read addresses.
+bool fits(const Incoming& in) {
+  const Tensor &dy = in.dy, &A = in.lora_A, &B = in.lora_B, &S = in.S;
+  for (const Tensor* t : {&dy, &A, &B, &S})
+    if (!is_plain(*t) || t->device() != dy.device()) return false;
+  if (dy.dim() < 1 || A.dim() != 2 || B.dim() != 2 || S.dim() != 2) return false;
+  const auto dtype = dy.scalar_type();
+  const int64_t N = dy.size(-1), M = N ? dy.numel() / N : S.size(0), R = A.size(0), K = A.size(1);
+  if (B.scalar_type() != A.scalar_type() || R > fastlora::MAX_RANK) return false;
+  if (S.scalar_type() != dtype || S.size(0) != M || S.size(1) != R || B.size(0) != N || B.size(1) != R) return false;
+  if (!is_seed(in.seed, in.p, dy.device())) return false;
+  const Tensor &x = in.x, &weight = in.weight;
+  if (weight.defined() && (!is_plain(weight) || weight.device() != dy.device() || weight.scalar_type() != dtype ||
+                           weight.dim() != 2 || weight.size(0) != N || weight.size(1) != K))
+    return false;
+  return !x.defined() || (is_plain(x) && x.device() == dy.device() && x.scalar_type() == dtype && x.dim() > 0 &&
+                          x.size(-1) == K && (K ? x.numel() / K : M) == M);
+}
+
+// ---- the plan: what computes a call that fits ----
+
+struct Plan {
+  int path;
+  std::shared_ptr<const fastlora::Record> record;  // null on a CPU
+  void* stream;
 };
+typedef std::optional<Plan> MaybePlan;
 
-Result forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Optional& bias,
-               double scaling, double p) {
-  Tensor seed;
-  if (p > 0.0)  // fastlora.paths.problem.draw_seed
-    seed = at::randint(std::numeric_limits<int64_t>::max(), {}, at::TensorOptions(at::kLong).device(at::kCPU));
-  const Tensor rows = dense_rows(x), A = lora_A.contiguous(), B = lora_B.contiguous();
-  fastlora::Call call{};
-  call.M = rows.size(0);
-  call.K = rows.size(1);
-  call.N = B.size(0);
-  call.R = static_cast<int>(B.size(1));
-  const Tensor S = at::empty({call.M, call.R}, x.options());
-  Tensor y;
-  if (x.dim() == 2) {
-    y = at::linear(x, weight, bias);
-  } else {  // at::linear would return a view here, on which autograd forbids in-place operations
-    auto shape = x.sizes().vec();
-    shape.back() = call.N;
-    y = at::empty(shape, x.options());
-    Tensor two = y.view({call.M, call.N});
-    if (bias)
-      at::addmm_out(two, *bias, rows, weight.t());
-    else
-      at::mm_out(two, rows, weight.t());
-  }
-  call.y = y.data_ptr();
-  call.x = rows.const_data_ptr();
-  call.x_stride = rows.stride(0);
-  call.lora_A = A.const_data_ptr();
-  call.lora_B = B.const_data_ptr();
-  call.S = S.data_ptr();
-  call.scaling = static_cast<float>(scaling);
-  call.threads = at::get_num_threads();
-  call.dropout = dropout(p, seed);
-  TORCH_CHECK(kernels->forward(is_bfloat16(x), is_bfloat16(A), call), "fastlora: out of memory");
-  return {y, S, seed};
+const Tensor& first(const Layer& layer) { return layer.x; }
+const Tensor& first(const Incoming& in) { return in.dy; }
+
+// The stream on which a record may run: the current one of the current device.
+fastlora::Stream stream_for(const Tensor& t) {
+  if (!fastlora::driver()) return {false, nullptr};
+  const fastlora::Stream stream = fastlora::current_stream(t.device());
+  if (stream.known) fastlora::ensure_context(t.device());
+  return stream;
 }
 
-// What is asked for of dx, dA, dB and dbias; undefined where it is not.
-struct Needs {
-  bool x, A, B, bias;
-};
-
-variable_list backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
-                       const Tensor& lora_B, const Tensor& S_, const Tensor& seed, double scaling, double p,
-                       const Needs& needs) {
-  const Tensor rows = dense_rows(dy), A = lora_A.contiguous(), B = lora_B.contiguous(), S = S_.contiguous();
-  Tensor x_rows, dx, dA, dB, dbias;
-  fastlora::Call call{};
-  call.M = rows.size(0);
-  call.N = rows.size(1);
-  call.K = A.size(1);
-  call.R = static_cast<int>(A.size(0));
-  if (needs.A) {
-    x_rows = dense_rows(x);
-    dA = at::empty_like(A);
-    call.x = x_rows.const_data_ptr();
-    call.x_stride = x_rows.stride(0);
-    call.dA = dA.data_ptr();
+template <typename Call>
+MaybePlan plan(int path, const Call& call) {
+  const Tensor& t = first(call);
+  if (path == path_cpu) {
+    const bool ours = t.device().is_cpu() && fastlora::cpu::kernels && fastlora::cpu::takes(t) && fastlora::cpu::takes(call.lora_A);
+    return ours ? MaybePlan({path, nullptr, nullptr}) : std::nullopt;
   }
-  if (needs.B) {
-    dB = at::empty_like(B);
-    call.dB = dB.data_ptr();
-  }
-  call.add = is_bfloat16(rows);  // as in fastlora/paths/cpu.py
-  if (needs.x) {
-    dx = call.add ? at::mm(rows, weight) : at::empty({call.M, call.K}, rows.options());
-    call.dx = dx.data_ptr();
-  }
-  call.dy = rows.const_data_ptr();
-  call.dy_stride = rows.stride(0);
-  call.lora_A = A.const_data_ptr();
-  call.lora_B = B.const_data_ptr();
-  call.S = const_cast<void*>(S.const_data_ptr());
-  call.scaling = static_cast<float>(scaling);
-  call.threads = at::get_num_threads();
-  call.dropout = dropout(p, seed);
-  TORCH_CHECK(kernels->backward(is_bfloat16(rows), is_bfloat16(A), call), "fastlora: out of memory");
-  if (needs.x && !call.add) dx.addmm_(rows, weight);
-  if (needs.bias) dbias = rows.sum(0);
-  if (needs.x && dy.dim() != 2) {
-    auto shape = dy.sizes().vec();
-    shape.back() = call.K;
-    dx = dx.view(shape);
-  }
-  return {dx, dA, dB, dbias};
+  if (!t.device().is_cuda()) return std::nullopt;
+  const auto record = fastlora::records.find(fastlora::record_key(path, call));
+  if (!record || !*record) return std::nullopt;
+  const fastlora::Stream stream = stream_for(t);
+  return stream.known ? MaybePlan({path, *record, stream.handle}) : std::nullopt;
 }
+
+// The same for the path that was chosen. Into a graph goes what Python chooses for graphs.
+template <typename Call>
+MaybePlan chosen_plan(const Tensor& x, const Tensor& weight, const Call& call) {
+  const auto path = fastlora::chosen.find(fastlora::choice_key(x, weight, call.lora_A, call.p > 0.0));
+  MaybePlan found = path ? plan(*path, call) : std::nullopt;
+  int capturing = 0;
+  if (found && found->record &&
+      (fastlora::driver()->cuStreamIsCapturing(found->stream, &capturing) || capturing))
+    return std::nullopt;
+  return found;
+}
+
+Tensor draw_seed(double p, c10::Device device) {  // fastlora.paths.problem.draw_seed
+  if (!(p > 0.0)) return Tensor();
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;
+  return at::empty({}, at::TensorOptions(at::kLong).device(device)).random_(0, std::numeric_limits<int64_t>::max());
+}
+
+Result forward(const Plan& plan, const Layer& layer) {
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;
+  if (!plan.record) return fastlora::cpu::forward(layer);
+  const Tensor none;
+  auto found = plan.record->run<6>({&layer.x, &layer.weight, &layer.lora_A, &layer.lora_B,
+                                    layer.bias ? &*layer.bias : &none, &layer.seed}, plan.stream);
+  return {std::move(found[0]), std::move(found[1])};
+}
+
+Gradients backward(const Plan& plan, const Incoming& in) {
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;
+  if (!plan.record) return fastlora::cpu::backward(in);
+  auto found = plan.record->run<7>({&in.dy, &in.x, &in.weight, &in.lora_A, &in.lora_B, &in.S, &in.seed}, plan.stream);
+  Gradients gradients;
+  std::size_t next = 0;
+  if (in.weight.defined()) gradients.dx = std::move(found[next++]);
+  if (in.x.defined()) gradients.dA = std::move(found[next++]);
+  if (in.need_B) gradients.dB = std::move(found[next++]);
+  return gradients;
+}
+
+// ---- Python ----
 
 struct HoldsGIL {
   PyGILState_STATE state = PyGILState_Ensure();
@@ -177,28 +199,38 @@ struct Decrease {
 };
 typedef std::unique_ptr<PyObject, Decrease> Owned;
 
-PyObject* borrowed(const Tensor& t, Owned& holder) {
-  holder.reset(t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None));
-  return holder.get();
+Owned wrapped(const Tensor& t) { return Owned(t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None)); }
+
+// The tensors of a tuple, undefined for None.
+template <std::size_t COUNT>
+std::array<Tensor, COUNT> unwrapped(const Owned& tuple) {
+  if (!tuple) throw python_error();
+  std::array<Tensor, COUNT> found;
+  for (std::size_t i = 0; i < COUNT; ++i) {
+    PyObject* one = PyTuple_GetItem(tuple.get(), i);
+    if (one && one != Py_None) found[i] = THPVariable_Unpack(one);
+  }
+  return found;
 }
 
-variable_list backward_in_python(const Tensor& dy, const variable_list& saved, double scaling, double p,
+// What is asked for of dx, dA, dB and dbias; undefined where it is not.
+struct Needs {
+  bool x, A, B, bias;
+};
+
+variable_list backward_in_python(const Tensor& dy, const variable_list& saved, double scaling, double p, int path,
                                  const Needs& needs) {
   HoldsGIL gil;
-  Owned held[7];
-  PyObject* tensors[7] = {borrowed(dy, held[0])};
-  for (int i = 0; i < 6; ++i) tensors[i + 1] = borrowed(saved[i], held[i + 1]);
-  const Owned found(PyObject_CallFunction(python_gradients, "OOOOOOOddO(iiii)", tensors[0], tensors[1], tensors[2],
-                                          tensors[3], tensors[4], tensors[5], tensors[6], scaling, p, path_cpu,
-                                          needs.x, needs.A, needs.B, needs.bias));
-  if (!found) throw python_error();
-  variable_list gradients(4);
-  for (int i = 0; i < 4; ++i) {
-    PyObject* one = PyTuple_GetItem(found.get(), i);
-    if (one && one != Py_None) gradients[i] = THPVariable_Unpack(one);
-  }
-  return gradients;
+  const Owned held[7] = {wrapped(dy),       wrapped(saved[0]), wrapped(saved[1]), wrapped(saved[2]),
+                         wrapped(saved[3]), wrapped(saved[4]), wrapped(saved[5])};
+  const Owned tuple(PyObject_CallFunction(python_gradients, "OOOOOOOddO(iiii)", held[0].get(), held[1].get(),
+                                          held[2].get(), held[3].get(), held[4].get(), held[5].get(), held[6].get(),
+                                          scaling, p, paths[path], needs.x, needs.A, needs.B, needs.bias));
+  const auto found = unwrapped<4>(tuple);
+  return {found.begin(), found.end()};
 }
+
+// ---- the node ----
 
 // Zeros of x's shape in no memory, with x's history: see fastlora.autograd._shadow.
 Tensor shadow(const Tensor& x) {
@@ -209,17 +241,17 @@ Tensor shadow(const Tensor& x) {
 }
 
 struct LoRALinear : torch::autograd::Function<LoRALinear> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                        const Tensor& lora_A, const Tensor& lora_B, const Optional& bias, double scaling, double p) {
-    const Result result = ::forward(x, weight, lora_A, lora_B, bias, scaling, p);
+  // Only what may get a gradient stands before `layer`: torch keeps sizes of each.
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& lora_A,
+                        const Tensor& lora_B, const Optional& bias, const Layer& layer, const Plan& plan) {
+    const Result result = ::forward(plan, layer);
     const Tensor kept = lora_A.requires_grad()                        ? x
                         : x.requires_grad() && lora_B.requires_grad() ? shadow(x)
                                                                       : Tensor();
-    ctx->save_for_backward({kept, x.requires_grad() ? weight : Tensor(), lora_A, lora_B,
-                            result.S, result.seed});
-    ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["p"] = p;
-    ctx->saved_data["bias"] = bias.has_value();
+    ctx->save_for_backward({kept, x.requires_grad() ? layer.weight : Tensor(), lora_A, lora_B, result.S, layer.seed});
+    ctx->saved_data["scaling"] = layer.scaling;
+    ctx->saved_data["p"] = layer.p;
+    ctx->saved_data["path, bias"] = int64_t{plan.path} << 1 | bias.has_value();
     return result.y;
   }
 
@@ -228,126 +260,281 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     const Tensor& dy = incoming[0];
     const variable_list saved = ctx->get_saved_variables();
     const double scaling = ctx->saved_data["scaling"].toDouble(), p = ctx->saved_data["p"].toDouble();
-    const Needs needs{ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3),
-                      ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(4)};
-    const Tensor x = needs.A ? saved[0] : Tensor();
-    const Tensor &weight = saved[1], &A = saved[2], &B = saved[3], &S = saved[4], &seed = saved[5];
-    const bool ours = !at::GradMode::is_enabled() && nobody_watches() && is_plain(dy) &&
-                      as_expected(dy, x, weight, A, B, S, seed);
-    const variable_list g = ours ? ::backward(dy, x, weight, A, B, S, seed, scaling, p, needs)
-                                 : backward_in_python(dy, saved, scaling, p, needs);
-    return {g[0], Tensor(), g[1], g[2], g[3], Tensor(), Tensor()};
+    const int64_t path_and_bias = ctx->saved_data["path, bias"].toInt();
+    const int path = static_cast<int>(path_and_bias >> 1);
+    const Needs needs{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+                      (path_and_bias & 1) && ctx->needs_input_grad(3)};
+    const Incoming in{dy, needs.A ? saved[0] : Tensor(), needs.x ? saved[1] : Tensor(), saved[2], saved[3], saved[4],
+                      saved[5], scaling, p, needs.B};
+    const bool ours = !at::GradMode::is_enabled() && nobody_watches() && fits(in);
+    const MaybePlan plan = ours ? ::plan(path, in) : std::nullopt;
+    variable_list g = plan ? gradients(*plan, in, needs) : backward_in_python(dy, saved, scaling, p, path, needs);
+    return {g[0], g[1], g[2], g[3], Tensor(), Tensor()};
   }
 
  private:
-  // Hooks of saved tensors may have changed them, and the kernels read addresses.
-  static bool as_expected(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
-                          const Tensor& S, const Tensor& seed) {
-    const auto dtype = dy.scalar_type();
-    if (!is_plain(A) || !is_plain(B) || !is_plain(S) || A.dim() != 2 || B.dim() != 2 || S.dim() != 2) return false;
-    const int64_t N = dy.size(-1), M = N ? dy.numel() / N : S.size(0), R = A.size(0), K = A.size(1);
-    if (!kernels_take(dy) || !kernels_take(A) || B.scalar_type() != A.scalar_type() || R > fastlora::MAX_RANK)
-      return false;
-    if (S.scalar_type() != dtype || S.size(0) != M || S.size(1) != R || B.size(0) != N || B.size(1) != R) return false;
-    if (seed.defined() && (!is_plain(seed) || seed.scalar_type() != at::kLong || seed.numel() != 1)) return false;
-    if (weight.defined() && (!is_plain(weight) || weight.scalar_type() != dtype || weight.dim() != 2 ||
-                             weight.size(0) != N || weight.size(1) != K))
-      return false;
-    return !x.defined() || (is_plain(x) && x.scalar_type() == dtype && x.dim() > 0 && x.size(-1) == K &&
-                            (K ? x.numel() / K : M) == M);
+  static variable_list gradients(const Plan& plan, const Incoming& in, const Needs& needs) {
+    Gradients found = ::backward(plan, in);
+    if (needs.x && in.dy.dim() != 2) {
+      auto shape = in.dy.sizes().vec();
+      shape.back() = in.lora_A.size(1);
+      found.dx = found.dx.view(shape);
+    }
+    return {found.dx, found.dA, found.dB, needs.bias ? fastlora::rows_of(in.dy).sum(0) : Tensor()};
   }
 };
 
-// What fastlora.arguments.check lets pass, and the kernels take.
-bool fits(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B, const Optional& bias, double p) {
-  for (const Tensor* t : {&x, &weight, &A, &B})
-    if (!is_plain(*t)) return false;
-  if (x.dim() < 1 || weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
-  const int64_t N = weight.size(0), K = weight.size(1), R = A.size(0);
-  const auto dtype = x.scalar_type();
-  return x.size(-1) == K && A.size(1) == K && B.size(0) == N && B.size(1) == R && R > 0 && R <= fastlora::MAX_RANK &&
-         weight.scalar_type() == dtype && kernels_take(x) && kernels_take(A) && B.scalar_type() == A.scalar_type() &&
-         (!bias || (is_plain(*bias) && bias->dim() == 1 && bias->size(0) == N && bias->scalar_type() == dtype)) &&
-         p >= 0.0 && p <= 1.0;
+// The tensors and numbers of a call of Python's, if they are of the exact types.
+bool parsed(PyObject* const* values, Py_ssize_t count, Optional& bias, double& scaling, double& p) {
+  if (count != 7) return false;
+  for (int i = 0; i < 4; ++i)
+    if (!THPVariable_CheckExact(values[i])) return false;
+  if (values[4] != Py_None) {
+    if (!THPVariable_CheckExact(values[4])) return false;
+    bias = THPVariable_Unpack(values[4]);
+  }
+  for (int i = 5; i < 7; ++i)
+    if (!PyFloat_Check(values[i]) && !PyLong_Check(values[i])) return false;
+  scaling = PyFloat_AsDouble(values[5]), p = PyFloat_AsDouble(values[6]);
+  if (!PyErr_Occurred()) return true;
+  PyErr_Clear();  // an integer that no double holds
+  return false;
 }
 
-// The seven arguments of `lora_linear` and `run`: y, or None for what is left to Python.
-template <bool CHOOSING>
-PyObject* call(PyObject*, PyObject* const* values, Py_ssize_t count) {
+// y, or None for what is left to Python; `path` is negative for the chosen one.
+PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 7) return PyErr_Format(PyExc_TypeError, "7 arguments needed, got %zd", count);
-  PyObject* bias_or_none = values[4];
-  for (int i = 0; i < 4; ++i)
-    if (!THPVariable_CheckExact(values[i])) Py_RETURN_NONE;
-  if (bias_or_none != Py_None && !THPVariable_CheckExact(bias_or_none)) Py_RETURN_NONE;
-  for (int i = 5; i < 7; ++i)
-    if (!PyFloat_Check(values[i]) && !PyLong_Check(values[i])) Py_RETURN_NONE;
-  const double scaling = PyFloat_AsDouble(values[5]), p = PyFloat_AsDouble(values[6]);
-  if (PyErr_Occurred()) {  // an integer that no double holds
-    PyErr_Clear();
-    Py_RETURN_NONE;
-  }
+  Optional bias;
+  double scaling, p;
+  if (!parsed(values, count, bias, scaling, p)) Py_RETURN_NONE;
   const Tensor &x = THPVariable_Unpack(values[0]), &weight = THPVariable_Unpack(values[1]);
   const Tensor &A = THPVariable_Unpack(values[2]), &B = THPVariable_Unpack(values[3]);
-  Optional bias;
-  if (bias_or_none != Py_None) bias = THPVariable_Unpack(bias_or_none);
-  if (!kernels || !fits(x, weight, A, B, bias, p) || weight.requires_grad() || !nobody_watches()) Py_RETURN_NONE;
-  if (CHOOSING && !allowed[is_bfloat16(x)][is_bfloat16(A)][A.size(0)][p > 0.0]) Py_RETURN_NONE;
-
+  Layer layer{x, weight, A, B, bias, scaling, p, Tensor()};
+  if (!fits(layer) || weight.requires_grad() || !nobody_watches()) Py_RETURN_NONE;
+  const MaybePlan plan = path < 0 ? chosen_plan(x, weight, layer) : ::plan(path, layer);
+  if (!plan) Py_RETURN_NONE;
   Tensor y;
   {
     ReleasesGIL no_gil;
+    layer.seed = draw_seed(p, x.device());
     const bool learns = x.requires_grad() || A.requires_grad() || B.requires_grad() || (bias && bias->requires_grad());
-    y = learns && at::GradMode::is_enabled() ? LoRALinear::apply(x, weight, A, B, bias, scaling, p)
-                                             : forward(x, weight, A, B, bias, scaling, p).y;
+    y = learns && at::GradMode::is_enabled() ? LoRALinear::apply(x, A, B, bias, layer, *plan)
+                                             : forward(*plan, layer).y;
   }
   return THPVariable_Wrap(y);
   END_HANDLE_TH_ERRORS
 }
 
-// prepare(kernels, gradients, path): once, before anything else
+// ---- the ops, for compilers: fastlora/ops.py gives them fakes and gradients ----
+
+bool path_is_named(c10::string_view path) {
+  const char* variable = std::getenv("FASTLORA_PATH");
+  return !path.empty() || (variable && *variable);
+}
+
+std::tuple<Tensor, Tensor> op_forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+                                      const Optional& bias, double scaling, double p, const Optional& seed,
+                                      c10::string_view path) {
+  const Layer layer{x, weight, lora_A, lora_B, bias, scaling, p, seed.value_or(Tensor())};
+  if (!path_is_named(path) && nobody_watches() && fits(layer) && is_seed(layer.seed, p, x.device())) {
+    if (const MaybePlan plan = chosen_plan(x, weight, layer)) {
+      Result result = forward(*plan, layer);
+      return {std::move(result.y), std::move(result.S)};
+    }
+  }
+  HoldsGIL gil;
+  const Owned held[] = {wrapped(x), wrapped(weight), wrapped(lora_A), wrapped(lora_B), wrapped(bias.value_or(Tensor())),
+                        wrapped(layer.seed)};
+  const auto found = unwrapped<2>(Owned(PyObject_CallFunction(
+      python_forward, "OOOOOddOs#", held[0].get(), held[1].get(), held[2].get(), held[3].get(), held[4].get(), scaling,
+      p, held[5].get(), path.data(), static_cast<Py_ssize_t>(path.size()))));
+  return {found[0], found[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> op_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                               const Tensor& lora_A, const Tensor& lora_B, const Tensor& S,
+                                               double scaling, double p, const Optional& seed, c10::string_view path,
+                                               bool need_x, bool need_A, bool need_B) {
+  const Incoming in{dy, need_A ? x : Tensor(), need_x ? weight : Tensor(), lora_A, lora_B, S, seed.value_or(Tensor()),
+                    scaling, p, need_B};
+  if (!path_is_named(path) && nobody_watches() && fits(in) && x.dim() > 0 && weight.dim() == 2) {
+    if (const MaybePlan plan = chosen_plan(x, weight, in)) {
+      const Gradients found = backward(*plan, in);
+      return {need_x ? found.dx.view(x.sizes()) : at::empty({0}, x.options()),
+              need_A ? found.dA : at::empty({0}, lora_A.options()), need_B ? found.dB : at::empty({0}, lora_B.options())};
+    }
+  }
+  HoldsGIL gil;
+  const Owned held[] = {wrapped(dy), wrapped(x), wrapped(weight), wrapped(lora_A), wrapped(lora_B), wrapped(S),
+                        wrapped(in.seed)};
+  const auto found = unwrapped<3>(Owned(PyObject_CallFunction(
+      python_backward, "OOOOOOddOs#iii", held[0].get(), held[1].get(), held[2].get(), held[3].get(), held[4].get(),
+      held[5].get(), scaling, p, held[6].get(), path.data(), static_cast<Py_ssize_t>(path.size()), need_x, need_A,
+      need_B)));
+  return {found[0], found[1], found[2]};
+}
+
+TORCH_LIBRARY_FRAGMENT(fastlora, library) {
+  library.def(
+      "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, float dropout_p, "
+      "Tensor? seed, str path) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  library.def(
+      "backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor S, float scaling, "
+      "float dropout_p, Tensor? seed, str path, bool need_x, bool need_A, bool need_B) -> (Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  library.impl("forward", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(op_forward));
+  library.impl("backward", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(op_backward));
+}
+
+// ---- the module ----
+
+// A path with tiles of its own (Path.with_tiles) is met here for the first time.
+int path_of(PyObject* object) {
+  for (std::size_t i = 0; i < paths.size(); ++i)
+    if (paths[i] == object) return static_cast<int>(i);
+  paths.push_back(Py_NewRef(object));
+  return static_cast<int>(paths.size() - 1);
+}
+
+PyObject* lora_linear(PyObject*, PyObject* const* values, Py_ssize_t count) { return call(-1, values, count); }
+
+PyObject* run(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  const int path = count ? path_of(values[0]) : -1;
+  if (path < 0) Py_RETURN_NONE;
+  return call(path, values + 1, count - 1);
+}
+
+// prepare(kernels or None, gradients, paths, the place of `cpu` among them): once, before anything else
 PyObject* prepare(PyObject*, PyObject* arguments) {
-  PyObject *capsule, *gradients, *path;
-  if (!PyArg_ParseTuple(arguments, "OOO", &capsule, &gradients, &path)) return nullptr;
-  const void* table = PyCapsule_GetPointer(capsule, fastlora::KERNELS);
-  if (!table) return nullptr;
-  kernels = static_cast<const fastlora::Kernels*>(table);
-  path_cpu = Py_NewRef(path);
+  PyObject *capsule, *gradients, *all;
+  if (!PyArg_ParseTuple(arguments, "OOO!i", &capsule, &gradients, &PyTuple_Type, &all, &path_cpu)) return nullptr;
+  if (capsule != Py_None) {
+    const void* table = PyCapsule_GetPointer(capsule, fastlora::KERNELS);
+    if (!table) return nullptr;
+    fastlora::cpu::kernels = static_cast<const fastlora::Kernels*>(table);
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(all); ++i) paths.push_back(Py_NewRef(PyTuple_GET_ITEM(all, i)));
   python_gradients = Py_NewRef(gradients);
   Py_RETURN_NONE;
 }
 
-// allow(x16, adapter16, R, dropout)
-PyObject* allow(PyObject*, PyObject* arguments) {
-  int x16, adapter16, R, dropout;
-  if (!PyArg_ParseTuple(arguments, "ppip", &x16, &adapter16, &R, &dropout)) return nullptr;
-  if (R >= 0 && R <= fastlora::MAX_RANK) allowed[x16][adapter16][R][dropout] = true;
+// serve(forward, backward): what the ops call where no plan is known
+PyObject* serve(PyObject*, PyObject* arguments) {
+  if (!PyArg_ParseTuple(arguments, "OO", &python_forward, &python_backward)) return nullptr;
+  Py_INCREF(python_forward);
+  Py_INCREF(python_backward);
   Py_RETURN_NONE;
+}
+
+// choose(path, x, weight, lora_A, dropout)
+PyObject* choose(PyObject*, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  PyObject *path, *x, *weight, *lora_A;
+  int dropout;
+  if (!PyArg_ParseTuple(arguments, "OOOOp", &path, &x, &weight, &lora_A, &dropout)) return nullptr;
+  if (path_of(path) >= 0 && THPVariable_CheckExact(x) && THPVariable_CheckExact(weight) && THPVariable_CheckExact(lora_A))
+    fastlora::chosen.insert(
+        fastlora::choice_key(THPVariable_Unpack(x), THPVariable_Unpack(weight), THPVariable_Unpack(lora_A), dropout),
+        path_of(path));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
 }
 
 PyObject* forget(PyObject*, PyObject*) {
-  std::memset(allowed, 0, sizeof allowed);
+  fastlora::chosen.clear();
+  fastlora::records.clear();
   Py_RETURN_NONE;
 }
 
-template <bool CHOOSING>
+// The key of (path, tensors, scaling, p, need_B): tensors are forward's six or backward's seven, in the order of a record's
+// inputs. None where no record could serve them.
+std::optional<fastlora::Key> key_of(PyObject* path_object, PyObject* tensors, double scaling, double p, bool need_B) {
+  const int path = path_of(path_object);
+  const Py_ssize_t count = PyTuple_GET_SIZE(tensors);
+  if (path < 0 || path == path_cpu || count < 6 || count > 7) return std::nullopt;
+  std::array<Tensor, 7> t;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* one = PyTuple_GET_ITEM(tensors, i);
+    if (one == Py_None) continue;
+    if (!THPVariable_CheckExact(one)) return std::nullopt;
+    t[i] = THPVariable_Unpack(one);
+  }
+  if (!t[0].defined() || !t[0].is_cuda() || !stream_for(t[0]).known) return std::nullopt;
+  if (count == 7) {
+    const Incoming in{t[0], t[1], t[2], t[3], t[4], t[5], t[6], scaling, p, need_B};
+    return fits(in) ? std::optional(fastlora::record_key(path, in)) : std::nullopt;
+  }
+  const Optional bias = t[4].defined() ? Optional(t[4]) : std::nullopt;
+  const Layer layer{t[0], t[1], t[2], t[3], bias, scaling, p, t[5]};
+  return fits(layer) && is_seed(t[5], p, t[0].device()) ? std::optional(fastlora::record_key(path, layer)) : std::nullopt;
+}
+
+// lacks(path, tensors, scaling, p, need_B): whether a record of this call would be of use
+PyObject* lacks(PyObject*, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  PyObject *path, *tensors;
+  double scaling, p;
+  int need_B;
+  if (!PyArg_ParseTuple(arguments, "OO!ddp", &path, &PyTuple_Type, &tensors, &scaling, &p, &need_B)) return nullptr;
+  const auto key = key_of(path, tensors, scaling, p, need_B);
+  return PyBool_FromLong(key && !key->overflows && !fastlora::records.find(*key));
+  END_HANDLE_TH_ERRORS
+}
+
+// keep(path, tensors, scaling, p, need_B, record or None)
+PyObject* keep(PyObject*, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  PyObject *path, *tensors, *object;
+  double scaling, p;
+  int need_B;
+  if (!PyArg_ParseTuple(arguments, "OO!ddpO", &path, &PyTuple_Type, &tensors, &scaling, &p, &need_B, &object))
+    return nullptr;
+  const auto record = object == Py_None ? nullptr : fastlora::Record::parse(object);
+  if (!record && object != Py_None) return nullptr;
+  if (const auto key = key_of(path, tensors, scaling, p, need_B)) fastlora::records.insert(*key, record);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// replay(library, record, six tensors): the outputs of a record, on any tensors, by another library than the driver's
+PyObject* replay(PyObject*, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  const char* library;
+  PyObject *object, *tensors;
+  if (!PyArg_ParseTuple(arguments, "sOO!", &library, &object, &PyTuple_Type, &tensors)) return nullptr;
+  const auto record = fastlora::Record::parse(object);
+  if (!record) return nullptr;
+  const Owned held(Py_NewRef(tensors));
+  const auto inputs = unwrapped<6>(held);
+  TORCH_CHECK(fastlora::driver(library), "no driver in ", library);
+  const auto found = record->run<6>({&inputs[0], &inputs[1], &inputs[2], &inputs[3], &inputs[4], &inputs[5]}, nullptr);
+  return Py_BuildValue("(NNN)", wrapped(found[0]).release(), wrapped(found[1]).release(), wrapped(found[2]).release());
+  END_HANDLE_TH_ERRORS
+}
+
+template <auto FUNCTION>
 PyCFunction fastcall() {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call<CHOOSING>));
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(FUNCTION));
 }
 
 PyMethodDef methods[] = {
-    {"lora_linear", fastcall<true>(), METH_FASTCALL, "y where path `cpu` was chosen; None: left to Python"},
-    {"run", fastcall<false>(), METH_FASTCALL, "y by path `cpu`; None: left to Python"},
-    {"prepare", prepare, METH_VARARGS, "hand over the kernels and what is left to Python"},
-    {"allow", allow, METH_VARARGS, "say for which calls path `cpu` was chosen"},
-    {"forget", forget, METH_NOARGS, "take back all that `allow` said"},
+    {"lora_linear", fastcall<lora_linear>(), METH_FASTCALL, "y by the path that was chosen; None: left to Python"},
+    {"run", fastcall<run>(), METH_FASTCALL, "y by the path given; None: left to Python"},
+    {"prepare", prepare, METH_VARARGS, "hand over the kernels, the paths, and what is left to Python"},
+    {"serve", serve, METH_VARARGS, "hand over what the ops leave to Python"},
+    {"choose", choose, METH_VARARGS, "say for which calls a path was chosen"},
+    {"forget", forget, METH_NOARGS, "take back all that was chosen and recorded"},
+    {"lacks", lacks, METH_VARARGS, "whether a record of this call would be of use"},
+    {"keep", keep, METH_VARARGS, "hand over the record of a call, or None: there is none"},
+    {"replay", replay, METH_VARARGS, "run a record by another library than the driver's, for tests"},
     {nullptr, nullptr, 0, nullptr},
 };
 
 #define FASTLORA_TEXT_OF(name) #name
 #define FASTLORA_TEXT(name) FASTLORA_TEXT_OF(name)
 PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "fastlora." FASTLORA_TEXT(FASTLORA_NAME), "Path `cpu` as an autograd node.", -1, methods,
+    PyModuleDef_HEAD_INIT, "fastlora." FASTLORA_TEXT(FASTLORA_NAME), "The layer as an autograd node.", -1, methods,
     nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace

@@ -73,16 +73,25 @@ def run(function: Callable[..., Tensor], inputs: Inputs, **keywords) -> dict[str
     return {"Y": y.detach(), **gradients}
 
 
-def violations(got: dict[str, Tensor], inputs: Inputs, units: float = 2.0) -> list[str]:
+Expected = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+
+
+def expected(inputs: Inputs) -> Expected:
+    """The eager reference, the truth, and the expression on absolute values: what `violations` compares with."""
+    sizes = replace(inputs.map(lambda t: t.double().abs()), scaling=abs(inputs.scaling))
+    return tuple(
+        run(reference.lora_linear, one, mask=inputs.mask) for one in (inputs, inputs.map(Tensor.double), sizes)
+    )
+
+
+def violations(got: dict[str, Tensor], inputs: Inputs, units: float = 2.0, known: Expected | None = None) -> list[str]:
     """Every way in which `got`, what `run` returned, breaks the rule, for that many units; empty when it is correct.
 
-    NaN and infinity must stand where the eager reference has them, and are left out of the figures. Where eager only
-    overflowed, the truth rounded to its dtype is right as well: a number, or the infinity that it rounds to.
+    `known` is `expected(inputs)`, where several results are compared with it. NaN and infinity must stand where the
+    eager reference has them, and are left out of the figures. Where eager only overflowed, the truth rounded to its
+    dtype is right as well: a number, or the infinity that it rounds to.
     """
-    eager = run(reference.lora_linear, inputs, mask=inputs.mask)
-    truth = run(reference.lora_linear, inputs.map(Tensor.double), mask=inputs.mask)
-    sizes = replace(inputs.map(lambda t: t.double().abs()), scaling=abs(inputs.scaling))
-    absolute = run(reference.lora_linear, sizes, mask=inputs.mask)
+    eager, truth, absolute = known or expected(inputs)
     infos = [torch.finfo(t.dtype) for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
     unit = max(info.eps for info in infos)
     tiny = max(info.smallest_normal * info.eps for info in infos)

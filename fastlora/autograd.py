@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 
+from fastlora import node
 from fastlora.base_layer import Packed, dense
 from fastlora.gate import why_eager
 from fastlora.node import NODE
@@ -33,8 +34,8 @@ def run(
     dropout_p: float,
 ) -> Tensor:
     """y of one call by `path`, differentiable where its arguments ask for it. What eager calls end in."""
-    if path is _CPU and NODE is not None:
-        y = NODE.run(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    if NODE is not None:
+        y = NODE.run(path, x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         if y is not None:
             return y
     if torch.is_grad_enabled() and (
@@ -42,14 +43,14 @@ def run(
     ):
         return _apply(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    return path.forward(x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))[0]
+    return node.forward(path, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))[0]
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, dropout_p, path):
         seed = draw_seed(x.device) if dropout_p > 0.0 else None
-        y, S = path.forward(x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))
+        y, S = node.forward(path, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))
         need_x, _, need_A, need_B, *_ = ctx.needs_input_grad
         kept = x if need_A else _shadow(x) if need_x and need_B else None
         ctx.packed = weight if weight.__class__ is Packed and need_x else None
@@ -101,7 +102,7 @@ def gradients(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, path, 
         need_x, need_A, need_B, need_bias = needs
         dy2 = rows(dy)
         weight = dense(weight) if need_x else None
-        dx, dA, dB = path.backward(dy2, x if need_A else None, weight, S, update, need_B)
+        dx, dA, dB = node.backward(path, dy2, x if need_A else None, weight, S, update, need_B, dy)
         return (
             dx.view((*dy.shape[:-1], dx.shape[-1])) if need_x else None,
             dA.to(lora_A.dtype) if need_A else None,
@@ -139,6 +140,6 @@ def _differentiable(dy, x, weight, S, update, path, needs):
     return dx, dA, dB, dy.sum(0) if need_bias else None
 
 
-_nothing, _CPU = nullcontext(), PATHS["cpu"]
+_nothing = nullcontext()
 if NODE is not None:
-    NODE.prepare(cpu.kernels(), gradients, _CPU)
+    NODE.prepare(cpu.kernels(), gradients, tuple(PATHS.values()), list(PATHS).index("cpu"))

@@ -1,34 +1,42 @@
 """Which path runs one call, and why: the one place that selects.
 
 Named (`path=`, FASTLORA_PATH): that path, or an error. Else on a CPU the path that is known to be the fastest; on a GPU
-the one that measured fastest there for the bucket of shapes (`fastlora.tuning`); `torch` where no other can run.
+the path and tiles that measured fastest there for the bucket of shapes (`fastlora.tuning`). Where nothing may be timed
+(while a graph is captured, in a compiler, under deterministic algorithms, with FASTLORA_AUTOTUNE=0) the one that must
+be the fastest by arithmetic (`fastlora.roofline`) of those that the self-check has admitted. Else `torch`.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastlora import check, env, tuning
+from fastlora import check, env, roofline, tuning
 from fastlora.errors import warn_once
 from fastlora.node import NODE
 from fastlora.paths import ATEN, PATHS, Path
-from fastlora.paths.problem import Problem
+from fastlora.paths.problem import Layout, Problem, rows
 
 _selected: dict[tuple, Path] = {}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The path that runs, by name, and the reason in a sentence; `str()` is both."""
+    """The path that runs, with its tiles, and the reason in a sentence; `table`: what was measured. `str()` is all."""
 
-    path: str
+    runs: Path
     reason: str
+    table: str = ""
+
+    @property
+    def path(self) -> str:
+        return self.runs.name
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{self.path}: {self.reason}" + f"\n{self.table}" * bool(self.table)
 
 
 def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: str | None) -> Path:
@@ -39,20 +47,21 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
         ValueError: there is no such path.
     """
     N, K = weight.shape
-    sizes = () if x.is_cpu and path is None else (x.shape[:-1], N, K, x.device)  # on a CPU only the rank matters
-    key = (path, x.dtype, lora_A.dtype, lora_A.shape[0], dropout_p > 0.0, *sizes)
+    R, dropout = lora_A.shape[0], dropout_p > 0.0
+    key = path, x.dtype, lora_A.dtype, R, dropout
+    if not x.is_cpu or path is not None:  # on a CPU only the rank matters
+        key = (*key, x.shape, N, K, x.device, _lies(x), _lies(weight), x.is_cuda and _nothing_timed())
     chosen = _selected.get(key)
     if chosen is None:
-        rank, dropout = lora_A.shape[0], dropout_p > 0.0
-        problem = Problem(x.shape[:-1].numel(), N, K, rank, x.dtype, lora_A.dtype, x.device, dropout)
-        chosen = _forced(problem, path) if path else PATHS[choose(problem).path]
+        problem = _problem(x, weight, R, x.dtype, lora_A.dtype, dropout)
+        chosen = _forced(problem, path) if path else choose(problem).runs
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return chosen  # what is found then is less than what can be found later
         if len(_selected) >= 4096:  # a server with every length under the sun
             forget()
         _selected[key] = chosen
-        if NODE is not None and path is None and chosen is PATHS["cpu"]:
-            NODE.allow(x.dtype is torch.bfloat16, lora_A.dtype is torch.bfloat16, rank, dropout)
+        if NODE is not None and path is None and isinstance(weight, Tensor):
+            NODE.choose(chosen, x, weight, lora_A, dropout)
     return chosen
 
 
@@ -68,18 +77,54 @@ def choose(problem: Problem) -> Choice:
     if problem.device.type == "cpu":
         return _choose_for_cpu(problem)
     if problem.empty:
-        return Choice(ATEN.name, "M, N or K is 0: nothing to multiply")
-    if not env.autotune():
-        return Choice(ATEN.name, "FASTLORA_AUTOTUNE is off, so nothing was measured")
-    name = tuning.fastest_path(problem)
-    obstacle = None if name == ATEN.name else _obstacle(PATHS[name], problem)
-    if obstacle:
-        warn_once(
-            ("choice", name, obstacle),
-            f"fastlora: path {name!r} measured fastest but 'torch' runs instead: {obstacle}",
-        )
-        return Choice(ATEN.name, f"{name!r} cannot run: {obstacle}")
-    return Choice(name, "measured fastest here")
+        return Choice(ATEN, "M, N or K is 0: nothing to multiply")
+    if problem.device.type != "cuda":
+        return Choice(ATEN, f"no other path is for device type {problem.device.type!r}")
+    forbidden = _nothing_timed()
+    if forbidden:
+        return _guess(problem, forbidden)
+    row = tuning.measured(problem)
+    if row is None:
+        return Choice(ATEN, "the paths could not be timed: no memory, or another process is at it")
+    plain, captured = row.winner(False), row.winner(True)
+    for path in {plain.label: plain, captured.label: captured}.values():
+        obstacle = _obstacle(path, problem)
+        if obstacle:
+            message = f"fastlora: path {path.name!r} measured fastest but 'torch' runs instead: {obstacle}"
+            warn_once(("choice", path.name, obstacle), message)
+            return Choice(ATEN, f"{path.name!r} cannot run: {obstacle}", str(row))
+    if plain.label != captured.label:
+        tuning.load(captured, problem)  # so that a graph may be captured with it
+    return Choice(plain, "measured fastest here", str(row))
+
+
+def _nothing_timed() -> str | None:
+    """Why nothing may be timed now, or None: cheap, for it is asked in every call on a GPU."""
+    if torch.cuda.is_current_stream_capturing():
+        return "a graph is captured"
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch.use_deterministic_algorithms is on"
+    if torch.compiler.is_compiling():
+        return "a compiler is at work"
+    return None if env.autotune() else "FASTLORA_AUTOTUNE is off"
+
+
+def _guess(problem: Problem, why: str) -> Choice:
+    """The best of what may run without anything compiled, checked or timed; never raises."""
+    captured = why == "a graph is captured"
+    row = tuning.known(problem) if captured else None
+    for path in [row.winner(True), row.winner(False)] if row else []:
+        if check.admitted(path, problem, here=True):
+            return Choice(path, "measured fastest here", str(row))
+    found = {}
+    for path in PATHS.values():
+        with suppress(Exception):  # whatever planning a launch raises
+            if not path.why_not(problem.device, problem):
+                path = tuning.pin(path, problem)
+                if check.admitted(path, problem, here=captured):
+                    found[path] = roofline.predict(path.name, problem, captured, NODE is not None)
+    best, names = min(found, key=found.__getitem__, default=ATEN), ", ".join(path.name for path in found)
+    return Choice(best, f"{why}, so nothing was measured; fastest by prediction of those admitted ({names})")
 
 
 def _choose_for_cpu(problem: Problem) -> Choice:
@@ -94,9 +139,9 @@ def _choose_for_cpu(problem: Problem) -> Choice:
         obstacle = missing or _obstacle(path, problem)
         slow = None if obstacle else path.why_slow(problem)
         if not obstacle and not slow:
-            return Choice(path.name, "measured fastest on a CPU for such ranks and dtypes")
+            return Choice(path, "measured fastest on a CPU for such ranks and dtypes")
         reasons.append(f"{path.name!r} cannot run: {obstacle}" if obstacle else slow)
-    return Choice(ATEN.name, f"the tensors are on the CPU, and {'; '.join(reasons)}")
+    return Choice(ATEN, f"the tensors are on the CPU, and {'; '.join(reasons)}")
 
 
 def explain(layer, x: Tensor) -> Choice:
@@ -122,9 +167,11 @@ def explain(layer, x: Tensor) -> Choice:
     (N, R), K = layer.lora_B.shape, layer.lora_A.shape[1]
     dora = getattr(layer, "lora_magnitude_vector", None) is not None  # which drops elements of x itself
     dropout = bool(layer.training and layer.lora_dropout > 0.0 and not dora)
-    problem = Problem(x.shape[:-1].numel(), N, K, R, dtype, layer.lora_A.dtype, x.device, dropout)
+    plain = layer.weight.shape == (N, K) and type(layer.weight) in (Tensor, torch.nn.Parameter)
+    weight = layer.weight if plain else torch.empty((N, K), device="meta")  # a quantised one is made dense
+    problem = _problem(x, weight, R, dtype, layer.lora_A.dtype, dropout)
     forced = env.forced_path()
-    return choose(problem) if forced is None else Choice(_forced(problem, forced).name, "FASTLORA_PATH asks for it")
+    return choose(problem) if forced is None else Choice(_forced(problem, forced), "FASTLORA_PATH asks for it")
 
 
 def paths(device: torch.device | str | None = None) -> dict[str, str]:
@@ -136,7 +183,7 @@ def paths(device: torch.device | str | None = None) -> dict[str, str]:
 def why_not(name: str, device: torch.device) -> str | None:
     """Why path `name` runs nothing on `device`, or None; ValueError when there is no such path."""
     path = _named(name)
-    return path.why_not(device, None) or check.admit(path, device)
+    return path.why_not(device, None) or check.verdict(path, device)
 
 
 def selfcheck(device: torch.device | str | None = None) -> dict[str, str]:
@@ -172,5 +219,20 @@ def _forced(problem: Problem, name: str) -> Path:
     return path
 
 
+def _problem(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: bool) -> Problem:
+    N, K = weight.shape
+    if not x.is_cuda:
+        return Problem(x.shape[:-1].numel(), N, K, R, dtype, adapter_dtype, x.device, dropout)
+    x, plain = rows(x), ((K, 1), 0)
+    layout = Layout(*_lies(x), *(_lies(weight) or plain))
+    device, layout = check.indexed(x.device), None if layout == Layout(*plain, *plain) else layout
+    return Problem(x.shape[0], N, K, R, dtype, adapter_dtype, device, dropout, layout)
+
+
+def _lies(t: Tensor) -> tuple | None:
+    """Strides, and the address modulo 16; None for a quantised weight, which is made dense for each product."""
+    return (t.stride(), t.data_ptr() % 16) if isinstance(t, Tensor) else None
+
+
 def _obstacle(path: Path, problem: Problem) -> str | None:
-    return path.why_not(problem.device, problem) or check.admit(path, problem.device)
+    return path.why_not(problem.device, problem) or check.admit(path, problem)

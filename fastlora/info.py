@@ -1,11 +1,11 @@
-"""`fastlora info`: versions, devices, the paths usable here and why not, the data found."""
+"""`fastlora info`: versions, devices, the paths usable here and why not, what was timed, the data found."""
 
 from __future__ import annotations
 
 import torch
 
 import fastlora
-from fastlora import env
+from fastlora import env, tuning
 from fastlora.finetune.data import found
 from fastlora.finetune.run import versions
 from fastlora.node import NODE
@@ -18,6 +18,8 @@ def info() -> str:
     lines += [f"{'GPU':<10} {name}" for name in devices or ["none"]]
     lines += [f"{'CPU':<10} {torch.get_num_threads()} threads, autograd node {_node()}"]
     lines += ["", "paths"] + [f"  {name:<8} {state}" for name, state in fastlora.paths().items()]
+    for i in range(len(devices)):
+        lines += [line for where, table in tuning.tables(torch.device("cuda", i)) for line in ("", where, table)]
     lines += ["", f"data (cache: {env.cache_dir()})"] + [f"  {name:<8} {place}" for name, place in found().items()]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """The registered ops that a compiler sees. They choose their path when they run, so that one graph serves every M.
 
-A dispatcher call costs several times what `autograd.run` costs, so eager calls never take this road.
+Where the node in C++ is there, it registers them, and calls what stands here where it knows no plan. A dispatcher call
+costs several times what `autograd.run` costs, so eager calls never take this road.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlora import env
+from fastlora import env, node
 from fastlora.arguments import check
 from fastlora.base_layer import dense
 from fastlora.choice import select
+from fastlora.node import NODE
 from fastlora.paths.problem import Update, check_saved, draw_seed, rows
 
 
@@ -21,8 +23,7 @@ def call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path) -> Tensor:
     return torch.ops.fastlora.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path or "")[0]
 
 
-@torch.library.custom_op("fastlora::forward", mutates_args=())
-def _forward_op(
+def _forward(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
@@ -35,17 +36,15 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, lora_A, lora_B, bias, dropout_p)  # a caller of torch.ops has passed by `lora_linear`
     chosen = select(x, weight, lora_A, dropout_p, path or env.forced_path())
-    return chosen.forward(x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))
+    return node.forward(chosen, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))
 
 
-@_forward_op.register_fake
-def _(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path):
+def _fake_forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path):
     M = rows(x).shape[0]  # symbolic where x's is, so that one graph serves every M
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((M, lora_A.shape[0]))
 
 
-@torch.library.custom_op("fastlora::backward", mutates_args=())
-def _backward_op(
+def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -62,8 +61,10 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = select(x, weight, lora_A, dropout_p, path or env.forced_path())
     update, weight = Update(lora_A, lora_B, scaling, dropout_p, seed), dense(weight)
-    check_saved(rows(dy), x, weight, S, update)
-    dx, dA, dB = chosen.backward(rows(dy), x if need_A else None, weight if need_x else None, S, update, need_B)
+    dy2 = rows(dy)
+    check_saved(dy2, x, weight, S, update)
+    x_or_none, weight = x if need_A else None, weight if need_x else None
+    dx, dA, dB = node.backward(chosen, dy2, x_or_none, weight, S, update, need_B, dy)
     return (
         dx.view(x.shape) if need_x else x.new_empty(0),
         dA.to(lora_A.dtype).contiguous() if need_A else lora_A.new_empty(0),
@@ -71,8 +72,7 @@ def _backward_op(
     )
 
 
-@_backward_op.register_fake
-def _(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, path, need_x, need_A, need_B):
+def _fake_backward(dy, x, weight, lora_A, lora_B, S, scaling, dropout_p, seed, path, need_x, need_A, need_B):
     return (
         x.new_empty(x.shape if need_x else 0),
         lora_A.new_empty(lora_A.shape if need_A else 0),
@@ -109,4 +109,11 @@ def _op_backward(ctx, dy, _):
     )
 
 
-_forward_op.register_autograd(_op_backward, setup_context=_setup_context)
+if NODE is None:
+    torch.library.custom_op("fastlora::forward", _forward, mutates_args=())
+    torch.library.custom_op("fastlora::backward", _backward, mutates_args=())
+else:
+    NODE.serve(_forward, _backward)
+torch.library.register_fake("fastlora::forward", _fake_forward)
+torch.library.register_fake("fastlora::backward", _fake_backward)
+torch.library.register_autograd("fastlora::forward", _op_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""The dropout mask: a pure function of (seed, row, column) that every kernel regenerates and none stores.
+"""The dropout mask: a pure function of (seed, row, column), made again by every kernel; dA may leave it as bits for dX.
 
     keep[m, k] = bits[m, k] >= round(p * 65536)          drop(X) = keep * X / (1 - round(p * 65536) / 65536)
 

@@ -224,6 +224,20 @@ def descriptors_fit(x: Tensor, w: Tensor, y: Tensor) -> bool:
     )
 
 
+def _rows_by_n(w: Tensor) -> bool:
+    """Whether the rows of w (K, N) in memory are those of (N, K)."""
+    return w.stride(0) == 1 and (w.stride(1) != 1 or w.shape[1] == 1)
+
+
+def candidates(target: Target, x: Tensor, w: Tensor, R: int, dropout: bool, y: Tensor) -> tuple[Tile, ...]:
+    """At most three tiles for y (M, N) = x (M, K) w (K, N) and an update of rank R, the default first."""
+    (M, K), N = x.shape, w.shape[1]
+    kind = tiles.kind_of(x.dtype, tiles.input_precision(x.dtype, target))
+    fit = descriptors_fit(x, w, y)
+    aligned = fit and (x.stride(0) | N | K | w.stride(1 if _rows_by_n(w) else 0)) % 16 == 0
+    return tiles.gemm_tiles(target, M, N, R, kind, aligned, dropout, fit, tiles.multiprocessors(x.device, target))
+
+
 def gemm_launch(
     target: Target, x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, u: Tensor, dropout: Dropout | None,
     bits: Tensor | None, y: Tensor, tile: Tile | None = None,
@@ -235,20 +249,15 @@ def gemm_launch(
     """
     (M, K), (R, N) = x.shape, u.shape
     precision = tiles.input_precision(x.dtype, target)
-    kind = tiles.kind_of(x.dtype, precision)
-    fit = descriptors_fit(x, w, y)
-    count = tiles.multiprocessors(x.device, target)
-    by_n = w.stride(0) == 1 and (w.stride(1) != 1 or N == 1)  # W's rows in memory are those of (N, K)
     if tile is None:
-        w_row = w.stride(1) if by_n else w.stride(0)
-        aligned = fit and (x.stride(0) | N | K | w_row) % 16 == 0
-        tile = tiles.gemm_tiles(target, M, N, R, kind, aligned, dropout is not None, fit, count)[0]
-    elif tile.tma and not fit:
+        tile = candidates(target, x, w, R, dropout is not None, y)[0]
+    elif tile.tma and not descriptors_fit(x, w, y):
         raise ValueError(
             f"tile {tile} needs rows of whole 16-byte pieces that do not overlap: strides {x.stride()} and {w.stride()}"
         )
+    by_n = _rows_by_n(w)
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
-    block_r = min(tiles.padded_rank(R), tiles.rank_block(target, kind))
+    block_r = min(tiles.padded_rank(R), tiles.rank_block(target, tiles.kind_of(x.dtype, precision)))
     programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     args = {
         "bias_ptr": bias, "s_ptr": s, "u_ptr": u, "bits_ptr": bits,
@@ -280,6 +289,7 @@ def gemm_launch(
     } | args  # fmt: skip
     # Not on sm_100: triton 3.6 fails on its tensor memory there.
     flags = {"DROPOUT": drops, "W_BY_N": by_n, "FLATTEN": target.family == 90}
+    count = tiles.multiprocessors(x.device, target)
     return Launch(gemm_tma_kernel, (min(programs, count),), args | strides | flags | constants, tile.options)
 
 

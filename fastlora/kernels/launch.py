@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastlora.kernels.tiles import Target
+from fastlora.kernels.tiles import Target, planned_for
 
 SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 _recorded: ContextVar[list | None] = ContextVar("recorded launches", default=None)
+_planned: ContextVar[list | None] = ContextVar("planned launches", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,22 +40,38 @@ class Launch:
 
     def run(self) -> None:
         """Launch on the current stream, or in Triton's interpreter. Every launch of this package passes here."""
+        planned = _planned.get()
+        if planned is not None:
+            planned.append(self)
+            return
         kernel = self.fn[self.grid](**self.args, **self.options)
         recorded = _recorded.get()
         if recorded is not None:
             recorded.append((self, kernel))
 
+    def key(self, target: Target) -> str:
+        """Equal for two launches on `target` if Triton has one compiled kernel for both."""
+        _, specialization, options = _binder(self.fn, target)[1](**self.args, **self.options)
+        return f"{self.fn.__name__} {specialization} {sorted(options.items())}"
+
     def compile(self, target: Target):
         """The kernel that `run` would launch on `target`, compiled with no GPU."""
-        gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-        backend = make_backend(gpu)
-        bind = create_function_from_signature(self.fn.signature, self.fn.params, backend)
+        gpu = _gpu(target)
+        backend, bind = _binder(self.fn, target)
         bound, specialization, _ = bind(**self.args, **self.options)
         options, signature, constants, attrs = self.fn._pack_args(
             backend, self.options, bound, specialization, self.options
         )
         source = ASTSource(self.fn, signature, constants, attrs)
         return triton.compile(source, target=gpu, options=options.__dict__)
+
+    @property
+    def turns(self) -> int:
+        """How many tiles a program of a persistent grid makes, 1 in other grids."""
+        if "y_desc" not in self.args:
+            return 1
+        tiles = triton.cdiv(self.args["M"], self.args["BLOCK_M"]) * triton.cdiv(self.args["N"], self.args["BLOCK_N"])
+        return triton.cdiv(tiles, self.grid[0])
 
     @property
     def label(self) -> str:
@@ -82,6 +100,17 @@ class Launch:
         return " ".join(["/".join(words), *([tile] * bool(tile)), *(f"{n[4]}{v}" for n, v in self.options.items())])
 
 
+def _gpu(target: Target) -> GPUTarget:
+    return GPUTarget(target.backend, target.arch, target.warp_size)
+
+
+@cache
+def _binder(fn: Any, target: Target) -> tuple[Any, Any]:
+    """Triton's backend, and what sorts the arguments of `fn` for it."""
+    backend = make_backend(_gpu(target))
+    return backend, create_function_from_signature(fn.signature, fn.params, backend)
+
+
 def number(scaling: float | torch.Tensor) -> float | torch.Tensor:
     """`scaling` as an argument: an int would be compiled in."""
     return scaling if isinstance(scaling, torch.Tensor) else float(scaling)
@@ -102,3 +131,15 @@ def recording() -> Iterator[list[tuple[Launch, Any]]]:
         yield recorded
     finally:
         _recorded.reset(token)
+
+
+@contextmanager
+def planning(target: Target) -> Iterator[list[Launch]]:
+    """Collects the launches that this thread makes of tensors on the meta device, for `target`; none is run."""
+    planned: list[Launch] = []
+    tokens = _planned.set(planned), planned_for.set(target)
+    try:
+        yield planned
+    finally:
+        _planned.reset(tokens[0])
+        planned_for.reset(tokens[1])

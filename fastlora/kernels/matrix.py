@@ -26,6 +26,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -223,11 +224,11 @@ def examine(item: tuple[Target, Launch]) -> Report:
     return Report(str(target), launch.label, registers, spilled, shared, programs, wgmma, tuple(failures))
 
 
-def run(items: list[tuple[Target, Launch]], workers: int | None = None) -> list[Report]:
+def run(items: list[tuple[Target, Launch]], workers: int | None = None) -> Iterator[Report]:
     """Examine all in a pool of processes, with a progress bar on a terminal when tqdm is there."""
     fork = multiprocessing.get_context("fork")  # kernels cannot be pickled: the workers inherit the list
     with ProcessPoolExecutor(workers or os.cpu_count(), fork, _inherit, (items,)) as pool:
-        return list(_progress(pool.map(_examine_nth, range(len(items))), len(items)))
+        yield from _progress(pool.map(_examine_nth, range(len(items))), len(items))
 
 
 _items: list[tuple[Target, Launch]] = []
@@ -296,8 +297,8 @@ def read(file: Path) -> tuple[str, list[Report]]:
 
 
 def summary(version: str, reports: list[Report]) -> str:
-    """A Markdown table, a row for each target and kernel."""
-    ran = executed()
+    """A Markdown table, a row for each target and kernel; of the launches that there are now."""
+    ran, there = executed(), Counter((str(t), launch.label.split("/")[0]) for t, launch in launches())
     lines = [
         f"| target, triton {version} | kernel | launches | most registers | spills | most shared memory, KiB "
         "| programs an SM | with wgmma | executed | claims that fail |",
@@ -308,7 +309,7 @@ def summary(version: str, reports: list[Report]) -> str:
         programs = sorted({r.programs or 0 for r in own} - {0})
         many = f"{programs[0]}–{programs[-1]}" if len(programs) > 1 else str(*programs or "–")
         lines.append(
-            f"| {target} | {kernel} | {len(own)} | {max(r.registers or 0 for r in own)} "
+            f"| {target} | {kernel} | {len(own)} of {there[target, kernel]} | {max(r.registers or 0 for r in own)} "
             f"| {sum(bool(r.spilled) for r in own)} | {max(r.shared or 0 for r in own) / 1024:.0f} | {many} "
             f"| {sum(bool(r.wgmma) for r in own) or '–'} "
             f"| {sum(ran.get((r.target, r.label)) == 'ok' for r in own) or '–'} "
@@ -329,7 +330,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one launch of each kernel, for sm_80 and sm_90")
     parser.add_argument("--target", type=_target, action="append", help="cuda:90, hip:gfx942, ...; may be repeated")
     parser.add_argument("--kernel", action="append", help="labels that begin so; may be repeated")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports there too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the reports there too, beside what it has of others"
+    )
     parser.add_argument("--summary", type=Path, metavar="FILE", help="compile nothing; what --json wrote, as Markdown")
     parser.add_argument("--workers", type=int, help="processes (default: one for each CPU core)")
     args = parser.parse_args(arguments)
@@ -341,13 +344,23 @@ def main(arguments: list[str] | None = None) -> int:
         item for item in launches(targets, args.quick)
         if not args.kernel or item[1].label.startswith(tuple(args.kernel))
     ]  # fmt: skip
-    reports = run(items, args.workers)
+    reports: list[Report] = []
+    for count, report in enumerate(run(items, args.workers), 1):
+        reports.append(report)
+        if args.json and (count % 50 == 0 or count == len(items)):  # hours on a small machine: what is done is kept
+            write(_with_older(reports, args.json), args.json)
     print(table(reports))
     failed = sum(bool(r.failures) for r in reports)
     print(f"{len(reports)} compiled with triton {triton.__version__}, {failed} with a claim that fails")
-    if args.json:
-        write(reports, args.json)
     return 1 if failed or not reports else 0
+
+
+def _with_older(reports: list[Report], file: Path) -> list[Report]:
+    """The reports and, of the launches that there still are, those that `file` has of the same compiler."""
+    version, older = read(file) if file.exists() else ("", [])
+    rows = {(r.target, r.label): r for r in (older if version == triton.__version__ else [])}
+    rows |= {(r.target, r.label): r for r in reports}
+    return [rows[key] for target, launch in launches() if (key := (str(target), launch.label)) in rows]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ can be asked: `python -m fastlora.kernels.matrix` tells. The order within a row 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -101,12 +102,17 @@ class Tile:
     group_m: int = 8
     tma: bool = False  # through tensor descriptors, in a persistent grid
 
+    def __str__(self) -> str:
+        sides = "x".join(str(side) for side in (self.block_m, self.block_n, self.block_k) if side)
+        return f"{sides}w{self.num_warps}s{self.num_stages}" + "t" * self.tma
+
     @property
     def options(self) -> dict[str, int]:
         """The launch options, as keywords of a Triton launch."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+planned_for: ContextVar[Target] = ContextVar("the target that launches on the meta device are planned for")
 TARGETS = tuple(Target("hip" if isinstance(arch, str) else "cuda", arch) for arch in LIMITS)
 INTERPRETER = Target("interpreter", 0)
 
@@ -120,11 +126,13 @@ def _target_of_index(index: int) -> Target:
 
 
 def target_of(device: torch.device) -> Target:
-    """The target that kernels on `device` are compiled for; asks the device once.
+    """The target that kernels on `device` are compiled for; asks the device once. On `meta`: what is planned for.
 
     Raises:
         RuntimeError: `device` is no GPU, and Triton's interpreter is off.
     """
+    if device.type == "meta":
+        return planned_for.get()
     if device.type == "cuda":
         return _target_of_index(torch.cuda.current_device() if device.index is None else device.index)
     if env.interpreting():
@@ -186,15 +194,10 @@ def split(target: Target, length: int, block: int, least: int, others: int) -> t
 # The rank-R kernels. kernel -> (arch, type of product) -> tiles BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: one for ranks
 # up to the first of HOLDS, one up to the second. Preferred: 128 bytes of a row or more, shared memory for two programs;
 # for ds_db a region as wide as registers allow, for the partials of dS cost 8 * R / (BLOCK_N * itemsize) of dY's bytes.
-HOLDS = {"s": (32, 128), "s_y": (32, 128), "da": (32, 128), "da_dx": (32, 128), "onepass": (32, 128), "ds_db": (16, 32)}
-LIKE = {
-    89: 86,
-    120: 86,
-    86: 80,
-    100: 90,
-    90: 80,
-    "gfx950": "gfx942",
-}  # whose row serves where an architecture has none of its own
+HOLDS = {
+    "s": (32, 128), "s_y": (32, 128), "da": (32, 128), "da_dx": (32, 128), "onepass": (32, 128), "ds_db": (16, 32),
+}  # fmt: skip
+LIKE = {89: 86, 120: 86, 86: 80, 100: 90, 90: 80, "gfx950": "gfx942"}  # whose row serves one that has none of its own
 RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] = {
     "s": {
         (75, "half"): ((32, 0, 64, 8, 3), (16, 0, 32, 8, 2)),
@@ -230,7 +233,7 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         ("gfx942", "ieee"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 2)),
     },
     "s_y": {
-        (75, "half"): ((32, 64, 64, 8, 2), (16, 64, 32, 8, 2)),
+        (75, "half"): ((32, 64, 64, 8, 2), (16, 16, 32, 8, 2)),
         (75, "ieee"): ((32, 64, 64, 4, 2), (32, 32, 32, 4, 2)),
         (80, "half"): ((32, 128, 128, 4, 4), (32, 64, 64, 8, 3)),
         (80, "ieee"): ((32, 64, 64, 4, 3), (32, 32, 32, 4, 2)),
@@ -243,8 +246,8 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         ("gfx942", "ieee"): ((32, 64, 32, 4, 2), (32, 32, 32, 4, 2)),
     },
     "da_dx": {
-        (75, "half"): ((32, 0, 64, 4, 2), (16, 0, 32, 4, 2)),
-        (75, "ieee"): ((32, 0, 64, 4, 2), (16, 0, 32, 4, 2)),
+        (75, "half"): ((32, 0, 32, 4, 2), (16, 0, 32, 4, 2)),
+        (75, "ieee"): ((32, 0, 32, 4, 2), (16, 0, 32, 4, 2)),
         (80, "half"): ((32, 0, 64, 4, 3), (32, 0, 64, 4, 2)),
         (80, "ieee"): ((32, 0, 64, 8, 2), (16, 0, 32, 4, 2)),
         (80, "tf32"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 2)),
@@ -370,7 +373,6 @@ GEMM_TILES: dict[int | str, dict[str, tuple[Tile, ...]]] = {
     90: _COMMON
     | {
         "tma": _cut((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
-        "tma wide": _cut((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), tma=True),
         "aligned": _cut((128, 256, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
         "aligned wide": _cut((128, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4), (32, 64, 64, 4, 4)),
         "ragged": _cut((128, 128, 32, 8, 2), (64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
@@ -398,6 +400,7 @@ INTERPRETER_GEMM = Tile(32, 32, 32, num_warps=4, num_stages=1, group_m=2)
 INTERPRETER_TMA = Tile(32, 32, 32, num_warps=4, num_stages=1, group_m=2, tma=True)
 
 
+@functools.cache
 def gemm_row(target: Target, kind: str, R: int, aligned: bool, dropout: bool, tma: bool) -> tuple[Tile, ...]:
     """The tiles of a table's row, large ones first. With `tma` () where the architecture or the case has none."""
     if target.backend == "interpreter":
@@ -411,7 +414,19 @@ def gemm_row(target: Target, kind: str, R: int, aligned: bool, dropout: bool, tm
         row = "tma dropout" if dropout and "tma dropout" in table else "tma"
     elif kind != "half":
         row += f" {kind}"
-    return table.get(f"{row} wide" if R > RANK_WIDE else row, table.get(row, ()))
+    tiles = table.get(f"{row} wide" if R > RANK_WIDE else row, table.get(row, ()))
+    if not tma:
+        return tiles
+    return tuple(replace(t, num_stages=min(t.num_stages, stages_that_fit(target, t, R, dropout))) for t in tiles)
+
+
+def stages_that_fit(target: Target, tile: Tile, R: int, dropout: bool) -> int:
+    """Of the pipeline of `gemm_tma_kernel` beside a quarter of Y and one step of S and U, whole or by quarters."""
+    block_m, block_n, itemsize = tile.block_m, tile.block_n, 2
+    block_r = min(padded_rank(R), rank_block(target, "half"))
+    rest = block_m * block_n // 4 + (block_m + (block_n // 4 if dropout else block_n)) * block_r
+    barriers = 1024  # some bytes each, and where the buffers begin
+    return (target.shared_limit - barriers - rest * itemsize) // ((block_m + block_n) * tile.block_k * itemsize)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -72,9 +72,9 @@ def why_slow(problem: Problem) -> str | None:
     return None
 
 
-def kernels() -> object:
-    """The compiled kernels as the node in C++ takes them."""
-    return _cpu.kernels()
+def kernels() -> object | None:
+    """The compiled kernels as the node in C++ takes them, or None where there are none."""
+    return None if _cpu is None else _cpu.kernels()
 
 
 @cache

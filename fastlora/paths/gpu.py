@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 from fastlora import env
 from fastlora.paths.mask import threshold
 from fastlora.paths.path import Path
-from fastlora.paths.problem import Problem, Update, check_saved, rows
+from fastlora.paths.problem import Problem, Update, check_saved, drawn, rows
 
 MAX_RANK = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TABLES: dict = {}  # no tile but the tables'
 
 
 def why_not(device: torch.device, problem: Problem | None) -> str | None:
@@ -60,66 +61,72 @@ def _triton_missing() -> str | None:
     return None
 
 
-def hybrid_forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
+def hybrid_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]:
     from fastlora.kernels import hybrid
 
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     y2 = y.view(x2.shape[0], weight.shape[0])
     with _on_device_of(x):
-        S = hybrid.s_y(x2, update.lora_A, update.lora_B, bias, _exact(update), _dropout(update), y2)
+        S = hybrid.s_y(x2, update.lora_A, update.lora_B, bias, exact(update), _dropout(update), y2, cut.get("s_y"))
         torch.addmm(y2, x2, weight.t(), out=y2)
     return y, S
 
 
-def hybrid_backward(dy, x, weight, S, update, need_B):
+def hybrid_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
     from fastlora.kernels import grads, hybrid
 
     check_saved(dy, x, weight, S, update)
     lora_A = update.lora_A
     with _on_device_of(dy):
-        dS, dB = grads.ds_db(dy, update.lora_B, S, _exact(update))
+        dS, dB = grads.ds_db(dy, update.lora_B, S, exact(update), cut.get("ds_db"))
         dx = None if weight is None else dy.new_empty((dy.shape[0], lora_A.shape[1]))
         dA = None
         if x is not None or dx is not None:
             dA = hybrid.da_dx(
-                dS, None if x is None else rows(x), lora_A, _dropout(update), None if x is None else lora_A.dtype, dx
-            )
+                dS, None if x is None else rows(x), lora_A, _dropout(update), None if x is None else lora_A.dtype, dx,
+                cut.get("da_dx"),
+            )  # fmt: skip
         if dx is not None:
             dx.addmm_(dy, weight)
     return dx, dA, dB
 
 
-def onepass_forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
+def onepass_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]:
     from fastlora.kernels import onepass
 
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     with _on_device_of(x):
         _, S = onepass.onepass_forward(
-            x2, weight, bias, update.lora_A, update.lora_B, _exact(update), _dropout(update),
-            out=y.view(x2.shape[0], weight.shape[0]),
+            x2, weight, bias, update.lora_A, update.lora_B, exact(update), _dropout(update),
+            out=y.view(x2.shape[0], weight.shape[0]), tile=cut.get("onepass"),
         )  # fmt: skip
     return y, S
 
 
-def split_forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
+def split_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]:
     from fastlora.kernels import gemm, s
 
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     with _on_device_of(x):
-        S = s.s_forward(x2, update.lora_A, _exact(update), _dropout(update))
-        gemm.gemm_forward(x2, weight, bias, S, update.lora_B, out=y.view(x2.shape[0], weight.shape[0]))
+        S = s.s_forward(x2, update.lora_A, exact(update), _dropout(update), cut.get("s"))
+        y2 = y.view(x2.shape[0], weight.shape[0])
+        gemm.gemm_forward(x2, weight, bias, S, update.lora_B, out=y2, tile=cut.get("gemm"))
     return y, S
 
 
-def split_backward(dy, x, weight, S, update, need_B):
+def split_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
     from fastlora.kernels import gemm, grads
+    from fastlora.kernels.dropout import mask_bits
 
     check_saved(dy, x, weight, S, update)
     dropout, lora_A = _dropout(update), update.lora_A
     with _on_device_of(dy):
-        dS, dB = grads.ds_db(dy, update.lora_B, S, _exact(update))
-        dA = None if x is None else grads.da(dS, rows(x), dropout, lora_A.dtype)
-        dx = None if weight is None else gemm.gemm_dx(dy, weight, dS, lora_A, dropout)
+        dS, dB = grads.ds_db(dy, update.lora_B, S, exact(update), cut.get("ds_db"))
+        # dA makes the mask; dX reads an eighth of a byte an element instead of making it again
+        both = dropout is not None and x is not None and weight is not None
+        bits = mask_bits(dy.shape[0], lora_A.shape[1], dy.device) if both else None
+        dA = None if x is None else grads.da(dS, rows(x), dropout, lora_A.dtype, cut.get("da"), bits)
+        dx = None if weight is None else gemm.gemm_dx(dy, weight, dS, lora_A, dropout, None, cut.get("gemm_dx"), bits)
     return dx, dA, dB
 
 
@@ -141,7 +148,7 @@ def _dropout(update: Update):
     return Dropout(update.dropout_p, update.seed) if update.dropout_p > 0.0 else None
 
 
-def _exact(update: Update) -> float:
+def exact(update: Update) -> float:
     """The scaling to hand to kernels, which divide what they keep by 1 - round(p·65536)/65536, so that it is 1 - p."""
     scaling, p = update.scaling, update.dropout_p
     return scaling if p in (0.0, 1.0) else scaling * (1.0 - threshold(p) / 65536) / (1.0 - p)
@@ -162,6 +169,47 @@ def fingerprint() -> str:
     return f"{metadata.version('triton')} {digest.hexdigest()}"
 
 
-HYBRID = Path("hybrid", why_not, hybrid_forward, hybrid_backward, mask, s_factor, (), fingerprint)
-ONEPASS = Path("onepass", why_not, onepass_forward, split_backward, mask, s_factor, (), fingerprint)
-SPLIT = Path("split", why_not, split_forward, split_backward, mask, s_factor, (), fingerprint)
+def tiles(kernels: tuple[str, ...], problem: Problem) -> dict[str, tuple]:
+    """For each of these kernels at most three tiles, the default first; none for one that does not run."""
+    from fastlora.kernels import gemm
+    from fastlora.kernels import tiles as tables
+
+    target, R = tables.target_of(problem.device), problem.R
+    kind = tables.kind_of(problem.dtype, tables.input_precision(problem.dtype, target))
+    x, weight, _, _, _, dy = drawn(problem, "meta")
+    found = {}
+    for kernel in kernels:
+        if kernel == "gemm":
+            found[kernel] = gemm.candidates(target, x, weight.t(), R, False, dy)
+        elif kernel == "gemm_dx":
+            found[kernel] = gemm.candidates(target, dy, weight, R, problem.dropout, torch.empty_like(x))
+        elif kernel != "ds_db" or tables.ds_db_tile(target, problem.M, problem.N, R, kind, problem.dtype.itemsize):
+            found[kernel] = tables.rank_tiles(kernel, target, R, kind)
+    return found
+
+
+def launches(path: Path, problem: Problem) -> list:
+    """What a call of `path` launches for `problem`, forward with a bias and without, and backward; none of it runs."""
+    from fastlora.kernels.launch import planning
+    from fastlora.kernels.tiles import target_of
+
+    x, weight, lora_A, lora_B, bias, dy = drawn(problem, "meta")
+    seed = torch.empty((), dtype=torch.int64, device="meta") if problem.dropout else None
+    update = Update(lora_A, lora_B, 2.0, 0.1 if problem.dropout else 0.0, seed)
+    with planning(target_of(problem.device)) as planned:
+        path.forward(x, weight, None, update)
+        _, S = path.forward(x, weight, bias, update)
+        path.backward(dy, x, weight, S, update, True)
+    return planned
+
+
+def _path(name: str, forward, backward, *kernels: str) -> Path:
+    return Path(
+        name, why_not, forward, backward, mask, s_factor, (), fingerprint,
+        tiles=partial(tiles, kernels), launches=launches,
+    )  # fmt: skip
+
+
+HYBRID = _path("hybrid", hybrid_forward, hybrid_backward, "s_y", "ds_db", "da_dx")
+ONEPASS = _path("onepass", onepass_forward, split_backward, "onepass", "ds_db", "da", "gemm_dx")
+SPLIT = _path("split", split_forward, split_backward, "s", "gemm", "ds_db", "da", "gemm_dx")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ class Path:
             without one.
         why_slow: problem -> why the path, though it can run, is left unless asked for; None where it is known to be the
             fastest. A path without this function is left until it has been measured.
+        tiles: problem -> for each kernel the tiles to try, the default first.
+        launches: (path, problem) -> the launches of Triton kernels that a call makes, none of them run.
+        cut: the tiles that `with_tiles` chose, by kernel; other kernels cut as their tables say.
+        whole: the path of PATHS of which `with_tiles` made this one.
     """
 
     name: str
@@ -39,3 +44,24 @@ class Path:
     cases: tuple[tuple, ...] = ()
     fingerprint: Callable[[], str] | None = None
     why_slow: Callable[[Problem], str | None] | None = None
+    tiles: Callable[[Problem], dict[str, tuple]] | None = None
+    launches: Callable[[Path, Problem], list] | None = None
+    cut: tuple[tuple[str, object], ...] = ()
+
+    whole: Path | None = None
+
+    def with_tiles(self, cut: Mapping[str, object]) -> Path:
+        """This path, its kernels cut by these tiles; the same object for the same tiles."""
+        cut = dict(self.cut) | dict(cut)
+        return _cut(self.whole or self, tuple(sorted(cut.items()))) if cut else self
+
+    @property
+    def label(self) -> str:
+        """The name, and the tiles that are not the tables'."""
+        return " ".join([self.name, *(f"{kernel}={tile}" for kernel, tile in self.cut)])
+
+
+@cache
+def _cut(path: Path, cut: tuple[tuple[str, object], ...]) -> Path:
+    how = {"forward": partial(path.forward, cut=dict(cut)), "backward": partial(path.backward, cut=dict(cut))}
+    return replace(path, cut=cut, whole=path, **how)

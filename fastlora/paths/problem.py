@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 
+class Layout(NamedTuple):
+    """How x as (M, K) and the weight (N, K) lie in memory: their strides, and their addresses modulo 16.
+
+    A problem has none where both are contiguous and start at a multiple of 16 bytes. Adapters and biases are
+    parameters, and taken to lie so.
+    """
+
+    x_strides: tuple[int, int]
+    x_offset: int
+    weight_strides: tuple[int, int]
+    weight_offset: int
+
+
 class Problem(NamedTuple):
     """One call of the layer. M tokens, N out_features, K in_features, R rank; hashable, to keep a choice by."""
 
@@ -19,6 +32,7 @@ class Problem(NamedTuple):
     adapter_dtype: torch.dtype
     device: torch.device
     dropout: bool
+    layout: Layout | None = None
 
     @property
     def empty(self) -> bool:
@@ -38,6 +52,33 @@ class Update(NamedTuple):
     scaling: float
     dropout_p: float
     seed: Tensor | None
+
+
+def drawn(problem: Problem, device: torch.device | str | None = None) -> tuple[Tensor, ...]:
+    """x (M, K), weight, lora_A, lora_B, bias (N,) and dy (M, N) of a problem: random, of a trained layer's scale, laid
+    out as its layout says; on its device, or on `meta` without memory."""
+    M, N, K, R, dtype, adapter_dtype, own, _, layout = problem
+    device = torch.device(device or own)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+    def normal(shape, dtype=dtype, scale=1.0, strides=None, offset=0):
+        if strides is None:
+            size = shape
+        else:  # all of the storage at once: rows may overlap
+            first = offset // dtype.itemsize
+            size = (first + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)),)
+        t = torch.randn(size, generator=generator, device=device).mul_(scale).to(dtype)
+        return t if strides is None else t.as_strided(shape, strides, first)
+
+    x_lies, weight_lies = (layout[:2], layout[2:]) if layout else ((), ())
+    return (
+        normal((M, K), dtype, 1.0, *x_lies),
+        normal((N, K), dtype, K**-0.5, *weight_lies),
+        normal((R, K), adapter_dtype, K**-0.5),
+        normal((N, R), adapter_dtype, R**-0.5),
+        normal((N,)),
+        normal((M, N)),
+    )
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -26,6 +26,8 @@ def case(dropout, dtype="bfloat16", rows=M, size=1024, R=1):
         ("split", 0.0, 7, 5),
         ("split", 0.1, 7, 5),
         ("onepass", 0.1, 6, 4),
+        ("hybrid", 0.1, 11, 5),
+        ("cuda", 0.1, 7, 2),
     ],
 )
 def test_units_and_launches(contender, dropout, units, launches):

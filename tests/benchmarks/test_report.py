@@ -1,10 +1,12 @@
-"""Tables, lost shapes and the README's section, from rows made by hand."""
+"""Tables, lost shapes, the README's section and the comparison of two results, from rows made by hand."""
 
 from __future__ import annotations
 
 import pytest
 
 from benchmarks import measure, plots, report
+from benchmarks.__main__ import main
+from fastlora.cache import write_json
 from fastlora.errors import UserError
 
 
@@ -51,7 +53,7 @@ def test_means_are_geometric(rows):
 def test_the_readmes_section_is_replaced_and_the_rest_is_kept(rows, suite_payload, tmp_path):
     readme, result = tmp_path / "README.md", tmp_path / "2026.json"
     readme.write_text(f"head\n{report.BEGIN}\nold figures\n{report.END}\ntail\n")
-    measure.write_json(result, suite_payload(rows))
+    write_json(result, suite_payload(rows))
     for _ in range(2):  # a second time changes nothing
         report.write_readme(readme, [(result, report.load(result))])
         text = readme.read_text()
@@ -76,12 +78,13 @@ def test_a_file_that_is_no_result_is_the_users_mistake(content, tmp_path):
 
 def test_the_newest_file_of_each_device_is_found(tmp_path, suite_payload):
     for device in ("a", "b"):
-        for stamp in ("2026-01-01", "2026-02-01"):
-            measure.write_json(tmp_path / device / f"{stamp}.json", suite_payload([]))
-        measure.write_json(tmp_path / device / "2026-03-01-tune.json", {"kind": "tune"})
+        for stamp in ("2026-01-01-120000", "2026-02-01-120000"):
+            write_json(tmp_path / device / f"{stamp}.json", suite_payload([]))
+        write_json(tmp_path / device / "2026-03-01-120000-steps.json", {"kind": "steps"})
+    (tmp_path / "empty").mkdir()
     assert [path.relative_to(tmp_path).as_posix() for path in report.newest(tmp_path)] == [
-        "a/2026-02-01.json",
-        "b/2026-02-01.json",
+        "a/2026-02-01-120000.json",
+        "b/2026-02-01-120000.json",
     ]
 
 
@@ -99,6 +102,49 @@ def test_the_figure_is_drawn(rows, suite_payload, tmp_path):
     assert plots.draw(suite_payload([]), tmp_path / "none.png") is None
 
 
-def test_the_short_table_ends_a_run(rows):
-    text = report.short(rows)
-    assert "won" in text and "1.20" in text and max(map(len, text.splitlines())) < 100
+def test_a_contender_that_the_model_does_not_know_is_shown_all_the_same(rows, suite_payload, tmp_path):
+    for row in rows:
+        for key in ("bytes_per_s", "model_bytes", "predicted", "predicted_over_bare", "predicted_launches"):
+            row.pop(key, None)
+    text = report.tables(suite_payload(rows), tmp_path / "x.json")
+    assert "| **1.20** | torch | – |" in text and "| won | 1.00 | – |" in text
+    pytest.importorskip("matplotlib")
+    assert plots.draw(suite_payload(rows), tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("contender", "after", "spread", "status"),
+    [
+        ("fastlora", 1.20, 0.01, 0),  # the same
+        ("fastlora", 1.00, 0.01, 0),  # faster
+        ("fastlora", 1.40, 0.01, 1),  # slower past the noise
+        ("fastlora", 1.40, 0.20, 0),  # slower within it
+        ("fastlora", 1.22, 0.001, 0),  # past the noise, and too little to speak of
+        ("split", 1.40, 0.01, 1),
+        ("eager", 1.40, 0.01, 0),  # not ours
+    ],
+)
+def test_only_what_is_ours_and_past_the_noise_is_a_regression(
+    tmp_path, suite_payload, row, capsys, contender, after, spread, status
+):
+    rows = [row(contender=contender, over_bare=over, spread=spread) for over in (1.2, after)]
+    files = [tmp_path / name for name in ("before.json", "after.json")]
+    for file, one in zip(files, rows, strict=True):
+        write_json(file, suite_payload([one, row("only here" if one is rows[0] else "only there")]))
+    assert main(["compare", *map(str, files)]) == status
+    printed = capsys.readouterr().out
+    assert ("REGRESSION" in printed) == bool(status)
+    assert f"1 rows compared, {status} slower past the noise" in printed
+
+
+def test_a_slower_machine_is_no_regression(row):
+    text, slower = report.compare([row(bare=1e-3)], [row(bare=2e-3)])
+    assert not slower and "1200.0us   2400.0us  1.000" in text
+    with pytest.raises(UserError, match="no row in common"):
+        report.compare([row("a")], [row("b")])
+
+
+def test_a_result_that_is_not_there_is_the_users_mistake(capsys):
+    assert main(["compare", "missing.json", "missing.json"]) == 2
+    error = capsys.readouterr().err
+    assert "missing.json" in error and error.count("\n") == 1

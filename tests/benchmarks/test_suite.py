@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import cases, contenders, gpu, measure, runner, suite, tune
+from benchmarks import cases, contenders, gpu, measure, model, runner, suite
 from benchmarks.__main__ import main
 from benchmarks.cases import FORWARD, PLAIN, TRAIN, Case, Job
+from benchmarks.contenders import CONTENDERS
 from fastlora import reference
-from fastlora.dispatch import registry, table
+from fastlora.paths import PATHS
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 8, 12, 16, 2, "float32", 0.0)
@@ -50,14 +53,14 @@ def test_patterns_select_by_case_or_job():
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize(
-    "name", ["eager", "peft", "peft-float32", "optimised", "torch", "fastlora", "fastlora-float32"]
+    "name", [name for name in CONTENDERS if name not in {"bare", "lorafusion", *PATHS} - {"torch"}]
 )
 def test_every_contender_computes_the_same_step(name, dtype):
     if name.startswith("peft"):
         pytest.importorskip("peft")
     case = Case("tiny", 8, 12, 16, 2, dtype, 0.0)
     (inputs,) = contenders.draw(case, 1, CPU)
-    (call,) = contenders.calls(name, case, [inputs])
+    (call,) = CONTENDERS[name].calls(case, [inputs], False)
     wide = [t.detach().double().requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
     truth = reference.lora_linear(wide[0], inputs.weight.double(), *wide[1:], inputs.bias.double(), contenders.SCALING)
     expected = (truth, *torch.autograd.grad(truth, wide, inputs.dy.double()))
@@ -70,7 +73,7 @@ def test_every_contender_computes_the_same_step(name, dtype):
 @pytest.mark.parametrize("name", ["eager", "peft", "optimised", "torch", "fastlora"])
 def test_every_contender_really_drops(name):
     case = Case("tiny", 8, 12, 16, 2, "float32", 0.5)
-    (call,) = contenders.calls(name, case, contenders.draw(case, 1, CPU))
+    (call,) = CONTENDERS[name].calls(case, contenders.draw(case, 1, CPU), False)
     assert not torch.equal(call.forward(), call.forward())
 
 
@@ -95,6 +98,21 @@ def test_a_contender_that_fails_is_skipped_with_its_reason_and_the_others_run(mo
     assert rows["fastlora"]["median"] > 0
 
 
+def test_a_contender_needs_no_plan_of_its_traffic(monkeypatch):
+    monkeypatch.setitem(CONTENDERS, "newcomer", contenders.Contender("newcomer", CONTENDERS["eager"].calls))
+    ceilings = model.Ceilings(1e10, {"float32": 1e11})
+    rows = {row["contender"]: row for row in runner.run_job(Job(TINY, TRAIN, 0), CPU, 0.0, ceilings)}
+    assert rows["newcomer"]["median"] > 0 and rows["newcomer"]["tflops"] > 0
+    assert "predicted" in rows["eager"] and not {"predicted", "bytes_per_s"} & rows["newcomer"].keys()
+
+
+def test_every_path_is_a_contender_where_it_may_run():
+    gpu_names = contenders.names(TINY, torch.device("cuda"))
+    assert gpu_names[0] == "bare" and {"eager", "fastlora", *PATHS} - {"cpu"} <= set(gpu_names)
+    assert not {"cpu", "fastlora-float32"} & set(gpu_names)
+    assert PATHS.keys() & contenders.names(TINY, CPU) == {"torch", "cpu"}
+
+
 def test_inputs_rotate():
     sets = contenders.draw(TINY, 3, CPU)
     entry = runner.build("eager", PLAIN, Job(TINY, FORWARD, 0), sets, CPU)
@@ -116,31 +134,12 @@ def test_the_file_is_there_after_every_job_and_names_what_was_left_out(tmp_path,
     monkeypatch.setattr(suite, "run_job", run_job)
     monkeypatch.setattr(suite.model, "measure_ceilings", lambda _: suite.model.Ceilings(1e10, {"float32": 1e11}))
     monkeypatch.setattr(measure, "warm_clocks", lambda *_: None)
+    monkeypatch.setattr(suite, "choosing_seconds", lambda _: 1e-6)
     path, payload = suite.run(jobs, CPU, math.inf, tmp_path)
     assert [len(one["rows"]) for one in seen] == [0, 1]
     assert payload["left_out"] == [] and len(json.loads(path.read_text())["rows"]) == 2
     _, nothing = suite.run(jobs, CPU, 0.0, tmp_path / "no time")
     assert nothing["left_out"] == [job.name for job in jobs]
-
-
-def test_a_tuned_table_is_read_by_the_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tune.autotune, "time_paths", lambda problem: {"torch": 2.0, "split": 1.0})
-    monkeypatch.setattr(tune, "usable", lambda _: ["torch", "split"])
-    monkeypatch.setattr(measure, "warm_clocks", lambda *_: None)
-    assert tune.main(60.0, tmp_path / "cpu.json", tmp_path) == 0
-    monkeypatch.setattr(table, "FOLDER", tmp_path)
-    table._rows.cache_clear()
-    try:
-        assert all(table.lookup(problem)[0] == "split" for problem in tune.problems(CPU))
-    finally:
-        table._rows.cache_clear()
-    assert "split" in capsys.readouterr().out
-
-
-def test_tuning_measures_the_suites_shapes_on_a_gpu():
-    known = {table.bucket(problem) for problem in tune.problems(torch.device("cuda"))}
-    assert (8192, 4096, 4096, 16, "bfloat16", True) in known
-    assert (1024, 2304, 768, 8, "bfloat16", False) in known
 
 
 def test_without_a_gpu_the_gpu_run_says_so_and_plans_dry(capsys, monkeypatch):
@@ -169,42 +168,38 @@ def pretended_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.time, "perf_counter", clock)
 
     def spend(name, result="done"):
-        def step(seconds, *_):
+        def work(seconds, _):
             clock.now += seconds
             done.append(name)
             if isinstance(result, Exception):
                 raise result
             return result
 
-        monkeypatch.setattr(gpu, f"_{name}", step)
+        steps = [replace(step, work=work) if step.name == name else step for step in gpu.STEPS]
+        monkeypatch.setattr(gpu, "STEPS", tuple(steps))
 
-    for name in ("tests", "selfcheck", "sanitizer", "tune", "suite"):
-        spend(name)
+    for step in gpu.STEPS:
+        spend(step.name)
     return clock, done, spend, tmp_path
 
 
 def test_the_gpu_run_ends_inside_its_budget(pretended_gpu, capsys):
     clock, done, _, folder = pretended_gpu
     assert gpu.main(540.0, folder=folder) == 0
-    assert done == ["tests", "selfcheck", "sanitizer", "tune", "suite"]
+    assert done == ["tests", "self-check", "sanitizer", "suite"]
     assert clock.now <= 540.0 - gpu.RESERVE_S
     (file,) = folder.glob("*-gpu-run.json")
-    assert [step["name"] for step in json.loads(file.read_text())["steps"]] == [step.name for step in gpu.STEPS]
+    assert [step["name"] for step in json.loads(file.read_text())["steps"]] == done
 
 
-def test_a_red_test_stops_the_gpu_run(pretended_gpu, capsys):
-    _, done, spend, folder = pretended_gpu
-    spend("tests", gpu.WorkError("pytest ended with status 1"))
-    assert gpu.main(540.0, folder=folder) == gpu.RED
-    assert done == ["tests"]
-    assert "stopped" in capsys.readouterr().out
-
-
-def test_a_failed_step_that_does_not_stop_the_run_is_still_its_exit_status(pretended_gpu, capsys):
+def test_a_red_test_stops_the_gpu_run_and_another_failure_is_its_status(pretended_gpu, capsys):
     _, done, spend, folder = pretended_gpu
     spend("sanitizer", gpu.WorkError("memcheck found errors"))
-    assert gpu.main(540.0, folder=folder) == 1
-    assert done[-1] == "suite"
+    assert gpu.main(540.0, folder=folder) == 1 and done[-1] == "suite"
+    done.clear()
+    spend("tests", gpu.WorkError("pytest ended with status 1"))
+    assert gpu.main(540.0, folder=folder) == 1 and done == ["tests"]
+    assert "stopped" in capsys.readouterr().out
 
 
 def test_launches_are_counted_between_the_spinning_kernels():
@@ -221,27 +216,24 @@ def test_a_job_that_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "run_job", run_job)
     monkeypatch.setattr(suite.model, "measure_ceilings", lambda _: suite.model.Ceilings(1e10, {"float32": 1e11}))
     monkeypatch.setattr(measure, "warm_clocks", lambda *_: None)
+    monkeypatch.setattr(suite, "choosing_seconds", lambda _: 1e-6)
     _, payload = suite.run([Job(TINY, FORWARD, 0), Job(TINY, TRAIN, 1)], CPU, math.inf, tmp_path)
     assert payload["failed"] == {f"{TINY.name}/{FORWARD}": "ZeroDivisionError: no luck"}
     assert len(payload["rows"]) == 1 and payload["left_out"] == []
 
 
 def test_a_command_out_of_time_is_ended_and_said_so():
-    import sys
-
     status, output = gpu._command([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"], 1.0)
     assert status is None and output.strip() in ("1", "")
 
 
-def test_paths_are_all_known_to_the_model():
-    from benchmarks import model
-
-    for path in registry.NAMES:
-        assert model.passes(TINY, path, TRAIN)
-
-
 @pytest.mark.parametrize(
-    ("arguments", "words"), [(["--cases", "nothing-like-it"], "nothing-like-it"), (["--device", "toaster"], "toaster")]
+    ("arguments", "words"),
+    [
+        (["--cases", "nothing-like-it"], "nothing-like-it"),
+        (["--device", "toaster"], "toaster"),
+        (["--contenders", "nobody"], "nobody"),
+    ],
 )
 def test_users_mistakes_are_one_line(arguments, words, capsys):
     assert main(arguments) == 2

@@ -21,10 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.dispatch import registry
 from fastlora.kernels import tiles
+from fastlora.paths import PATHS as ALL, aten
+from fastlora.paths.problem import Update, draw_seed
 
-PATHS = ("torch", "onepass", "split")
+PATHS = ("torch", "hybrid", "onepass", "split")
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0))
 CASES = tuple(  # (M, N, K, R, dtype, adapter_dtype, dropout_p)
     (*sizes, dtype, adapter_dtype, dropout_p)
@@ -61,7 +62,7 @@ def imaginary_gpu(capability: tuple[int, int]):
 
     launched: list[str] = []
     facts = SimpleNamespace(multi_processor_count=132)
-    caches = (tiles._target_of_index, tiles._multiprocessors_of_index, registry.load("torch")._nothing)
+    caches = (tiles._target_of_index, tiles._multiprocessors_of_index, aten._nothing)
     for cache in caches:
         cache.cache_clear()
     with (
@@ -86,9 +87,9 @@ def step(path, M, N, K, R, dtype, adapter_dtype, dropout_p) -> None:
     """Forward and backward, with every gradient, on tensors that have no numbers."""
     x, weight, bias = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((M, K), (N, K), (N,)))
     lora_A, lora_B = (torch.empty(shape, dtype=adapter_dtype, device="cuda") for shape in ((R, K), (N, R)))
-    seed = path.draw(x, dropout_p) if dropout_p else None
-    y, S = path.forward(x, weight, lora_A, lora_B, bias, 2.0, dropout_p, seed)
-    path.backward(torch.empty_like(y), x, weight, lora_A, lora_B, S, 2.0, dropout_p, seed, True)
+    update = Update(lora_A, lora_B, 2.0, dropout_p, draw_seed(x.device) if dropout_p else None)
+    y, S = path.forward(x, weight, bias, update)
+    path.backward(torch.empty_like(y), x, weight, S, update, True)
 
 
 def waits(path, case: tuple, capability: tuple[int, int]) -> tuple[list[str], list[str]]:
@@ -105,7 +106,7 @@ def main() -> int:
     argparse.ArgumentParser(prog="python -m tests.campaigns.waits", description=__doc__.splitlines()[0]).parse_args()
     wrong = 0
     for name in PATHS:
-        path, steps, launches = registry.load(name), 0, 0
+        path, steps, launches = ALL[name], 0, 0
         for capability in ARCHITECTURES:
             for case in CASES:
                 found, launched = waits(path, case, capability)

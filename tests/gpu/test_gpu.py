@@ -11,16 +11,18 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.dispatch import Problem, autotune, registry
+from fastlora import tuning
+from fastlora.paths import PATHS
+from fastlora.paths.problem import Problem, draw_seed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICE = torch.device("cuda")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(params=registry.NAMES)
+@pytest.fixture(params=PATHS)
 def path(request):
-    reason = registry.load(request.param).unavailable(DEVICE)
+    reason = PATHS[request.param].why_not(DEVICE, None)
     if reason:
         pytest.skip(f"{request.param}: {reason}")
     return request.param
@@ -30,9 +32,8 @@ def drawn(path, M, N, K, R, dtype, *, dropout_p=0.0, seed=0, **options):
     """Inputs on the GPU, and with dropout the mask that the next call draws; the generator is left where it was."""
     inputs = accuracy.draw(M, N, K, R, dtype, device=DEVICE, seed=seed, **options)
     if dropout_p:
-        module = registry.load(path)
         torch.manual_seed(seed)
-        mask = module.mask(module.draw(inputs.x, dropout_p), M, K, dropout_p)
+        mask = PATHS[path].mask(draw_seed(DEVICE), M, K, dropout_p)
         inputs = replace(inputs, dropout_p=dropout_p, mask=mask)
     torch.manual_seed(seed)
     return inputs
@@ -229,7 +230,7 @@ def test_steps_leak_no_memory(path):
     assert allocated() == before
 
 
-@pytest.mark.parametrize("path", ["onepass", "split"])
+@pytest.mark.parametrize("path", ["hybrid", "onepass", "split"])
 def test_nothing_as_large_as_x_is_kept_for_backward(path):
     M, N, K, R = 4096, 512, 1024, 16
     inputs = drawn(path, M, N, K, R, torch.bfloat16, dropout_p=0.1)
@@ -263,13 +264,13 @@ def test_compiled_whole_graph_gives_the_rules_results():
 
 def test_the_self_check_passes_on_every_usable_path():
     for name, result in fastlora.selfcheck(DEVICE).items():
-        assert result == "ok" or registry.load(name).unavailable(DEVICE), f"{name}: {result}"
+        assert result == "ok" or PATHS[name].why_not(DEVICE, None), f"{name}: {result}"
 
 
 def test_tuning_measures_a_shape_once_and_leaves_random_numbers_alone():
     problem = Problem(200, 96, 64, 8, torch.bfloat16, torch.bfloat16, torch.device("cuda", 0), True)
     state = torch.cuda.get_rng_state()
-    found = autotune.lookup(problem)
-    assert found in registry.NAMES
+    row = tuning.measured(problem)
+    assert row.winner(captured=False).name in PATHS and row.winner(captured=True).name in PATHS
     assert torch.equal(torch.cuda.get_rng_state(), state)
-    assert autotune.lookup(problem, measure=lambda _: pytest.fail("measured twice")) == found
+    assert tuning.measured(problem, measure=lambda _: pytest.fail("measured twice")) == row

@@ -115,3 +115,16 @@ def test_command(capsys, tmp_path):
     assert "cuda:75" in said and "0 with a claim that fails" in said
     version, reports = matrix.read(out)
     assert version in said and reports and matrix.table(reports) in said
+    assert (
+        matrix.main(["--quick", "--kernel", "keep_mask", "--target", "80", "--json", str(out), "--workers", "1"]) == 0
+    )
+    assert set(reports) < set(matrix.read(out)[1])
+
+
+def test_the_committed_results_hold_every_claim_and_are_of_launches_that_there_are():
+    (file,) = (matrix.RESULTS / "compile-matrix").glob("*.json")
+    _, reports = matrix.read(file)
+    there = {(str(target), launch.label) for target, launch in matrix.launches()}
+    assert reports and not [
+        report for report in reports if report.failures or (report.target, report.label) not in there
+    ]

@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 import warnings
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -71,9 +72,12 @@ def labels(case: Case) -> list[str]:
     return found
 
 
-def covering(target: Target) -> list[Case]:
-    """One case for each launch that the compile matrix has on `target`."""
-    left, chosen = {launch.label for _, launch in matrix.launches([target])}, []
+def covering(target: Target, done: set[tuple[str, str]]) -> list[Case]:
+    """One case for each launch that the compile matrix has on `target` and `done` has not."""
+    left = {launch.label for _, launch in matrix.launches([target])} - {
+        label for at, label in done if at == str(target)
+    }
+    chosen = []
     for case in cases(target):
         reached = left.intersection(labels(case))
         if reached:
@@ -92,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, nargs="+", default=TARGETS, help="compute capabilities (default: all)")
     parser.add_argument("--kernel", nargs="+", help="s, s_y, da, da_dx, dx, ds_db, onepass, gemm, gemm_dx, mask")
+    parser.add_argument("--missing", action="store_true", help="only launches that the file of --json has not as ok")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose line has this in it")
     parser.add_argument("--all", action="store_true", help="every case, not one for each launch of the matrix")
     parser.add_argument("--count", type=int, help="so many of all cases of each target, drawn by the seed")
     parser.add_argument(
@@ -101,13 +107,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / f"triton-{triton.__version__}.json",
                         help="write a line for each launch (default: where the compile matrix looks)")  # fmt: skip
     args = parser.parse_args(arguments)
+    if args.missing and not args.json:
+        parser.error("--missing wants --json, the file that says what is there")
     seed = random.randrange(1 << 31) if args.seed is None else args.seed
     chance = random.Random(seed)
+    torch.set_num_threads(1)
     chosen: list[Case] = []
+    done = {key for key, result in read(args.json).items() if result == "ok"} if args.missing else set()
     for arch in args.target:
         target = Target("cuda", arch)
-        found = cases(target) if args.all or args.count else covering(target)
-        found = [c for c in found if not args.kernel or c.kernel in args.kernel]
+        found = cases(target) if args.all or args.count else covering(target, done)
+        found = [c for c in found if (not args.kernel or c.kernel in args.kernel) and args.only in str(c)]
         chosen += chance.sample(found, min(args.count, len(found))) if args.count else found
     order = [case.dtype for case in chosen]
     chosen.sort(key=lambda case: order.index(case.dtype))  # what is broken off has seen every kernel of every target
@@ -115,10 +125,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows: dict[tuple[str, str], str] = {}
     table: dict[tuple[str, str], list[float]] = {}
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork")) as pool:
-        items = [(case, seed + i) for i, case in enumerate(chosen)]
-        for (case, own), (labels, verdict, seconds) in zip(items, pool.map(_examine, items), strict=True):
+        items = [(case, zlib.crc32(f"{seed} {case}".encode())) for case in chosen]
+        for case, (labels, verdict, seconds) in zip(chosen, pool.map(_examine, items), strict=True):
             if verdict != "ok":
-                print(f"{case}, seed {own}: {verdict}", flush=True)
+                arch = f"--target {case.target.arch} --kernel {case.kernel}"
+                print(f'{verdict}\n   python -m tests.ptx --all {arch} --seed {seed} --only "{case}"', flush=True)
             for label in labels:
                 if rows.get((str(case.target), label), "ok") == "ok":
                     rows[str(case.target), label] = verdict.splitlines()[0]
@@ -138,10 +149,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
+def read(file: Path) -> dict[tuple[str, str], str]:
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    return {(r["target"], r["label"]): r["result"] for r in rows}
+
+
 def write(file: Path, rows: dict[tuple[str, str], str], seed: int) -> None:
     """The rows, with those that the file already has of other targets and launches."""
-    if file.exists():
-        rows = {(r["target"], r["label"]): r["result"] for r in json.loads(file.read_text())["rows"]} | rows
+    rows = read(file) | rows
     lines = ",\n".join(json.dumps({"target": t, "label": n, "result": v}) for (t, n), v in sorted(rows.items()))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f'{{"triton": "{triton.__version__}", "seed": {seed}, "rows": [\n{lines}\n]}}\n')

@@ -94,7 +94,6 @@ class Hopper:
         self.mbarriers: dict[tuple[int, int], Mbarrier] = {}
         self.tma_clock = np.zeros((self.left.size, self.warps), np.int64)
         self.bulk_group = np.zeros(self.lanes, np.int64)
-        self.bulk_waited = np.zeros(self.lanes, np.int64)
         self.bulk_clock = np.zeros((self.left.size, self.warps), np.int64)
         self.stores: list[BulkStore] = []
         self.wgmma_group = np.zeros(self.lanes // 32, np.int64)  # groups committed by each warp of the batch

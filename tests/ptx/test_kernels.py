@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
-from fastlora.kernels.tiles import Target
+from fastlora.kernels.tiles import Target, Tile
 
 from .__main__ import examine, write
-from .cases import Case, quick
+from .cases import Case, quick, run
+from .gpu import Emulator
+from .memory import Fault
 
 CASES = [case for arch in (80, 90) for case in quick(Target("cuda", arch))]
 
@@ -19,6 +22,16 @@ def test_compiled_for_a_gpu(case: Case):
     seed = random.randrange(1 << 31)
     _, verdict, _ = examine(case, seed)
     assert verdict == "ok", f"seed {seed}"
+
+
+def test_a_register_that_a_pending_wgmma_reads_is_written():
+    """Triton's issue 9433 in a tile that was ours: right when wgmma ends at once, wrong when it takes its time."""
+    tile = Tile(64, 64, 32, num_warps=4, num_stages=3)
+    case = Case(Target("cuda", 90), "onepass", *[torch.bfloat16] * 2, False, "aligned", 16, "seed", (1, 1), tile)
+    with Emulator(90, late=False):
+        run(case)
+    with pytest.raises(Fault, match="registers of A were changed"), Emulator(90, late=True):
+        run(case)
 
 
 def test_results_are_kept_by_launch(tmp_path):

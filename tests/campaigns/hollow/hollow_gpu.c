@@ -5,8 +5,8 @@
    up to 64 MiB are real, kernels and products are only counted: every result is garbage. What a driver refuses (launches
    and tensor maps out of bounds, what may not be done while a graph is captured) is refused here too.
 
-   Environment: HOLLOW_CAPABILITY (default 90), HOLLOW_MEMORY_GIB (default 80).
-   For ctypes: hollow_launches(), hollow_waits(), hollow_last_wait(). */
+   Environment: HOLLOW_CAPABILITY (default 90), HOLLOW_MEMORY_GIB (default 80), HOLLOW_DRIVER (default: triton's headers').
+   For ctypes: hollow_launches(), hollow_waits(), hollow_last_wait(), hollow_trace(of launches, of products). */
 
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -25,8 +25,12 @@ static int setting(const char *name, int otherwise) {
   const char *value = getenv(name);
   return value ? atoi(value) : otherwise;
 }
-static int capability(void) { return setting("HOLLOW_CAPABILITY", 90); }
-static size_t total_memory(void) { return (size_t)setting("HOLLOW_MEMORY_GIB", 80) << 30; }
+static int capability_, memory_gib;
+static void __attribute__((constructor)) read_settings(void) { /* once: the environment is slow to search */
+  capability_ = setting("HOLLOW_CAPABILITY", 90), memory_gib = setting("HOLLOW_MEMORY_GIB", 80);
+}
+static int capability(void) { return capability_; }
+static size_t total_memory(void) { return (size_t)memory_gib << 30; }
 
 static int shared_of_multiprocessor(void) {
   switch (capability()) {
@@ -76,6 +80,14 @@ static const char *last_wait = "";
 long hollow_launches(void) { return launches; }
 long hollow_waits(void) { return waits; }
 const char *hollow_last_wait(void) { return last_wait; }
+
+/* What is handed to the driver and to cuBLAS, told to a test before it is counted. */
+typedef void (*OfLaunches)(const CUlaunchConfig *, CUfunction, void **parameters);
+typedef void (*OfProducts)(const char *name, int ta, int tb, int m, int n, int k, const void *a, int lda, const void *b,
+                           int ldb, float beta, void *c, int ldc);
+static OfLaunches of_launches;
+static OfProducts of_products;
+void hollow_trace(OfLaunches launches, OfProducts products) { of_launches = launches, of_products = products; }
 
 static void waited(const char *what) {
   __atomic_add_fetch(&waits, 1, __ATOMIC_RELAXED);
@@ -427,7 +439,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *count, c
 
 /* ---- the driver ---- */
 
-CUresult cuDriverGetVersion(int *version) { *version = CUDA_VERSION; return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int *version) { *version = setting("HOLLOW_DRIVER", CUDA_VERSION); return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) {
   *text = error == CUDA_SUCCESS ? "no error" : error == CUDA_ERROR_INVALID_VALUE ? "invalid argument"
           : cudaGetErrorString((cudaError_t)error);
@@ -445,6 +457,9 @@ CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)&a_context;
 CUresult cuCtxGetDevice(CUdevice *device) { *device = 0; return CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit which) { *value = 1 << 20; return CUDA_SUCCESS; }
 CUresult cuCtxSynchronize(void) { waited("cuCtxSynchronize"); return (CUresult)unsafe(); }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  return (CUresult)cudaStreamIsCapturing((cudaStream_t)stream, (enum cudaStreamCaptureStatus *)status);
+}
 CUresult cuStreamSynchronize(CUstream stream) { return (CUresult)cudaStreamSynchronize((cudaStream_t)stream); }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return cuCtxGetCurrent(context); }
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
@@ -510,6 +525,7 @@ CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned gx, unsigned gy
   return cuLaunchKernel(function, gx, gy, gz, bx, by, bz, shared, stream, args, NULL);
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **args, void **extra) {
+  if (of_launches) of_launches(c, function, args);
   return cuLaunchKernel(function, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
                         c->sharedMemBytes, c->hStream, args, extra);
 }
@@ -537,7 +553,16 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
     if (!sizes[i] || sizes[i] > 1ull << 32 || !box[i] || box[i] > 256 || !steps[i] || steps[i] > 8 ||
         (i + 1 < rank && (strides[i] % 16 || strides[i] >= 1ull << 40)))
       return CUDA_ERROR_INVALID_VALUE;
-  memset(map, 0, sizeof *map);
+  struct { /* all that was asked for, and a bit that Triton clears for small tensors of some drivers */
+    cuuint64_t address, kinds, sizes[5], strides[4];
+    cuuint32_t box[5], steps[5];
+  } told = {(cuuint64_t)address, 1 << 21 | type | rank << 4 | swizzle << 8 | promotion << 12 | fill << 16 | interleave << 18};
+  _Static_assert(sizeof told == sizeof *map, "a tensor map is full");
+  for (unsigned i = 0; i < rank; i++) {
+    told.sizes[i] = sizes[i], told.box[i] = box[i], told.steps[i] = steps[i];
+    if (i + 1 < rank) told.strides[i] = strides[i];
+  }
+  memcpy(map, &told, sizeof told);
   return CUDA_SUCCESS;
 }
 
@@ -568,9 +593,23 @@ int cublasLtMatmulAlgoGetHeuristic(void *h, void *op, void *a, void *b, void *c,
 }
 MAKES(cublasCreate_v2) MAKES(cublasLtCreate) MAKES(cublasLtMatmulDescCreate) MAKES(cublasLtMatmulPreferenceCreate)
 MAKES(cublasLtMatrixLayoutCreate)
-PRODUCT(cublasSgemm_v2) PRODUCT(cublasDgemm_v2) PRODUCT(cublasGemmEx) PRODUCT(cublasSgemmEx)
+PRODUCT(cublasDgemm_v2) PRODUCT(cublasSgemmEx)
 PRODUCT(cublasSgemmStridedBatched) PRODUCT(cublasDgemmStridedBatched) PRODUCT(cublasGemmStridedBatchedEx)
 PRODUCT(cublasSgemv_v2) PRODUCT(cublasDgemv_v2) PRODUCT(cublasSdot_v2) PRODUCT(cublasDdot_v2) PRODUCT(cublasDotEx)
+static int product(const char *name, int ta, int tb, int m, int n, int k, const void *a, int lda, const void *b, int ldb,
+                   const float *beta, void *c, int ldc) {
+  dim3 one = {1, 1, 1};
+  if (of_products) of_products(name, ta, tb, m, n, k, a, lda, b, ldb, *beta, c, ldc);
+  return counted(of_cublas, one, one, 0);
+}
+int cublasSgemm_v2(void *h, int ta, int tb, int m, int n, int k, const float *alpha, const float *a, int lda, const float *b,
+                   int ldb, const float *beta, float *c, int ldc) {
+  return product("cublasSgemm_v2", ta, tb, m, n, k, a, lda, b, ldb, beta, c, ldc);
+}
+int cublasGemmEx(void *h, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int a_type, int lda,
+                 const void *b, int b_type, int ldb, const void *beta, void *c, int c_type, int ldc, int compute, int how) {
+  return product("cublasGemmEx", ta, tb, m, n, k, a, lda, b, ldb, beta, c, ldc);
+}
 int cublasLtMatmul(void *h, void *op, void *alpha, void *a, void *la, void *b, void *lb, void *beta, void *c,
                           void *lc, void *d, void *ld, void *algorithm, void *space, size_t size, void *stream) {
   dim3 one = {1, 1, 1};

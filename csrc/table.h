@@ -1,0 +1,128 @@
+// What the node knows: which path was chosen for which calls, and what the paths of a GPU do in them.
+//
+//   chosen    (device, dtypes, layouts, rank, dropout)       -> path       told by fastlora.choice
+//   records   (path, direction, all that a launch may hold)  -> record     told by fastlora.node; null: there is none
+//
+// Path `cpu` needs no record: its kernels are compiled for every call. On a CPU only the rank matters to the choice.
+
+#pragma once
+
+#include <ATen/Context.h>
+
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "layer.h"
+#include "record.h"
+
+namespace fastlora {
+
+class Key {
+  static constexpr int CAPACITY = 96;
+  int64_t count_ = 0, values_[CAPACITY];
+
+ public:
+  bool overflows = false;  // more dimensions than anyone has: such a call is left to Python
+
+  void add(int64_t value) {
+    if (count_ == CAPACITY)
+      overflows = true;
+    else
+      values_[count_++] = value;
+  }
+  void add(double value) {
+    int64_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    add(bits);
+  }
+  // Sizes, strides, and the place within 16 bytes: all of it that a launch can depend on, but the address.
+  void add(const Tensor& t) {
+    if (!t.defined()) return add(int64_t{-1});
+    const auto place = reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) & 15;
+    add(t.dim() << 16 | static_cast<int64_t>(t.scalar_type()) << 8 | static_cast<int64_t>(place));
+    for (const int64_t size : t.sizes()) add(size);
+    for (const int64_t stride : t.strides()) add(stride);
+  }
+  bool operator==(const Key& other) const {
+    return count_ == other.count_ && !std::memcmp(values_, other.values_, count_ * sizeof *values_);
+  }
+  std::size_t hash() const {
+    std::uint64_t sum = 0xcbf29ce484222325;
+    for (int64_t i = 0; i < count_; ++i) sum = ((sum ^ static_cast<std::uint64_t>(values_[i])) * 0x9E3779B97F4A7C15) ^ (sum >> 29);
+    return sum;
+  }
+};
+struct Hash {
+  std::size_t operator()(const Key& key) const { return key.hash(); }
+};
+
+// torch's settings on which a choice or a launch may depend
+inline int64_t settings() {
+  const at::Context& context = at::globalContext();
+  return context.deterministicAlgorithms() << 8 | static_cast<int64_t>(context.float32MatmulPrecision());
+}
+
+inline Key choice_key(const Tensor& x, const Tensor& weight, const Tensor& lora_A, bool dropout) {
+  Key key;
+  key.add(static_cast<int64_t>(x.device().is_cpu() ? -1 : x.device().index()) << 16 |
+          static_cast<int64_t>(x.scalar_type()) << 8 | static_cast<int64_t>(lora_A.scalar_type()));
+  key.add(lora_A.size(0) << 1 | dropout);
+  if (x.device().is_cpu()) return key;
+  key.add(settings());
+  key.add(x);
+  key.add(weight);
+  return key;
+}
+
+inline Key record_key(int path, const Layer& layer) {
+  Key key;
+  key.add(int64_t{path} << 32 | layer.x.device().index() << 1);
+  key.add(settings());
+  for (const Tensor* t : {&layer.x, &layer.weight, &layer.lora_A, &layer.lora_B}) key.add(*t);
+  key.add(layer.bias ? *layer.bias : Tensor());
+  key.add(layer.scaling);
+  key.add(layer.p);
+  return key;
+}
+
+inline Key record_key(int path, const Incoming& in) {
+  Key key;
+  key.add(int64_t{path} << 32 | in.dy.device().index() << 1 | 1);
+  key.add(settings());
+  for (const Tensor* t : {&in.dy, &in.x, &in.weight, &in.lora_A, &in.lora_B, &in.S}) key.add(*t);
+  key.add(in.scaling);
+  key.add(in.p);
+  key.add(int64_t{in.need_B});
+  return key;
+}
+
+// A bounded map for many threads.
+template <typename Value>
+class Table {
+  std::mutex mutex_;
+  std::unordered_map<Key, Value, Hash> values_;
+
+ public:
+  std::optional<Value> find(const Key& key) {
+    if (key.overflows) return std::nullopt;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto found = values_.find(key);
+    return found == values_.end() ? std::nullopt : std::optional<Value>(found->second);
+  }
+  void insert(const Key& key, Value value) {
+    if (key.overflows) return;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (values_.size() >= 4096) values_.clear();  // a server with every length under the sun
+    values_.insert_or_assign(key, std::move(value));
+  }
+  void clear() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    values_.clear();
+  }
+};
+
+inline Table<int> chosen;
+inline Table<std::shared_ptr<const Record>> records;
+
+}  // namespace fastlora

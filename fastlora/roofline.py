@@ -1,0 +1,174 @@
+"""How long a path must take: a prediction by arithmetic, for shapes that nobody has timed. No number here is measured.
+
+A pass is one kernel: the bytes that it reads and writes once, and its operations. It takes as long as the slower of the
+two, and a product no less than its waves of tiles over the multiprocessors. A path takes as long as its passes; where
+the host launches them one by one, no less than the host takes. Tensors as large as X (M, K) or Y (M, N) decide; those
+of rank R are counted too. A read that a cache serves is not seen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastlora.paths.problem import Problem
+
+TILE = 128  # rows and columns of the product that one program makes, in whose waves a product is counted
+# Seconds of the host for a launch: ATen's operations; Triton's launcher from Python, and from the node in C++.
+ATEN_S, PYTHON_S, NODE_S = 5e-6, 25e-6, 3e-6
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device can do: bytes per second (read plus written), FLOP per second by dtype, multiprocessors (0: waves
+    are not counted)."""
+
+    bytes_per_s: float
+    flops_per_s: dict[str, float]
+    multiprocessors: int = 0
+
+
+def _card(terabytes: float, half: float, tf32: float, single: float, multiprocessors: int) -> Machine:
+    rates = {"float16": half, "bfloat16": half, "tf32": tf32, "float32": single}
+    return Machine(terabytes * 1e12, {dtype: rate * 1e12 for dtype, rate in rates.items()}, multiprocessors)
+
+
+# The usual card of each architecture, dense rates as its maker's data sheet states them.
+NOMINAL: dict[int | str, Machine] = {
+    75: _card(0.32, 65, 8.1, 8.1, 40),  # T4
+    80: _card(2.04, 312, 156, 19.5, 108),  # A100 80 GB
+    86: _card(0.77, 155, 77, 38.7, 84),  # RTX A6000
+    89: _card(1.01, 165, 82.6, 82.6, 128),  # RTX 4090
+    90: _card(3.35, 989, 494, 67, 132),  # H100 SXM
+    100: _card(8.0, 2250, 1100, 80, 148),  # B200
+    120: _card(1.79, 210, 105, 105, 170),  # RTX 5090
+    "gfx942": _card(5.3, 1307, 654, 163, 304),  # MI300X
+    "gfx950": _card(8.0, 2500, 157, 157, 256),  # MI355X
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The sizes of one call, `size` bytes an element of x and the weight."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    size: int
+    dropout: bool
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kernel: bytes, operations, the tiles of its product (0: it is none), and whether Triton launches it."""
+
+    bytes: float
+    flops: float = 0.0
+    tiles: int = 0
+    triton: bool = False
+
+    def seconds(self, machine: Machine, dtype: str) -> float:
+        busy = 1.0
+        if self.tiles and machine.multiprocessors:
+            busy = self.tiles / (-(-self.tiles // machine.multiprocessors) * machine.multiprocessors)
+        return max(self.bytes / machine.bytes_per_s, self.flops / machine.flops_per_s[dtype] / busy)
+
+
+Passes = tuple[list[Pass], list[Pass]]  # forward, backward
+
+
+def seconds(passes: list[Pass], machine: Machine, dtype: str, captured: bool = True, node: bool = False) -> float:
+    """Of all these passes: replayed by a graph, or launched one by one by the host, by the node in C++ or by Python."""
+    gpu = sum(one.seconds(machine, dtype) for one in passes)
+    host = sum((NODE_S if node else PYTHON_S) if one.triton else ATEN_S for one in passes)
+    return gpu if captured else max(gpu, host)
+
+
+def predict(path: str, problem: Problem, captured: bool, node: bool) -> float:
+    """Seconds of forward and backward by `path` on the usual card of the device's architecture."""
+    from fastlora.kernels.tiles import target_of
+
+    dtype = str(problem.dtype).removeprefix("torch.")
+    work = Work(problem.M, problem.N, problem.K, problem.R, problem.dtype.itemsize, problem.dropout)
+    forward, backward = PATHS[path](work)
+    machine = NOMINAL[target_of(problem.device).family]
+    return seconds(forward + backward, machine, dtype if dtype in machine.flops_per_s else "float32", captured, node)
+
+
+def product(work: Work, rows: int, inner: int, columns: int, extra: float = 0.0, **kind) -> Pass:
+    """One matrix product (rows, inner) @ (inner, columns), each operand read once, the result written once."""
+    moved = work.size * (rows * inner + inner * columns + rows * columns) + extra
+    tiles = -(-rows // TILE) * -(-columns // TILE) if inner > work.R and min(rows, columns) > work.R else 0
+    return Pass(moved, 2.0 * rows * inner * columns, tiles, **kind)
+
+
+def base(work: Work) -> Passes:
+    """The frozen layer alone."""
+    M, N, K = work.M, work.N, work.K
+    return [product(work, M, K, N)], [product(work, M, N, K)]
+
+
+def aten(work: Work) -> Passes:
+    M, N, K, R, e = work.M, work.N, work.K, work.R, work.size
+    forward, backward = base(work)
+    if work.dropout:
+        forward.append(Pass(M * K * (2 * e + 1)))
+    forward += [product(work, M, K, R), product(work, M, R, N, extra=M * N * e)]
+    backward += [product(work, M, N, R), product(work, N, M, R), product(work, R, M, K)]
+    if work.dropout:
+        backward += [product(work, M, R, K), Pass(M * K * (2 * e + 1)), Pass(3 * M * K * e)]
+    else:
+        backward.append(product(work, M, R, K, extra=M * K * e))
+    return forward, backward
+
+
+def _cpu(work: Work) -> Passes:
+    M, N, K, R, e = work.M, work.N, work.K, work.R, work.size
+    forward, backward = base(work)
+    forward.append(Pass(e * (M * K + 2 * M * N), 2.0 * M * R * (K + N)))
+    backward.append(Pass(e * (M * N + 3 * M * K), 4.0 * M * R * (K + N)))
+    return forward, backward
+
+
+def _ds_db(work: Work) -> Pass:
+    M, N, R = work.M, work.N, work.R
+    return Pass(work.size * (M * N + 2 * N * R + 2 * M * R), 4.0 * M * N * R, triton=True)  # from one read of dY
+
+
+def _hybrid(work: Work) -> Passes:
+    M, N, K, R, e = work.M, work.N, work.K, work.R, work.size
+    s_y = Pass(e * (M * K + M * N + R * (K + N + M)), 2.0 * M * R * (K + N), triton=True)
+    da_dx = Pass(e * (2 * M * K + R * (M + 2 * K)), 4.0 * M * K * R, triton=True)
+    add_y, add_dx = product(work, M, K, N, extra=M * N * e), product(work, M, N, K, extra=M * K * e)
+    return [s_y, add_y], [_ds_db(work), da_dx, add_dx]
+
+
+def split(work: Work) -> Passes:
+    M, N, K, R = work.M, work.N, work.K, work.R
+    forward = [product(work, M, K, R, triton=True), product(work, M, K + R, N, triton=True)]
+    return forward, [_ds_db(work), product(work, R, M, K, triton=True), product(work, M, N + R, K, triton=True)]
+
+
+def _onepass(work: Work) -> Passes:
+    M, N, K, R, e = work.M, work.N, work.K, work.R, work.size
+    both = product(work, M, K, N, extra=e * R * (K + N + M), triton=True)
+    return [Pass(both.bytes, both.flops + 2.0 * M * R * (K + N), both.tiles, True)], split(work)[1]
+
+
+def _cuda(work: Work) -> Passes:
+    """Folded: what has the rank streams beside the product, in one launch each way."""
+    return tuple(
+        [Pass(sum(one.bytes for one in each), max(one.flops for one in each), max(one.tiles for one in each), True)]
+        for each in split(work)
+    )
+
+
+PATHS: dict[str, Callable[[Work], Passes]] = {
+    "torch": aten,
+    "cpu": _cpu,
+    "hybrid": _hybrid,
+    "onepass": _onepass,
+    "split": split,
+    "cuda": _cuda,
+}

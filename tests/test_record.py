@@ -1,0 +1,151 @@
+"""Records of a path's launches: how they are made, what they refuse, and what the node hands to a driver. No GPU is needed:
+Triton compiles for one that is not there, and a stand-in for the driver tells what it was given."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from campaigns import launches, sync
+
+from fastlora import record
+from fastlora.node import NODE
+from fastlora.paths import PATHS
+from fastlora.paths.problem import Update
+
+C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+class Compiled:
+    """What Triton compiled, as if a driver had loaded it."""
+
+    def __init__(self, kernel) -> None:
+        self.metadata, self.src, self.asm, self.name = kernel.metadata, kernel.src, kernel.asm, kernel.name
+        self.memory = ctypes.c_int(1 << 20)  # what the stand-in's functions point to: bytes of shared memory allowed
+        self.function = ctypes.addressof(self.memory)
+
+
+@pytest.fixture
+def imaginary_gpu(monkeypatch):
+    """Launches on tensors of the CPU compile for sm_90, and go nowhere."""
+    pytest.importorskip("triton")
+    from fastlora.kernels import launch, tiles
+
+    target = tiles.Target("cuda", 90)
+
+    def run(self):
+        launch._recorded.get().append((self, Compiled(self.compile(target))))
+
+    monkeypatch.setattr(launch.Launch, "run", run)
+    monkeypatch.setattr(tiles, "target_of", lambda device: target)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device, target: 132)
+    monkeypatch.setattr(record, "kernels", set())
+    monkeypatch.setattr(launches, "_known", {})
+
+
+@pytest.fixture
+def driver(tmp_path) -> str:
+    """A library that stands in for the driver, and takes any address for a GPU's."""
+    if NODE is None or sync.compiler_missing():
+        pytest.skip(sync.compiler_missing() or "the node in C++ was not compiled here")
+    path = str(sync.build(tmp_path))
+    register = ctypes.CDLL(path).cudaHostRegister
+    register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
+    register(1, 2**62, 0)
+    return path
+
+
+def tensors(M=64, N=96, K=128, R=8):
+    x, weight, bias = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16(), torch.randn(N).bfloat16()
+    return x, weight, torch.randn(R, K), torch.randn(N, R), bias, torch.tensor(7)
+
+
+def observe(path, x, weight, lora_A, lora_B, bias, seed):
+    update = Update(lora_A, lora_B, 2.0, 0.25, seed)
+    inputs = (x, weight, lora_A, lora_B, bias, seed)
+    return record.observe(lambda: PATHS[path].forward(x, weight, bias, update), inputs, (True, True))
+
+
+def expected(launch, kernel) -> tuple[tuple, tuple]:
+    """What the driver is to be given for `launch`, packed by ctypes from the kernel's signature."""
+    numbers, addresses = [], []
+    for name, kind in kernel.src.signature.items():
+        value = launch.args[name]
+        if kind.startswith("*"):
+            addresses.append(value.data_ptr())
+            numbers.append(b"")
+        elif kind.startswith("tensordesc"):
+            addresses.append(value.base.data_ptr())
+            numbers.append(...)  # the rest of the map: tests.campaigns.launches has Triton's own
+            numbers += [bytes(ctypes.c_int32(n)) for n in value.shape] + [bytes(ctypes.c_int64(n)) for n in value.strides]
+        elif kind != "constexpr":
+            numbers.append(bytes(C_TYPES[kind](value)))
+    numbers += [bytes(8)] * 2
+    meta = kernel.metadata
+    sizes = (*launch.grid, 1, 1)[:3] + (32 * meta.num_warps, 1, 1, meta.shared)
+    return ("launch", kernel.function, *sizes, None, b"", *numbers), tuple(addresses)
+
+
+@pytest.mark.parametrize("path", ["hybrid", "split"])  # a product of ATen's; tensor maps
+def test_a_driver_is_given_what_the_launches_say(path, imaginary_gpu, driver, monkeypatch):
+    from fastlora.kernels import launch
+
+    seen = []
+    run = launch.Launch.run
+    monkeypatch.setattr(launch.Launch, "run", lambda self: (run(self), seen.append(launch._recorded.get()[-1])))
+    inputs = tensors()
+    (y, S), made, obstacle = observe(path, *inputs)
+    assert obstacle is None and seen
+    trace = launches.Trace(driver)
+    found = NODE.replay(driver, made, inputs)
+    rows = trace.take()
+    assert [(t.shape, t.dtype) for t in found[:2]] == [(t.shape, t.dtype) for t in (y, S)]
+    wanted = [expected(*one) for one in seen]
+    assert (path == "split") == any(... in same for same, _ in wanted)
+    for (same, _), (given, _) in zip(wanted, rows, strict=True):
+        assert given == tuple(b if a is ... else a for a, b in zip(same, given, strict=True))
+    fixed = {a.data_ptr(): b.data_ptr() for a, b in zip((*inputs, y, S), (*inputs, *found))}
+    assert not launches.differences([("", old) for _, old in wanted], [("", new) for _, new in rows], fixed)[0]
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda x, *rest: (x.clone(), *rest), "clone"),
+        (lambda x, weight, A, B, *rest: (x, weight, A.double().float(), B, *rest), "_to_copy"),
+        (lambda x, weight, A, B, bias, seed: (x, weight, A, B, CONSTANT, seed), "none of the call's"),
+    ],
+)
+def test_a_call_with_tensors_of_unknown_origin_is_not_recorded(spoil, reason, imaginary_gpu):
+    inputs = tensors()
+    update = (2.0, 0.25, inputs[5])
+
+    def call():
+        x, weight, lora_A, lora_B, bias, seed = spoil(*inputs)
+        return PATHS["hybrid"].forward(x, weight, bias, Update(lora_A, lora_B, *update))
+
+    outputs, made, obstacle = record.observe(call, inputs, (True, True))
+    assert made is None and reason in obstacle and outputs[0].shape == (64, 96)
+
+
+CONSTANT = torch.zeros(96, dtype=torch.bfloat16)
+
+
+def test_a_call_with_two_tensors_at_one_place_is_not_recorded(imaginary_gpu):
+    x, weight, lora_A, lora_B, bias, seed = tensors(N=64, K=64)
+    _, made, obstacle = observe("hybrid", x, x, lora_A, lora_B, bias, seed)
+    assert made is None and "several" in obstacle
+
+
+def test_a_kernel_with_other_parameters_than_it_tells_is_not_recorded(imaginary_gpu, monkeypatch):
+    monkeypatch.setattr(record, "sizes_in_ptx", lambda kernel: [8, 8])
+    _, made, obstacle = observe("hybrid", *tensors())
+    assert made is None and "other parameters" in obstacle
+
+
+def test_scratch_memory_does_not_overlap(imaginary_gpu):
+    taken = [torch.empty(n, dtype=torch.uint8) for n in (1, 300, 256, 0)]
+    slots = record._Slots((taken[0],), [], taken)
+    assert [slots.of(t) for t in taken[1:3]] == [(1, 0), (1, 512)] and slots.workspace == 768
+    assert slots.of(taken[1][17:]) == (1, 17) and slots.of(taken[0]) == (0, 0)
