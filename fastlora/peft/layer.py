@@ -176,9 +176,9 @@ class Fused:
         reason = reasons.of_layer(self) or reasons.of_call(self, x, (), {})
         if reason is not None:
             return Choice("peft", reason)
-        x, _, lora_A, lora_B, *_, dropout_p = Fused._arguments(self, x)
+        x, weight, lora_A, lora_B, *_, dropout_p = Fused._arguments(self, x)
         dropout_p = 0.0 if reasons.active_name(self) in self.lora_variant else dropout_p
-        view = SimpleNamespace(lora_A=lora_A, lora_B=lora_B, training=True, lora_dropout=dropout_p)
+        view = SimpleNamespace(weight=weight, lora_A=lora_A, lora_B=lora_B, training=True, lora_dropout=dropout_p)
         return explain(view, x)
 
     def _compute(self, x: Tensor, record: Record | None) -> Tensor | str:
