@@ -4,6 +4,7 @@ import importlib.util
 import os
 import platform
 import re
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,10 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-if os.environ.get("FASTLORA_BUILD_CUDA", "0") not in ("", "0"):
-    sys.exit("FASTLORA_BUILD_CUDA: this version has no CUDA C++ library to build; unset it to install the rest")
-
-
+CUDA = os.environ.get("FASTLORA_BUILD_CUDA", "0") not in ("", "0")
 LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")  # which has no limited API
 
 
@@ -27,7 +25,18 @@ class FreshExtension(build_ext):
         sources = [*ext.sources, *ext.depends]
         if built.exists() and any(Path(source).stat().st_mtime > built.stat().st_mtime for source in sources):
             built.unlink()
-        super().build_extension(ext)
+        if ext.name == "fastlora._cuda":  # no Python in it: nvcc's machine code and a plain C interface
+            built.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                cuda_build().library(built.absolute())
+            except (OSError, subprocess.CalledProcessError) as error:
+                sys.exit(f"FASTLORA_BUILD_CUDA: {error}")
+        else:
+            super().build_extension(ext)
+
+    def get_ext_filename(self, name):
+        is_cuda = name.rpartition(".")[2] == "_cuda"
+        return os.path.join(*name.split(".")) + ".so" if is_cuda else super().get_ext_filename(name)
 
 
 class StableABIWheel(bdist_wheel):
@@ -37,6 +46,22 @@ class StableABIWheel(bdist_wheel):
         python, abi, system = super().get_tag()
         stable = all(extension.py_limited_api for extension in self.distribution.ext_modules)
         return ("cp310", "abi3", system) if stable and python.startswith("cp") else (python, abi, system)
+
+
+def cuda_build():
+    """csrc/cuda/build.py."""
+    spec = importlib.util.spec_from_file_location("cuda_build", "csrc/cuda/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cuda_library():
+    """The CUDA C++ library, where FASTLORA_BUILD_CUDA asks for it; then a build without it is no build."""
+    if not CUDA:
+        return []
+    sources = sorted(str(path) for path in Path("csrc/cuda").glob("*.[ch]*"))
+    return [Extension("fastlora._cuda", sources=[], depends=sources, py_limited_api=LIMITED)]
 
 
 def installed_torch():
@@ -89,6 +114,11 @@ cpu_kernels = Extension(
 
 # Elsewhere torch does not run on GNU OpenMP, whose threads the kernels borrow.
 if platform.system() == "Linux":
-    setup(ext_modules=[cpu_kernels, *node()], cmdclass={"bdist_wheel": StableABIWheel, "build_ext": FreshExtension})
+    setup(
+        ext_modules=[cpu_kernels, *node(), *cuda_library()],
+        cmdclass={"bdist_wheel": StableABIWheel, "build_ext": FreshExtension},
+    )
+elif CUDA:
+    sys.exit("FASTLORA_BUILD_CUDA: the CUDA C++ library is for Linux")
 else:
     setup()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 import torch
@@ -134,22 +134,15 @@ def gpu_jobs() -> list[Job]:
 def quick(jobs: list[Job], count: int = 16) -> list[Job]:
     """A spread of `count` jobs, the most important first, none compiled."""
     first = [job for job in jobs if job.direction == TRAIN and job.case.dtype != "float16"]
-    step = max(1, len(first) // count)
-    return [plain(job, (PLAIN, GRAPH)) for job in first[::step]][:count]
-
-
-def plain(job: Job, modes: tuple[str, ...] = (PLAIN,)) -> Job:
-    """The job with those of its modes only."""
-    return Job(job.case, job.direction, job.rank, tuple(mode for mode in job.modes if mode in modes))
+    spread = first[:: max(1, len(first) // count)][:count]
+    return [replace(job, modes=tuple(mode for mode in job.modes if mode != COMPILED)) for job in spread]
 
 
 def select(jobs: list[Job], patterns: list[str] | None) -> list[Job]:
     """The jobs whose case or full name matches one of the shell patterns; all of them for no pattern."""
-    return [job for job in jobs if matches(job.name, job.case.name, patterns)] if patterns else jobs
-
-
-def matches(job: str, case: str, patterns: list[str]) -> bool:
-    return any(fnmatch(job, pattern) or fnmatch(case, pattern) for pattern in patterns)
+    if not patterns:
+        return jobs
+    return [job for job in jobs if any(fnmatch(name, one) for name in (job.name, job.case.name) for one in patterns)]
 
 
 def jobs_for(device: torch.device) -> list[Job]:

@@ -1,6 +1,6 @@
 // What the node knows: which path was chosen for which calls, and what the paths of a GPU do in them.
 //
-//   chosen    (device, dtypes, M, N, K, R, dropout)          -> path       told by fastlora.choice
+//   chosen    (device, dtypes, layouts, rank, dropout)       -> path       told by fastlora.choice
 //   records   (path, direction, all that a launch may hold)  -> record     told by fastlora.node; null: there is none
 //
 // Path `cpu` needs no record: its kernels are compiled for every call. On a CPU only the rank matters to the choice.
@@ -70,9 +70,8 @@ inline Key choice_key(const Tensor& x, const Tensor& weight, const Tensor& lora_
   key.add(lora_A.size(0) << 1 | dropout);
   if (x.device().is_cpu()) return key;
   key.add(settings());
-  key.add(weight.size(0));
-  key.add(weight.size(1));
-  for (const int64_t size : x.sizes().slice(0, x.dim() - 1)) key.add(size);
+  key.add(x);
+  key.add(weight);
   return key;
 }
 

@@ -29,7 +29,6 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int
 
 # Settings that change what a LoRA layer computes: an adapter that uses one cannot be loaded as a plain one.
 UNSUPPORTED = {
-    "use_dora": "DoRA",
     "lora_bias": "a bias on lora_B",
     "trainable_token_indices": "trainable token embeddings",
     "target_parameters": "adapters on single parameters",
@@ -89,6 +88,7 @@ def read_config(directory: str | os.PathLike) -> AdapterConfig:
         exclude_modules=get("exclude_modules", [], lambda value: isinstance(value, str) or _is_names(value), targets),
         modules_to_save=get("modules_to_save", [], _is_names, "a list of names"),
         use_rslora=get("use_rslora", False, lambda flag: isinstance(flag, bool), "true or false"),
+        use_dora=get("use_dora", False, lambda flag: isinstance(flag, bool), "true or false"),
         rank_pattern=get("rank_pattern", {}, lambda p: _is_map(p, _is_rank), "a map of patterns to ranks"),
         alpha_pattern=get("alpha_pattern", {}, lambda p: _is_map(p, _is_number), "a map of patterns to numbers"),
         task_type=get("task_type", None, lambda task: task is None or task in list(TASK_HEADS), "a task of PEFT's"),

@@ -1,8 +1,8 @@
 """`save_adapter` and `load_adapter`: adapters in PEFT's format.
 
 A directory holds `adapter_config.json` and `adapter_model.safetensors`. The tensors are named as PEFT names them:
-`base_model.model.<layer>.lora_A.weight` and `.lora_B.weight`, and `base_model.model.<module>.<its own names>` for what
-is trained in full. No pickle is written or read.
+`base_model.model.<layer>.lora_A.weight`, `.lora_B.weight` and, with DoRA, `.lora_magnitude_vector`; and
+`base_model.model.<module>.<its own names>` for what is trained in full. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from fastlora.adapter_files import (
     to_json,
     write_adapter,
 )
+from fastlora.base_layer import form_of, logical_dtype
 from fastlora.errors import warn_once
 from fastlora.inject import attach, tied_modules
 from fastlora.linear import FusedLoRALinear
@@ -64,8 +65,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save
     config = _config_of(model, layers, modules_to_save)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        tensors |= {f"{PREFIX}{name}.{part}": tensor for part, tensor in _parts(layer).items()}
     for name, module in saved_modules(model, config).items():
         if any(isinstance(part, FusedLoRALinear) for part in module.modules()):
             raise ValueError(f"modules_to_save matches {name!r}, which is or holds a LoRA layer")
@@ -106,6 +106,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
                                    "one not yet injected")  # fmt: skip
             ranks = by_pattern("rank_pattern", config.rank_pattern, layers, config.r)
             for name, r in ranks.items():
+                if layers[name].use_dora != config.use_dora:
+                    raise AdapterError(f"the adapter has use_dora={config.use_dora}, the model's {name} not")
                 if r != layers[name].r:
                     raise AdapterError(f"the adapter has rank {r} at {name}, the model has rank {layers[name].r}")
             alphas = by_pattern("alpha_pattern", config.alpha_pattern, layers, config.lora_alpha)
@@ -122,9 +124,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     wanted = {key: tuple(tensor.shape) for key, tensor in held.items()}
     copies = {}  # PEFT adds the base weight of an adapted output head
     for name, module in targets.items():
-        weight = module.weight if isinstance(module, nn.Linear | FusedLoRALinear) else module.weight.t()
-        wanted[f"{PREFIX}{name}.lora_A.weight"] = (ranks[name], weight.shape[1])
-        wanted[f"{PREFIX}{name}.lora_B.weight"] = (weight.shape[0], ranks[name])
+        linear = isinstance(module, nn.Linear | FusedLoRALinear)
+        weight = module.weight if linear else module.weight.t()
+        N, K = (module.out_features, module.in_features) if linear else weight.shape
+        wanted[f"{PREFIX}{name}.lora_A.weight"] = (ranks[name], K)
+        wanted[f"{PREFIX}{name}.lora_B.weight"] = (N, ranks[name])
+        if config.use_dora:
+            wanted[f"{PREFIX}{name}.lora_magnitude_vector"] = (N,)
         copies[f"{PREFIX}{name}.base_layer.weight"] = weight.t() if getattr(module, "fan_in_fan_out", False) else weight
         if module.bias is not None:
             copies[f"{PREFIX}{name}.base_layer.bias"] = module.bias
@@ -137,8 +143,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         layers = {name: model.get_submodule(name) for name in targets}
     with torch.no_grad():
         for name, layer in layers.items():
-            layer.lora_A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
-            layer.lora_B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+            for part, tensor in _parts(layer).items():
+                tensor.copy_(tensors[f"{PREFIX}{name}.{part}"])
             layer.set_scaling(alphas[name], config.use_rslora)
         for name in saved:
             for key, place in model.get_submodule(name).state_dict().items():
@@ -154,9 +160,12 @@ def _adapter_dtype(path: Path, tensors: Mapping[str, Tensor], targets: Mapping[s
     """
     places = {}
     for name, module in targets.items():
-        for part in ("lora_A", "lora_B"):
-            there = getattr(module, part if isinstance(module, FusedLoRALinear) else "weight")
-            places[f"{PREFIX}{name}.{part}.weight"] = there.dtype
+        if isinstance(module, FusedLoRALinear):
+            place = module.lora_A.dtype
+        else:
+            place = module.weight.dtype if form_of(module) is None else logical_dtype(module)
+        parts = [f"{PREFIX}{name}.{part}" for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")]
+        places |= {key: place for key in parts if key in tensors}
     dtype = None
     if not any(isinstance(module, FusedLoRALinear) for module in targets.values()):
         kinds = {tensors[key].dtype for key in places}
@@ -169,6 +178,12 @@ def _adapter_dtype(path: Path, tensors: Mapping[str, Tensor], targets: Mapping[s
             what = f"{tensors[key].dtype}, which the model's {dtype or place}"
             raise AdapterError(f"{path}: {key} is {what} adapter cannot hold exactly")
     return dtype
+
+
+def _parts(layer: FusedLoRALinear) -> dict[str, Tensor]:
+    """What is trained in a layer, by PEFT's names."""
+    parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+    return parts | ({"lora_magnitude_vector": layer.lora_magnitude_vector} if layer.use_dora else {})
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -200,6 +215,11 @@ def _config_of(
             lora_dropout=first.lora_dropout,
             target_modules=tuple(sorted(layers)),
             use_rslora=first.use_rslora,
+            use_dora=first.use_dora,
+        )
+    if any(layer.use_dora != config.use_dora for layer in layers.values()):
+        raise ValueError(
+            "model has LoRA layers with DoRA and without, which PEFT's format does not hold in one adapter"
         )
     if modules_to_save is not None:
         config = dataclasses.replace(config, modules_to_save=names("modules_to_save", modules_to_save))
@@ -238,7 +258,7 @@ def _alpha_for(scaling: float, r: int, use_rslora: bool) -> float:
 
 
 def _name_what_is_left_out(model: nn.Module, layers: dict, tensors: dict) -> None:
-    adapters = {id(parameter) for layer in layers.values() for parameter in (layer.lora_A, layer.lora_B)}
+    adapters = {id(parameter) for layer in layers.values() for parameter in _parts(layer).values()}
     left_out = [
         name
         for name, parameter in model.named_parameters()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from fastlora.base_layer import Packed
 
 
 def check(x, weight, lora_A, lora_B, bias, dropout_p) -> None:
@@ -25,6 +28,8 @@ def check(x, weight, lora_A, lora_B, bias, dropout_p) -> None:
             return
     except AttributeError:
         pass  # of what is no tensor
+    if weight.__class__ is Packed:
+        weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
         if not isinstance(value, Tensor) and not (value is None and name == "bias"):
             raise TypeError(f"{name} is {type(value).__name__}; it needs to be a Tensor")

@@ -2,8 +2,9 @@
 
 What is kept for backward, and why only that: `x` (the caller's own tensor), because dA = dSᵀ·drop(x) needs it, and
 S = drop(x)·lora_Aᵀ of shape (M, R), scaled where the path scales it, because dB = dYᵀ·S needs it. With dropout also a
-seed of 8 bytes, from which backward makes forward's mask again. The weights are the caller's parameters. Nothing as
-large as y is kept. Under create_graph=True the gradients are computed by differentiable formulas instead.
+seed of 8 bytes, from which backward makes forward's mask again. The weights are the caller's parameters, quantised
+ones as they are. Nothing as large as y is kept. Under create_graph=True the gradients are computed by differentiable
+formulas instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 
 from fastlora import node
-from fastlora.base_layer import dense
+from fastlora.base_layer import Packed, dense
 from fastlora.gate import why_eager
 from fastlora.node import NODE
 from fastlora.paths import PATHS, Path, cpu
@@ -52,14 +53,18 @@ class _LoRALinear(torch.autograd.Function):
         y, S = node.forward(path, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))
         need_x, _, need_A, need_B, *_ = ctx.needs_input_grad
         kept = x if need_A else _shadow(x) if need_x and need_B else None
-        ctx.save_for_backward(kept, weight if need_x else None, lora_A, lora_B, S, seed)
+        ctx.packed = weight if weight.__class__ is Packed and need_x else None
+        plain = weight if weight.__class__ is not Packed and need_x else None
+        ctx.save_for_backward(kept, plain, lora_A, lora_B, S, seed)
         ctx.call = (scaling, dropout_p, path)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        dx, dA, dB, dbias = gradients(dy, *ctx.saved_tensors, *ctx.call, (need_x, need_A, need_B, need_bias))
+        x, weight, *rest = ctx.saved_tensors
+        weight = weight if ctx.packed is None else ctx.packed
+        dx, dA, dB, dbias = gradients(dy, x, weight, *rest, *ctx.call, (need_x, need_A, need_B, need_bias))
         return dx, None, dA, dB, dbias, None, None, None
 
 
@@ -123,7 +128,7 @@ def _differentiable(dy, x, weight, S, update, path, needs):
     dx = dA = dB = None
     if need_x:
         update_of_x = dS @ A if kept is None else dS @ A * kept
-        dx = (dy @ dense(weight) + update_of_x.to(dy.dtype)).view((*shape[:-1], lora_A.shape[1]))
+        dx = (dy @ dense(weight, keep=True) + update_of_x.to(dy.dtype)).view((*shape[:-1], lora_A.shape[1]))
     if need_A:
         dA = (dS.transpose(-1, -2) @ dropped).to(lora_A.dtype)
     if need_B:

@@ -60,7 +60,7 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
         if len(_selected) >= 4096:  # a server with every length under the sun
             forget()
         _selected[key] = chosen
-        if NODE is not None and path is None:
+        if NODE is not None and path is None and isinstance(weight, Tensor):
             NODE.choose(chosen, x, weight, lora_A, dropout)
     return chosen
 
@@ -164,8 +164,12 @@ def explain(layer, x: Tensor) -> Choice:
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    dropout = bool(layer.training and layer.lora_dropout > 0.0)
-    problem = _problem(x, layer.weight, layer.lora_A.shape[0], dtype, layer.lora_A.dtype, dropout)
+    (N, R), K = layer.lora_B.shape, layer.lora_A.shape[1]
+    dora = getattr(layer, "lora_magnitude_vector", None) is not None  # which drops elements of x itself
+    dropout = bool(layer.training and layer.lora_dropout > 0.0 and not dora)
+    plain = layer.weight.shape == (N, K) and type(layer.weight) in (Tensor, torch.nn.Parameter)
+    weight = layer.weight if plain else torch.empty((N, K), device="meta")  # a quantised one is made dense
+    problem = _problem(x, weight, R, dtype, layer.lora_A.dtype, dropout)
     forced = env.forced_path()
     return choose(problem) if forced is None else Choice(_forced(problem, forced), "FASTLORA_PATH asks for it")
 

@@ -11,6 +11,7 @@ from torch._C._functorch import unwrap_if_dead
 
 from fastlora import autograd, env, ops, reference
 from fastlora.arguments import check
+from fastlora.base_layer import Packed, dense
 from fastlora.choice import select
 from fastlora.errors import warn_once
 from fastlora.gate import through_ops, why_eager
@@ -35,7 +36,7 @@ def lora_linear(
 
     Args:
         x: (..., K); float64, float32, float16 or bfloat16; any strides.
-        weight: (N, K), x's dtype, frozen.
+        weight: (N, K), x's dtype, frozen; or a `base_layer.Packed` in the place of one.
         lora_A: (R, K); x's dtype or another (float32 under a 16-bit base, say); its gradient has its own dtype.
         lora_B: (N, R); as lora_A.
         bias: (N,) in x's dtype, or None.
@@ -59,7 +60,7 @@ def lora_linear(
     if path is not None:
         raise RuntimeError(f"path {path!r} cannot run here: {y}")
     warn_once(("eager", y), f"fastlora.lora_linear runs fastlora.reference.lora_linear, since {y}")
-    return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p, training)
+    return reference.lora_linear(x, dense(weight, keep=True), lora_A, lora_B, bias, scaling, dropout_p, training)
 
 
 def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Tensor | str:
@@ -70,7 +71,7 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Ten
     if isinstance(scaling, Tensor):
         lora_B, scaling = _scaled(lora_B, scaling), 1.0
     if compiling or torch._C._is_any_autocast_enabled():
-        x, weight, bias = _autocast(x, weight, bias)
+        x, weight, bias = cast_for_autocast(x, weight, bias)
     if path is None and not compiling and NODE is not None:
         y = NODE.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         if y is not None:
@@ -80,13 +81,14 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Ten
         if not isinstance(scaling, Real):
             raise TypeError(f"scaling is {type(scaling).__name__}; it needs to be a number or a Tensor of one element")
         scaling = float(scaling)
+    packed = weight.__class__ is Packed
     if compiling:
-        return ops.call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path)
-    reason = why_eager(x, weight, lora_A, lora_B)
+        return ops.call(x, dense(weight, keep=True), lora_A, lora_B, bias, scaling, dropout_p, path)
+    reason = why_eager(x, lora_A, lora_B, *(() if packed else (weight,)))
     if reason is not None:
         return reason
     # Tensors may have outlived a function transform; ATen's operations see to that themselves.
-    x, weight = unwrap_if_dead(x), unwrap_if_dead(weight)
+    x, weight = unwrap_if_dead(x), weight if packed else unwrap_if_dead(weight)
     lora_A, lora_B = unwrap_if_dead(lora_A), unwrap_if_dead(lora_B)
     if bias is not None:
         bias = unwrap_if_dead(bias)
@@ -95,7 +97,7 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Ten
     return autograd.run(select(x, weight, lora_A, dropout_p, path), x, weight, lora_A, lora_B, bias, scaling, dropout_p)
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def cast_for_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast would hand to F.linear on x's device; it leaves float64 alone."""
     device_type = x.device.type
     if not torch.is_autocast_enabled(device_type) or x.dtype is torch.float64:

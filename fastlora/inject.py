@@ -37,6 +37,7 @@ def inject(
     task_type: str | None = None,
     adapter_dtype: torch.dtype | None = None,
     layer_class: type[FusedLoRALinear] = FusedLoRALinear,
+    use_dora: bool = False,
 ) -> nn.Module:
     """Replace layers of `model` by LoRA layers in place, freeze everything else, and return the model.
 
@@ -45,8 +46,8 @@ def inject(
     whatever they were shared with. Nothing is changed when an error is raised.
 
     Args:
-        model: any module that holds `nn.Linear` or transformers' `Conv1D` layers.
-        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype: as for `FusedLoRALinear`.
+        model: any module that holds layers which `FusedLoRALinear.from_linear` takes.
+        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, use_dora: as for `FusedLoRALinear`.
         target_modules: a list of names, each a whole name or its end after a dot ("q_proj" means every "...q_proj"); or
             a regular expression that must match the whole name; or "all-linear": every nn.Linear and Conv1D but the
             output head of a transformers model.
@@ -79,6 +80,7 @@ def inject(
         rank_pattern=dict(rank_pattern or {}),
         alpha_pattern=dict(alpha_pattern or {}),
         task_type=task_type,
+        use_dora=bool(use_dora),
     )
     return attach(model, plan(model, config), adapter_dtype, layer_class)
 
@@ -104,6 +106,7 @@ def attach(
                 lora_dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
                 adapter_dtype=adapter_dtype,
+                use_dora=config.use_dora,
             )
             for hooks in CALL_HOOKS:
                 if hooks in module.__dict__:

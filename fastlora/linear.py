@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora import reference
-from fastlora.base_layer import DTYPES, base_parameters
+from fastlora import dora, reference
+from fastlora.base_layer import DTYPES, Packed, base_parameters, dense, form_of, logical_dtype, packed_of, weight_of
 from fastlora.functional import lora_linear
 
 
@@ -25,7 +25,8 @@ class FusedLoRALinear(nn.Module):
     Attributes: `weight` (N, K) and `bias` (N,) or None, frozen; `lora_A` (R, K) and `lora_B` (N, R), trained;
     `scaling`, a float; `lora_dropout`, a probability; `merged`. N is out_features, K in_features, R the rank. Input
     (..., K) in the weight's dtype, output (..., N). lora_A starts Kaiming-uniform as in PEFT, lora_B at zero, so a new
-    layer computes exactly what its base computes.
+    layer computes exactly what its base computes. With DoRA also `lora_magnitude_vector` (N,), trained, which starts as
+    the norms of the weight's rows.
 
     The state dict speaks of the layer as it is unmerged: `weight` (in the layout of the layer it was made from),
     `bias`, `lora_A`, `lora_B`, under the same names whether the layer is merged or not.
@@ -40,6 +41,8 @@ class FusedLoRALinear(nn.Module):
         scaling: the scaling itself; lora_alpha is then ignored and recomputed from it.
         adapter_dtype: the dtype of lora_A and lora_B: the weight's (the default) or float32.
         device, dtype: of the weight, as for `nn.Linear`; float64, float32, bfloat16 or float16.
+        use_dora: train the lengths of the rows of weight + update apart from their directions (Liu et al. 2024): see
+            `fastlora.dora`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of its range; the message names it.
@@ -52,6 +55,8 @@ class FusedLoRALinear(nn.Module):
     lora_dropout: float
     scaling: float
     _lora_linear = staticmethod(lora_linear)
+    _dora_linear = staticmethod(dora.dora_linear)
+    _quantised: nn.Module | None = None  # the layer taken over, for what it knows of its weight
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class FusedLoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> None:
         super().__init__()
         self.in_features = _positive_int("in_features", in_features)
@@ -73,7 +79,7 @@ class FusedLoRALinear(nn.Module):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         weight = torch.empty((self.out_features, self.in_features), device=device, dtype=dtype)
         offset = torch.empty(self.out_features, device=device, dtype=dtype) if bias else None
-        self._build(weight, offset, r, lora_alpha, lora_dropout, use_rslora, scaling, adapter_dtype)
+        self._build(weight, offset, r, lora_alpha, lora_dropout, use_rslora, scaling, adapter_dtype, use_dora)
         self.reset_parameters()
 
     @classmethod
@@ -86,32 +92,40 @@ class FusedLoRALinear(nn.Module):
         use_rslora: bool = False,
         scaling: float | None = None,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> FusedLoRALinear:
-        """The layer over an existing `nn.Linear` or transformers' `Conv1D`, sharing its weight and bias.
+        """The layer over an existing `nn.Linear`, transformers' `Conv1D`, or a linear layer of bitsandbytes (4 or 8
+        bits) or torchao (weight only), sharing its weight and bias.
 
         Nothing is copied: an `nn.Linear`'s own parameters are taken over (and so frozen in `linear` too); a `Conv1D`
-        keeps its weight as (K, N), and `weight` is the transposed view (N, K) of the same memory. The adapter starts on
-        the weight's device. The other arguments are as for the class.
+        keeps its weight as (K, N), and `weight` is the transposed view (N, K) of the same memory; a quantised weight
+        stays as it is, and is dequantised for each product. The adapter starts on the weight's device. The other
+        arguments are as for the class.
 
         Raises:
-            TypeError: `linear` is another kind of module, or its weight is not a plain floating-point parameter
-                (quantised or parametrised weights are not supported).
+            TypeError: `linear` is another kind of module, or its weight is neither a plain floating-point parameter nor
+                quantised in a way that is known here (parametrised weights are not supported).
         """
         weight, bias, transposed = base_parameters(linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.out_features, layer.in_features = weight.shape
-        layer._build(weight, bias, r, lora_alpha, lora_dropout, use_rslora, scaling, adapter_dtype)
+        if form_of(linear) is not None:
+            layer.__dict__["_quantised"] = linear  # out of modules(): its parameters are this layer's
+            layer.out_features, layer.in_features = linear.out_features, linear.in_features
+        else:
+            layer.out_features, layer.in_features = weight.shape
+        layer._build(weight, bias, r, lora_alpha, lora_dropout, use_rslora, scaling, adapter_dtype, use_dora)
         layer.fan_in_fan_out = transposed
         layer.reset_lora_parameters()
         return layer.train(linear.training)
 
-    def _build(self, weight, bias, r, lora_alpha, lora_dropout, use_rslora, scaling, adapter_dtype) -> None:
-        if weight.dtype not in DTYPES:
-            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {weight.dtype}")
-        adapter_dtype = weight.dtype if adapter_dtype is None else adapter_dtype
-        if adapter_dtype not in (weight.dtype, torch.float32):
-            raise ValueError(f"adapter_dtype must be the weight's {weight.dtype} or float32, got {adapter_dtype}")
+    def _build(self, weight, bias, r, lora_alpha, lora_dropout, use_rslora, scaling, adapter_dtype, use_dora) -> None:
+        dtype = weight.dtype if self._quantised is None else logical_dtype(self._quantised)
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+        adapter_dtype = dtype if adapter_dtype is None else adapter_dtype
+        if adapter_dtype not in (dtype, torch.float32):
+            raise ValueError(f"adapter_dtype must be the weight's {dtype} or float32, got {adapter_dtype}")
         self.r = _positive_int("r", r)
         self.lora_dropout = _finite("lora_dropout", lora_dropout)
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -119,8 +133,13 @@ class FusedLoRALinear(nn.Module):
         self.set_scaling(lora_alpha, use_rslora, scaling)
         self.weight = _frozen(weight)
         self.register_parameter("bias", None if bias is None else _frozen(bias))
-        self.lora_A = nn.Parameter(weight.new_empty((self.r, self.in_features), dtype=adapter_dtype))
-        self.lora_B = nn.Parameter(weight.new_empty((self.out_features, self.r), dtype=adapter_dtype))
+        place = {"device": weight.device, "dtype": adapter_dtype}
+        self.lora_A = nn.Parameter(torch.empty((self.r, self.in_features), **place))
+        self.lora_B = nn.Parameter(torch.empty((self.out_features, self.r), **place))
+        self.use_dora = bool(use_dora)
+        if self.use_dora:
+            self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features, **place))
+            self.__dict__["_norms"] = dora.Norms()
         self.fan_in_fan_out = False
         self._keep_base(None)
 
@@ -136,7 +155,13 @@ class FusedLoRALinear(nn.Module):
             self.lora_alpha = self.scaling * divisor
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: weight and bias as `nn.Linear` does, then the adapter. Unmerges first."""
+        """Draw all parameters anew: weight and bias as `nn.Linear` does, then the adapter. Unmerges first.
+
+        Raises:
+            TypeError: the weight is quantised.
+        """
+        if self._quantised is not None:
+            raise TypeError("a quantised weight cannot be drawn anew: use reset_lora_parameters")
         self.unmerge()
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
@@ -145,12 +170,21 @@ class FusedLoRALinear(nn.Module):
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """Start the adapter anew: lora_A Kaiming-uniform with a = sqrt(5), lora_B zero."""
+        """Start the adapter anew: lora_A Kaiming-uniform with a = sqrt(5), lora_B zero, magnitudes the rows' norms."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        if self.use_dora:
+            with torch.no_grad():
+                norms = dora.row_norms(self._base_weight(), self.lora_A, self.lora_B, self.scaling)
+                self.lora_magnitude_vector.copy_(norms)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) in the weight's dtype -> (..., N). Merged, it is the plain linear layer: no dropout."""
+        """x (..., K) in the weight's dtype -> (..., N). Merged, it is the plain linear layer: no dropout.
+
+        Over a quantised weight x may be of any floating dtype; the product is in the dtype that the layer taken over
+        would compute in."""
+        if self._special:
+            return self._forward_special(x)
         if self._base is not None:
             return F.linear(x, self.weight, self.bias)
         try:  # past nn.Module.__getattr__, which costs half a microsecond a name
@@ -159,6 +193,28 @@ class FusedLoRALinear(nn.Module):
         except KeyError:  # pruned or parametrised
             weight, bias, A, B = self.weight, self.bias, self.lora_A, self.lora_B
         return self._lora_linear(x, weight, A, B, bias, self.scaling, self.lora_dropout, self.training)
+
+    def _forward_special(self, x: Tensor) -> Tensor:
+        """Over a quantised base, or DoRA."""
+        given, weight, bias = x, self.weight, self.bias
+        if self._base is not None:
+            x = x.to(weight.dtype)
+            y = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
+            return y if x is given else y.to(given.dtype)
+        if self._quantised is not None:
+            x, weight, bias = weight_of(self._quantised, x)
+        arguments = (x, weight, self.lora_A, self.lora_B, bias, self.scaling, self.lora_dropout, self.training)
+        if self.use_dora:
+            y = self._dora_linear(*arguments, self.lora_magnitude_vector, self._norms)
+        else:
+            y = self._lora_linear(*arguments)
+        return y if x is given else y.to(given.dtype)
+
+    def _base_weight(self) -> Tensor | Packed:
+        """What is unmerged of the weight, (N, K); a quantised one in the dtype that it was quantised from."""
+        if self._quantised is not None:
+            return packed_of(self._quantised, logical_dtype(self._quantised))
+        return self.weight if self._base is None else self._base
 
     @property
     def merged(self) -> bool:
@@ -180,16 +236,19 @@ class FusedLoRALinear(nn.Module):
         """
         if self._base is not None:
             return
-        base = self._parameters.get("weight")
-        if base is None:
+        stored = self._parameters.get("weight")
+        if stored is None:
             raise ValueError("weight is pruned or parametrised, so it cannot be replaced; the layer is left unmerged")
+        base = dense(self._base_weight(), keep=True)
         wide = torch.promote_types(torch.float32, torch.promote_types(base.dtype, self.lora_A.dtype))
         total = torch.addmm(base.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scaling)
+        if self.use_dora:
+            total *= (self.lora_magnitude_vector.to(wide) / total.norm(dim=1))[:, None]
         merged = total.to(base.dtype)
         if not base.is_meta and bool((torch.isfinite(base) & ~torch.isfinite(merged)).any()):
             raise ValueError(f"the merged weight is not finite in {base.dtype}; the layer is left unmerged")
         self.weight = nn.Parameter(merged, requires_grad=False)
-        self._keep_base(base)
+        self._keep_base(stored)
 
     def unmerge(self) -> None:
         """Put the base weight back: the same parameter, bit for bit. Does nothing when not merged."""
@@ -201,6 +260,8 @@ class FusedLoRALinear(nn.Module):
         """Turn the adapter's gradients on or off. The weight stays frozen, and the bias as it is."""
         self.lora_A.requires_grad_(requires_grad)
         self.lora_B.requires_grad_(requires_grad)
+        if self.use_dora:
+            self.lora_magnitude_vector.requires_grad_(requires_grad)
         return self
 
     def extra_repr(self) -> str:
@@ -208,7 +269,11 @@ class FusedLoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}",
             f"r={self.r}, scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}",
         ]
-        if self.lora_A.dtype != self.weight.dtype:
+        if self._quantised is not None:
+            parts.append(f"base={type(self._quantised).__name__}")
+        if self.use_dora:
+            parts.append("use_dora=True")
+        if self.lora_A.dtype != self._base_weight().dtype:
             parts.append(f"adapter_dtype={self.lora_A.dtype}")
         if self.merged:
             parts.append("merged=True")
@@ -217,6 +282,7 @@ class FusedLoRALinear(nn.Module):
     def _keep_base(self, base: nn.Parameter | None) -> None:
         # Straight into __dict__: kept out of parameters(), and still copied and pickled with the module.
         self.__dict__["_base"] = base
+        self.__dict__["_special"] = self._quantised is not None or (self.use_dora and base is None)
 
     def _apply(self, fn, recurse: bool = True):
         # The kept base weight moves and changes dtype with the rest.
@@ -235,6 +301,9 @@ class FusedLoRALinear(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         # Nothing of the layer changes meanwhile: another thread may be in forward.
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._quantised is not None:  # as the layer taken over would save it
+            self._quantised._save_to_state_dict(destination, prefix, keep_vars)
+            return
         base = self._parameters.get("weight") if self._base is None else self._base
         if base is not None and self.fan_in_fan_out:
             stored = self._as_stored(base.detach())
@@ -274,7 +343,13 @@ class FusedLoRALinear(nn.Module):
 class EagerLoRALinear(FusedLoRALinear):
     """The same layer computed by the eager reference: what the fused one is compared with."""
 
-    _lora_linear = staticmethod(reference.lora_linear)
+    @staticmethod
+    def _lora_linear(x, weight, *rest):
+        return reference.lora_linear(x, dense(weight, keep=True), *rest)
+
+    @staticmethod
+    def _dora_linear(*arguments):
+        return dora.eager(*arguments)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -51,3 +51,34 @@ def lora_linear(
         update = F.dropout(update, dropout_p)
     update = F.linear(F.linear(update, lora_A), lora_B) * scaling
     return (base + update).to(base.dtype)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """DoRA in plain PyTorch, as PEFT has it: the update's rows are scaled by magnitude / ‖weight + scaling·B A‖, whose
+    norm gets no gradient. With a mask the base's own product sees x whole, and the scaled one x dropped.
+
+    Args:
+        magnitude: (N,), trained. The others are as for `lora_linear`.
+
+    Returns:
+        (..., N), in the dtype of `x @ weight.T`.
+
+    Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation".
+    """
+    base, wide = F.linear(x, weight, bias), lora_A.dtype
+    norm = torch.linalg.norm((weight.to(wide) + scaling * lora_B @ lora_A).detach(), dim=1)
+    g = magnitude / norm
+    dropped = (x if mask is None else x * mask / (1.0 - dropout_p)).to(wide)
+    update = (g - 1.0) * F.linear(dropped, weight.to(wide)) + g * F.linear(F.linear(dropped, lora_A), lora_B) * scaling
+    return (base + update).to(base.dtype)

@@ -39,6 +39,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     task_type: str | None = None
+    use_dora: bool = False
 
     def saves(self, name: str) -> bool:
         """Whether PEFT would train and save the module `name` in full: by the end of its name, dots or not."""

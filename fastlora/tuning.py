@@ -33,7 +33,7 @@ from fastlora.paths import PATHS, Path
 from fastlora.paths.problem import Problem, drawn
 
 FIELDS = ("M", "N", "K", "R", "dtype", "adapter_dtype", "dropout", "layout")
-LOCK_WAIT_S = 60.0  # longer than any one tuning run
+LOCK_WAIT_S = 120.0  # longer than any one tuning run
 ROUNDS = 7
 SAMPLE_S = 1e-3
 MOST_CALLS = 50  # of a sample: their launches must fit the driver's queue

@@ -55,6 +55,8 @@ PAIRS = [
         },
     ),
     (llama, {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens", "norm"]}),
+    (llama, {"target_modules": "all-linear", "use_dora": True}),
+    (gpt2, {"target_modules": ["c_attn"], "use_dora": True}),
 ]
 
 
@@ -75,6 +77,8 @@ class TestWithPeft:
             other = theirs.base_model.model.get_submodule(name)
             assert torch.equal(other.lora_A["default"].weight, layer.lora_A)
             assert torch.equal(other.lora_B["default"].weight, layer.lora_B)
+            if layer.use_dora:
+                assert torch.equal(other.lora_magnitude_vector["default"].weight, layer.lora_magnitude_vector)
             assert other.scaling["default"] == layer.scaling
         written = {key for key in adapter_entries(tmp_path) if ".lora_" not in key}
         kept = peft.get_peft_model_state_dict(theirs)
@@ -118,3 +122,26 @@ def test_pefts_float32_adapters_over_a_16_bit_base(tmp_path):
     for key, value in adapter_entries(tmp_path).items():
         name = key.removeprefix("base_model.model.").removesuffix(".weight")
         assert torch.equal(model.get_parameter(name), value) and value.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_over_four_bits_both_ways(tmp_path, use_dora):
+    peft, bitsandbytes = pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+
+    def base():
+        torch.manual_seed(0)
+        packed = bitsandbytes.nn.Linear4bit(64, 96, True, torch.float32, True, "nf4")
+        packed.load_state_dict(nn.Linear(64, 96).state_dict())
+        model = nn.Sequential(packed.to("cpu"), nn.Tanh(), nn.Linear(96, 8))
+        model.is_loaded_in_4bit = True
+        return model
+
+    x = torch.randn(5, 64)
+    model = shaken(inject(base(), r=4, target_modules=["0"], use_dora=use_dora))
+    save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").train()  # in eval mode its base rounds x
+    assert type(theirs.base_model.model[0]).__name__ == "Linear4bit"
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(load_adapter(base(), tmp_path / "theirs")(x), model(x))

@@ -290,6 +290,24 @@ def test_hooks_keep_working_and_can_be_removed(net):
     assert len(seen) == 2
 
 
+def test_every_kind_of_hook_runs_on(net):
+    layer, seen = net.layers[0].q_proj, []
+    for kind, options in (
+        ("forward_pre_hook", {"with_kwargs": True}), ("forward_pre_hook", {}),
+        ("forward_hook", {"with_kwargs": True, "always_call": True}), ("forward_hook", {}),
+        ("full_backward_pre_hook", {}), ("full_backward_hook", {}),
+    ):  # fmt: skip
+        getattr(layer, f"register_{kind}")(lambda *a, kind=kind: seen.append((kind, len(a))), **options)
+    net.embed.requires_grad_(True)
+    net(IDS).sum().backward()
+    before = list(seen)
+    assert len(before) == 6
+    seen.clear()
+    inject(net, target_modules=["q_proj"], modules_to_save=["embed"])
+    net(IDS).sum().backward()
+    assert seen == before
+
+
 @pytest.mark.parametrize("mode", ["grad", "no_grad"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_torchs_own_encoder_does_not_bypass_the_adapter(mode, padded):

@@ -32,8 +32,10 @@ class TestMerge:
             assert not layer.merged and layer.weight is parameter and torch.equal(bits(layer.weight), before)
 
     @pytest.mark.parametrize("dtype", FLOATS)
-    def test_the_merged_weight_is_the_sum_rounded_once(self, dtype):
-        layer = trained(FusedLoRALinear(17, 33, r=4, dtype=dtype))
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_the_merged_weight_is_the_sum_rounded_once(self, dtype, transposed):
+        base = conv1d(33, 17) if transposed else nn.Linear(17, 33)
+        layer = trained(FusedLoRALinear.from_linear(base.to(dtype), r=4))
         exact = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
         layer.merge()
         torch.testing.assert_close(layer.weight.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
@@ -49,6 +51,12 @@ class TestMerge:
             layer.train().merge()
             torch.testing.assert_close(layer(x), expected)
             assert "merged=True" in repr(layer)
+
+    def test_drawing_anew_unmerges(self):
+        layer = trained(FusedLoRALinear(5, 3))
+        layer.merge()
+        layer.reset_parameters()
+        assert not layer.merged and torch.equal(layer(torch.eye(5)), F.linear(torch.eye(5), layer.weight, layer.bias))
 
     def test_twice_is_once_and_unmerge_alone_does_nothing(self):
         layer = trained(FusedLoRALinear(5, 3))

@@ -7,6 +7,7 @@
 | `grads.py`    | dS with dB in one read of dy; dA with the mask made again                           |
 | `hybrid.py`   | S and S Bᵀ + bias in one read of x; dA and drop(dS A) in one: ATen's GEMM does W    |
 | `onepass.py`  | y and S from one read of x                                                         |
+| `cuda.py`     | all of it in CUDA C++ for Hopper (csrc/cuda), through ctypes                        |
 | `partials.py` | sums of partial results, in order                                                   |
 | `dropout.py`  | the mask, a function of (seed, row, column)                                        |
 | `tiles.py`    | which tile runs on which GPU                                                       |

@@ -1,15 +1,71 @@
-"""Path `cuda`: the place of the optional CUDA C++ kernels for Hopper. None is shipped yet."""
+"""Path `cuda`: the CUDA C++ kernels for Hopper, one launch forward and one backward (csrc/cuda, kernels/cuda.py).
+
+| forward                             | backward                               |
+| ----------------------------------- | -------------------------------------- |
+| Y and S: a GEMM, and CTAs beside it | dX, dA, dB: a GEMM, and CTAs beside it |
+
+TMA reads rows that begin at multiples of 16 bytes. x, dY or a weight that lies otherwise (a transposed one: GPT-2's
+Conv1D) are copied first; whether that still pays is what tuning measures.
+"""
 
 from __future__ import annotations
 
-from fastlora.paths import aten
-from fastlora.paths.path import Path
+import hashlib
 
-PATH = Path(
-    "cuda",
-    lambda device, problem: "this version ships no CUDA C++ library",
-    aten.forward,
-    aten.backward,
-    aten.keep_mask,
-    aten.s_factor,
+import torch
+from torch import Tensor
+
+from fastlora.kernels import cuda as kernels
+from fastlora.paths import gpu, mask
+from fastlora.paths.path import Path
+from fastlora.paths.problem import Problem, Update, check_saved, rows
+
+
+def why_not(device: torch.device, problem: Problem | None) -> str | None:
+    return kernels.why_not(device) or (None if problem is None else kernels.unsupported(problem))
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:
+    lora_A, lora_B, _, p, seed = update
+    x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
+    S = kernels.forward(
+        _laid(x2), _laid(weight), None if bias is None else _aligned(bias), lora_A, lora_B, gpu.exact(update), p, seed,
+        y.view(x2.shape[0], weight.shape[0]),
+    )  # fmt: skip
+    return y, S
+
+
+def backward(dy, x, weight, S, update, need_B):
+    check_saved(dy, x, weight, S, update)
+    lora_A, lora_B, _, p, seed = update
+    return kernels.backward(
+        _laid(dy), None if x is None else _laid(rows(x)), None if weight is None else _laid(weight), lora_A, lora_B,
+        S.contiguous(), gpu.exact(update), p, seed, need_B,
+    )  # fmt: skip
+
+
+def _laid(matrix: Tensor) -> Tensor:
+    return matrix if kernels.fits(matrix) else matrix.clone(memory_format=torch.contiguous_format)
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    return (
+        bias if bias.stride(0) == 1 and bias.data_ptr() % 4 == 0 else bias.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def fingerprint() -> str:
+    """The library's machine code."""
+    return hashlib.sha256(kernels.LIBRARY.read_bytes()).hexdigest()
+
+
+# several row blocks and tiles a CTA, more than one part in the queue, every rank's kernel, the mask in dX's tail
+_SIZES = (
+    (4224, 1288, 1032, 16, 0.0),
+    (8320, 520, 776, 32, 0.3),
+    (264, 2056, 264, 64, 0.3),
+    (257, 520, 1032, 128, 0.1),
 )
+CASES = tuple((*sizes, x, a) for x in kernels.DTYPES for a in (x, torch.float32) for sizes in _SIZES)
+
+PATH = Path("cuda", why_not, forward, backward, mask.keep_mask, gpu.s_factor, CASES, fingerprint)

@@ -1,4 +1,4 @@
-"""The subclass that `patch` sets in place: PEFT's layer with a fused forward.
+"""The subclasses that `patch` sets in place: PEFT's layers with a fused forward.
 
 A call costs little Python: the first one examines the layer (`reasons`) and keeps what it found in a `_Parts`; later
 ones check by identity that nothing it read was changed, which takes about two microseconds.
@@ -6,6 +6,8 @@ ones check by identity that nothing it read was changed, which takes about two m
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import SimpleNamespace
 
 import torch
@@ -13,9 +15,11 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import Parameter
-from transformers.pytorch_utils import Conv1D
 
+from fastlora.base_layer import form_of, weight_of
 from fastlora.choice import Choice, explain
+from fastlora.dora import Norms
+from fastlora.dora import fused as dora_fused
 from fastlora.errors import warn_once
 from fastlora.functional import fused
 from fastlora.peft import reasons
@@ -26,7 +30,7 @@ _any_autocast = torch._C._is_any_autocast_enabled
 class Record:
     """What one patched layer remembers: its counts of calls, and the parts that its last fused call used."""
 
-    __slots__ = ("fallback_calls", "fused_calls", "last", "name", "parts", "path", "reasons")
+    __slots__ = ("fallback_calls", "fused_calls", "last", "name", "norms", "parts", "path", "reasons")
 
     def __init__(self, name: str = "") -> None:
         self.name = name
@@ -36,25 +40,29 @@ class Record:
         self.last: str | None = None  # why the call that was examined last was not fused
         self.parts: _Parts | None = None
         self.path: str | None = None  # of the fused call that was examined last
+        self.norms = Norms()  # of the base weight's rows, for DoRA
 
 
 class _Parts:
     """A layer that was found fit for fusing: what `reasons.of_layer` read of it, to be compared by identity."""
 
-    __slots__ = ("active", "base", "base_type", "down", "drop", "drop_type", "hooks", "name", "namespaces", "up")
+    __slots__ = (
+        "active", "base", "base_type", "down", "drop", "drop_type", "hooks", "name", "namespaces", "special", "up",
+    )  # fmt: skip
 
-    def __init__(self, layer: FusedLinear) -> None:
+    def __init__(self, layer: Fused) -> None:
         active = layer._active_adapter
         self.active = active if isinstance(active, str) else list(active)
-        self.name = name = active if isinstance(active, str) else next(a for a in active if a in layer.lora_A)
+        self.name = name = reasons.active_name(layer)
         self.base, self.drop = layer.base_layer, layer.lora_dropout[name]
         self.down, self.up = layer.lora_A[name], layer.lora_B[name]
         self.base_type, self.drop_type = type(self.base), type(self.drop)
+        self.special = name in layer.lora_variant or form_of(self.base) is not None
         used = (self.base, self.down, self.up, self.drop)
         self.hooks = tuple(hooks for module in used for hooks in reasons.hooks_of(module)) + reasons.GLOBAL_HOOKS
         self.namespaces = tuple(module.__dict__ for module in used)
 
-    def hold(self, layer: FusedLinear) -> bool:
+    def hold(self, layer: Fused) -> bool:
         """Whether `layer` is still as it was, its tensors and scaling left aside."""
         modules, name = layer._modules, self.name
         base, down, up, drop = self.namespaces
@@ -79,8 +87,8 @@ class _Parts:
         )
 
 
-class FusedLinear(PeftLinear):
-    """`peft.tuners.lora.Linear` with `fastlora.lora_linear` as its arithmetic. Made by `patch`, never constructed.
+class Fused:
+    """A layer of PEFT's with `fastlora.lora_linear` as its arithmetic. Made by `patch`, never constructed.
 
     Its methods call each other by the class: `unpatch` in another thread may take it from under a call.
 
@@ -91,13 +99,13 @@ class FusedLinear(PeftLinear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if is_compiling():
             if (reasons.of_layer(self) or reasons.of_call(self, x, args, kwargs)) is not None:
-                return PeftLinear.forward(self, x, *args, **kwargs)
-            return fused(x, *FusedLinear._arguments(self))
+                return Fused._stock(self).forward(self, x, *args, **kwargs)
+            return Fused._compute(self, x, None)
 
         record = self.__dict__.get("_fastlora")
         parts = record.parts if record is not None else None
-        if parts is None or args or kwargs or not parts.hold(self):
-            return FusedLinear._examine(self, x, args, kwargs)
+        if parts is None or args or kwargs or parts.special or not parts.hold(self):
+            return Fused._examine(self, x, args, kwargs)
         base, adapter = parts.base._parameters, parts.down._parameters
         weight, bias, lora_A = base.get("weight"), base["bias"], adapter.get("weight")
         adapter = parts.up._parameters
@@ -116,7 +124,7 @@ class FusedLinear(PeftLinear):
             or (x_dtype is not lora_A.dtype and not self.cast_input_dtype_enabled)
             or lora_A.dtype is not lora_B.dtype
         ):
-            return FusedLinear._examine(self, x, args, kwargs)
+            return Fused._examine(self, x, args, kwargs)
         y = fused(
             x,
             weight if parts.base_type is nn.Linear else weight.t(),
@@ -127,7 +135,7 @@ class FusedLinear(PeftLinear):
             drop.p if parts.drop_type is nn.Dropout and drop.training else 0.0,
         )
         if y.__class__ is str:  # a function transform, tracing: see fastlora/gate.py
-            return FusedLinear._by_peft(self, record, y, x)
+            return Fused._by_peft(self, record, y, x)
         record.fused_calls += 1
         return y
 
@@ -142,13 +150,14 @@ class FusedLinear(PeftLinear):
             record.parts = _Parts(self)
             reason = reasons.of_call(self, x, args, kwargs)
         if reason is None:
-            y = fused(x, *FusedLinear._arguments(self))
+            y = Fused._compute(self, x, record)
             if y.__class__ is not str:
                 record.fused_calls += 1
-                record.last, record.path = None, FusedLinear.explain(self, x).path
+                if record.path is None or record.last is not None or not record.parts.special:
+                    record.last, record.path = None, Fused.explain(self, x).path
                 return y
             reason = y
-        return FusedLinear._by_peft(self, record, reason, x, *args, **kwargs)
+        return Fused._by_peft(self, record, reason, x, *args, **kwargs)
 
     def _by_peft(self, record, reason, x, *args, **kwargs) -> Tensor:
         """PEFT's own forward, counted and explained."""
@@ -160,30 +169,37 @@ class FusedLinear(PeftLinear):
             f"fastlora.peft: PEFT's own forward runs in {record.name or 'a layer'}: {reason}; "
             "fastlora.peft.report(model) lists every layer",
         )
-        return PeftLinear.forward(self, x, *args, **kwargs)
+        return Fused._stock(self).forward(self, x, *args, **kwargs)
 
     def explain(self, x: Tensor) -> Choice:
         """Which path `self(x)` runs and why; path "peft" is PEFT's own forward. `fastlora.explain` asks this."""
         reason = reasons.of_layer(self) or reasons.of_call(self, x, (), {})
         if reason is not None:
             return Choice("peft", reason)
-        weight, lora_A, _, _, scaling, dropout_p = FusedLinear._arguments(self)
-        view = SimpleNamespace(weight=weight, lora_A=lora_A, scaling=scaling, training=True, lora_dropout=dropout_p)
+        x, _, lora_A, lora_B, *_, dropout_p = Fused._arguments(self, x)
+        dropout_p = 0.0 if reasons.active_name(self) in self.lora_variant else dropout_p
+        view = SimpleNamespace(lora_A=lora_A, lora_B=lora_B, training=True, lora_dropout=dropout_p)
         return explain(view, x)
 
-    def _arguments(self) -> tuple:
-        """`lora_linear`'s arguments after x: weight (N, K), lora_A, lora_B, bias, scaling, dropout_p."""
-        active = self._active_adapter
-        name = active if isinstance(active, str) else next(a for a in active if a in self.lora_A)
-        base, drop = self.base_layer, self.lora_dropout[name]
-        return (
-            base.weight.t() if isinstance(base, Conv1D) else base.weight,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            base.bias,
-            self.scaling[name],
-            drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
-        )
+    def _compute(self, x: Tensor, record: Record | None) -> Tensor | str:
+        """y of a call to which nothing is to be objected, of any kind."""
+        arguments, dora = Fused._arguments(self, x), self.lora_magnitude_vector
+        if reasons.active_name(self) in self.lora_variant:
+            y = dora_fused(*arguments, dora[reasons.active_name(self)].weight, record and record.norms)
+        else:
+            y = fused(*arguments)
+        return y if y.__class__ is str or arguments[0] is x else y.to(x.dtype)
+
+    def _arguments(self, x: Tensor) -> tuple:
+        """`lora_linear`'s arguments: x, weight (N, K), lora_A, lora_B, bias, scaling, dropout_p."""
+        name, drop = reasons.active_name(self), self.lora_dropout[reasons.active_name(self)]
+        x, weight, bias = weight_of(self.base_layer, x)
+        drops = isinstance(drop, nn.Dropout) and drop.training and (self.training or name not in self.lora_variant)
+        adapter = self.lora_A[name].weight, self.lora_B[name].weight
+        return x, weight, *adapter, bias, self.scaling[name], drop.p if drops else 0.0
+
+    def _stock(self) -> type:
+        return getattr(type(self), "_own", type(self))
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
@@ -191,4 +207,31 @@ class FusedLinear(PeftLinear):
         return state
 
 
-FusedLinear.__name__ = PeftLinear.__name__  # what repr shows, and what wrapping policies compare with
+# PEFT's layers that are fused, each exactly; those of packages that may be missing are met when PEFT has made one.
+FUSABLE = {
+    "Linear": "peft.tuners.lora.layer",
+    "Linear4bit": "peft.tuners.lora.bnb",
+    "Linear8bitLt": "peft.tuners.lora.bnb",
+    "TorchaoLoraLinear": "peft.tuners.lora.torchao",
+}
+
+
+@functools.cache
+def fused_class(own: type) -> type | None:
+    """The fused subclass of a class of PEFT's, or None where it is not one of `FUSABLE`."""
+    if FUSABLE.get(own.__name__) != own.__module__:
+        return None
+    names = {"__module__": __name__, "__qualname__": "Fused" + own.__name__, "__doc__": Fused.__doc__, "_own": own}
+    # repr shows PEFT's own name, and wrapping policies compare with it
+    return globals().setdefault(names["__qualname__"], type(own.__name__, (Fused, own), names))
+
+
+def __getattr__(name: str) -> type:
+    """The fused classes that no one has asked for yet: a pickle does."""
+    own = name.removeprefix("Fused")
+    if own not in FUSABLE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return fused_class(getattr(importlib.import_module(FUSABLE[own]), own))
+
+
+FusedLinear = fused_class(PeftLinear)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 
 import peft
-from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fastlora.errors import warn_once
 from fastlora.peft import reasons
-from fastlora.peft.layer import FusedLinear, Record
+from fastlora.peft.layer import Fused, Record, fused_class
 
 KNOWN_VERSIONS = ((0, 17), (0, 21))  # the first and last release series that this was run against
 
@@ -60,11 +59,12 @@ class Report(dict):
 
 
 def patch(module: nn.Module) -> nn.Module:
-    """Fuse every `peft.tuners.lora.Linear` in `module`, itself included, in place.
+    """Fuse every `peft.tuners.lora.Linear` in `module`, itself included, in place, and PEFT's layers over linear layers
+    of bitsandbytes and torchao.
 
-    Exactly that type: subclasses (those of quantisation back ends) are left alone. Each layer stays the same object
-    with the same state dict, repr, config and hooks. Call it after `get_peft_model`, `PeftModel.from_pretrained` or
-    `load_adapter`, before or after `torch.compile`; calling it again fuses what was added since.
+    Exactly those types (`layer.FUSABLE`): the others, of GPTQ, AWQ or HQQ, are left alone. Each layer stays the same
+    object with the same state dict, repr, config and hooks. Call it after `get_peft_model`, `PeftModel.from_pretrained`
+    or `load_adapter`, before or after `torch.compile`; calling it again fuses what was added since.
 
     Args:
         module: any module; usually a `PeftModel`.
@@ -79,10 +79,11 @@ def patch(module: nn.Module) -> nn.Module:
     _check_version(peft.__version__)
     found = False
     for name, layer in module.named_modules():
-        if type(layer) is PeftLinear:
-            layer.__class__ = FusedLinear
+        kind = fused_class(type(layer))
+        if kind is not None:
+            layer.__class__ = kind
             layer.__dict__["_fastlora"] = Record(name)
-        found = found or isinstance(layer, PeftLinear)
+        found = found or isinstance(layer, Fused)
     if not found:
         warn_once(
             "fastlora.peft found nothing",
@@ -103,10 +104,11 @@ def unpatch(module: nn.Module) -> nn.Module:
     """
     _check_module(module)
     for name, layer in module.named_modules():
-        if type(layer) is FusedLinear:
-            layer.__class__ = PeftLinear
+        own = getattr(type(layer), "_own", None)
+        if own is not None and type(layer) is fused_class(own):
+            layer.__class__ = own
             layer.__dict__.pop("_fastlora", None)
-        elif isinstance(layer, FusedLinear):  # fully_shard has put its own subclass on top
+        elif own is not None:  # fully_shard has put its own subclass on top
             warn_once(
                 ("fastlora.peft.unpatch", type(layer)),
                 f"fastlora.peft.unpatch leaves {name} fused: its class was changed after patch, to {type(layer)}",
@@ -129,11 +131,13 @@ def report(module: nn.Module) -> Report:
 
 
 def _entry(layer: LoraLayer) -> LayerReport:
-    if not isinstance(layer, FusedLinear):
-        if type(layer) is PeftLinear:
+    if not isinstance(layer, Fused):
+        if fused_class(type(layer)) is not None:
             return LayerReport("not patched", False)
-        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-        return LayerReport(f"left alone: a {kind}, not exactly peft.tuners.lora.Linear", False)
+        kind, why = type(layer), "not exactly a linear layer of PEFT's over a dense, bitsandbytes or torchao weight"
+        if kind.__name__ == "ParamWrapper":
+            why = "whose update is added to a parameter that the module below (experts) reads itself"
+        return LayerReport(f"left alone: a {kind.__module__}.{kind.__qualname__}, {why}", False)
     record = layer.__dict__.get("_fastlora") or Record()
     if "forward" in layer.__dict__:
         return LayerReport("the layer's own forward is replaced, by accelerate for example", False, record)

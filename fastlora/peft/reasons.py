@@ -13,6 +13,8 @@ from torch.nn import Parameter
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
+from fastlora.base_layer import compute_dtype, form_of, why_not_packed
+
 BASES = (nn.Linear, Conv1D)
 DROPOUTS = (nn.Identity, nn.Dropout)
 SHARDED = "sharded"  # such reasons begin so: inside forward the weights may be other objects than outside it
@@ -31,6 +33,12 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
     return tuple(getattr(module, name) for name in _HOOKS)
 
 
+def active_name(layer: nn.Module) -> str:
+    """The one adapter that is active in `layer`."""
+    active = layer._active_adapter
+    return active if isinstance(active, str) else next(name for name in active if name in layer.lora_A)
+
+
 def of_layer(layer: nn.Module) -> str | None:
     """Why no call of `layer`, in its present state, can be fused; None if a call can."""
     if layer._disable_adapters:
@@ -46,13 +54,10 @@ def of_layer(layer: nn.Module) -> str | None:
 
 
 def _of_adapter(layer: nn.Module, name: str) -> str | None:
-    if name in layer.lora_variant:
-        return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
-    if getattr(layer, "quantization_backend", None) is not None:
-        return "the base layer is quantised"
     base, down, up, drop = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    form = form_of(base)
     for role, module, types in (
-        ("base_layer", base, BASES),
+        ("base_layer", base, BASES if form is None else (type(base),)),
         ("lora_A", down, (nn.Linear,)),
         ("lora_B", up, (nn.Linear,)),
         ("lora_dropout", drop, DROPOUTS),
@@ -64,8 +69,19 @@ def _of_adapter(layer: nn.Module, name: str) -> str | None:
         return "lora_dropout works in place"
     if up.bias is not None or down.bias is not None:
         return "lora_bias: the adapter has a bias"
-    for role, tensor in (("base weight", base.weight), ("lora_A", down.weight), ("lora_B", up.weight)):
-        reason = _of_parameter(role, tensor)
+    tensors = {"base weight": base.weight, "lora_A": down.weight, "lora_B": up.weight}
+    if name in layer.lora_variant:
+        kind, dora = type(layer.lora_variant[name]).__name__, layer.lora_magnitude_vector._modules.get(name)
+        if kind != "DoraLinearVariant" or isinstance(layer.scaling[name], Tensor):
+            return f"LoRA variant {kind}"
+        reason = _of_module("lora_magnitude_vector", dora, (type(dora),))
+        if reason is not None:
+            return reason
+        if dora.weight.device != base.weight.device:
+            return f"lora_magnitude_vector is on {dora.weight.device} and the base weight on {base.weight.device}"
+        tensors["lora_magnitude_vector"] = dora.weight
+    for role, tensor in tensors.items():
+        reason = why_not_packed(base) if tensor is base.weight and form else _of_parameter(role, tensor)
         if reason is not None:
             return reason
     if base.weight.requires_grad:
@@ -118,22 +134,34 @@ def of_call(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> str | Non
     if is_compiling():
         if torch.compiler.is_exporting():
             return "the model is being exported"
+        if form_of(layer.base_layer) is not None:
+            return "the base is quantised, and compiled code would keep it dequantised for backward"
     elif any(len(hooks) for hooks in GLOBAL_HOOKS):
         return "hooks for all modules are registered"
+    elif _decodes(layer, x):
+        return "few rows and no gradient: bitsandbytes multiplies them by the 4 bits themselves"
     return _of_dtypes(layer, x)
 
 
+def _decodes(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a GPU's kernel of bitsandbytes serves the call, with no weight made dense: up to 7 rows, by its rule."""
+    few = not torch.is_grad_enabled() and not x.is_cpu and x.shape[:-1].numel() < 8
+    return few and form_of(layer.base_layer) == "4bit"
+
+
 def _of_dtypes(layer: nn.Module, x: Tensor) -> str | None:
-    active = layer._active_adapter
-    name = active if isinstance(active, str) else next(name for name in active if name in layer.lora_A)
-    weight, adapter = layer.base_layer.weight, layer.lora_A[name].weight
-    if not torch.is_autocast_enabled(x.device.type):
-        if x.dtype != weight.dtype:
-            return f"x is {x.dtype} and the base weight {weight.dtype}"
-        if x.dtype != adapter.dtype and not layer.cast_input_dtype_enabled:
-            return "the cast of x to the adapter's dtype is switched off"
+    name, base = active_name(layer), layer.base_layer
+    adapter, form = layer.lora_A[name].weight, form_of(base)
     if not adapter.dtype.is_floating_point or not x.dtype.is_floating_point:
         return f"x is {x.dtype} and the adapter {adapter.dtype}"
     if layer.lora_B[name].weight.dtype != adapter.dtype:
         return "lora_A and lora_B differ in dtype"
+    if torch.is_autocast_enabled(x.device.type):
+        cast = torch.get_autocast_dtype(x.device.type)
+        own = compute_dtype(base, x) if form == "4bit" else x.dtype if form == "torchao" else cast
+        return None if own == cast else f"the quantised base computes in {own} and autocast in {cast}"
+    if form in (None, "torchao") and x.dtype != base.weight.dtype:
+        return f"x is {x.dtype} and the base weight {base.weight.dtype}"
+    if x.dtype != adapter.dtype and not layer.cast_input_dtype_enabled:
+        return "the cast of x to the adapter's dtype is switched off"
     return None

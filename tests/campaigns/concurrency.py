@@ -1,4 +1,4 @@
-"""One layer called from many threads, from forked processes and by DataLoader workers: the same bits as alone.
+"""One layer called from many threads, from forked processes and by DataLoader workers: the same results as alone.
 
     python -m tests.campaigns.concurrency --threads 8 --calls 200 --forks 8 --seconds 5
 
@@ -9,12 +9,12 @@ Two CUDA streams are in `tests/gpu/test_gpu.py`.
 from __future__ import annotations
 
 import argparse
-import os
+import multiprocessing
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,9 @@ import fastlora.peft
 
 
 def layer_and_inputs(count: int, seed: int = 0) -> tuple[fastlora.FusedLoRALinear, list[Tensor]]:
-    """A layer away from its start, and inputs of different shapes and dtypes of memory."""
+    """A layer away from its start, and inputs of different shapes."""
     torch.manual_seed(seed)
-    layer = fastlora.FusedLoRALinear(24, 16, r=4, lora_alpha=8)
-    with torch.no_grad():
-        layer.lora_B.normal_()
-    return layer, [torch.randn(1 + i % 7, 24) for i in range(count)]
+    return _trained(fastlora.FusedLoRALinear(24, 16, r=4)), [torch.randn(1 + i % 7, 24) for i in range(count)]
 
 
 def alone(layer, x: Tensor) -> tuple[Tensor, ...]:
@@ -39,32 +36,27 @@ def alone(layer, x: Tensor) -> tuple[Tensor, ...]:
     return (y.detach(), *torch.autograd.grad(y.sum(), (layer.lora_A, layer.lora_B)))
 
 
+def close(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:
+    """A BLAS may sum in another order on another thread."""
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(got, wanted, strict=True))
+
+
 def threads(number: int, calls: int) -> int:
     """How many of `number` x `calls` concurrent forward and backward calls differ from the same calls alone."""
     layer, inputs = layer_and_inputs(calls)
     wanted = [alone(layer, x) for x in inputs]
-    wrong, start = [], threading.Barrier(number)
 
-    def work(which: int) -> None:
-        start.wait()
-        for i in range(calls):
-            i = (i * (which + 1)) % calls
-            try:
-                # a BLAS may sum in another order on another thread
-                got = alone(layer, inputs[i])
-                same = all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(got, wanted[i], strict=True))
-            except Exception as error:
-                same = False
-                print(f"thread {which}, call {i}: {error!r}")
-            if not same:
-                wrong.append((which, i))
+    def work(which: int) -> int:
+        order = [i * (which + 1) % calls for i in range(calls)]
+        return sum(not close(alone(layer, inputs[i]), wanted[i]) for i in order)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(number)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return len(wrong)
+    with ThreadPoolExecutor(number) as pool:
+        return sum(pool.map(work, range(number)))
+
+
+def _trained(layer: fastlora.FusedLoRALinear) -> fastlora.FusedLoRALinear:
+    nn.init.normal_(layer.lora_B)
+    return layer
 
 
 def _square_conv1d() -> nn.Module:
@@ -87,15 +79,6 @@ def _peft() -> nn.Module:
     return Linear(base, "default", LoraConfig(r=16, init_lora_weights=False), r=16, lora_alpha=16)
 
 
-def _trained(layer: fastlora.FusedLoRALinear) -> fastlora.FusedLoRALinear:
-    nn.init.normal_(layer.lora_B)
-    return layer
-
-
-def _saved(layer: nn.Module) -> None:
-    layer.state_dict()
-
-
 def _patched(layer: nn.Module) -> None:
     fastlora.peft.unpatch(layer)
     fastlora.peft.patch(layer)
@@ -106,9 +89,9 @@ def _threads_changed(layer: nn.Module) -> None:
 
 
 # Who else is there, and a layer that is being called meanwhile; large enough that the CPU's kernels share it out.
-NEIGHBOURS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], None]]] = {
-    "a square Conv1D is saved": (_square_conv1d, _saved),
-    "a merged layer is saved": (_merged, _saved),
+NEIGHBOURS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] = {
+    "a square Conv1D is saved": (_square_conv1d, nn.Module.state_dict),
+    "a merged layer is saved": (_merged, nn.Module.state_dict),
     "a PEFT layer is unpatched and patched": (_peft, _patched),
     "torch's threads change": (_square_conv1d, _threads_changed),
 }
@@ -120,73 +103,58 @@ def neighbours(name: str, seconds: float, callers: int = 2) -> tuple[int, int]:
     torch.manual_seed(0)
     layer, x = make(), torch.randn(300, 96)
     wanted = layer(x).detach()
-    end, calls, wrong = time.monotonic() + seconds, [0] * callers, []
-    interval, before = sys.getswitchinterval(), torch.get_num_threads()
-    sys.setswitchinterval(1e-5)  # so that threads take turns within calls
+    end, interval, before = time.monotonic() + seconds, sys.getswitchinterval(), torch.get_num_threads()
 
-    def call(which: int) -> None:
+    def call() -> list[str]:
+        found = []
         while time.monotonic() < end:
-            calls[which] += 1
             try:
                 y = layer(x)
                 if y.requires_grad:  # a merged layer does not learn
                     y.sum().backward()
-                if not torch.allclose(y, wanted, rtol=1e-4, atol=1e-4):
-                    wrong.append("another output")
+                found.append("" if torch.allclose(y, wanted, rtol=1e-4, atol=1e-4) else "another output")
             except Exception as error:
-                wrong.append(repr(error))
+                found.append(repr(error))
+        return found
 
     def disturb() -> None:
         while time.monotonic() < end:
             act(layer)
 
-    workers = [threading.Thread(target=call, args=(i,)) for i in range(callers)]
-    workers.append(threading.Thread(target=disturb))
+    sys.setswitchinterval(1e-5)  # so that threads take turns within calls
     try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        with ThreadPoolExecutor() as pool:
+            calls, disturbed = [pool.submit(call) for _ in range(callers)], pool.submit(disturb)
+        disturbed.result()
     finally:
         sys.setswitchinterval(interval)
         torch.set_num_threads(before)
-    for what in sorted(set(wrong)):
+    said = [what for one in calls for what in one.result()]
+    for what in sorted({*said} - {""}):
         print(f"{name}: {what}")
-    return sum(calls), len(wrong)
+    return len(said), sum(map(bool, said))
 
 
 def forks(number: int, seconds: float = 60.0) -> int:
     """How many of `number` processes, forked after the layer was used, die, hang or compute something else."""
     layer, inputs = layer_and_inputs(20)
     wanted = [alone(layer, x) for x in inputs]
-    children = []
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        sys.exit(not all(close(alone(layer, x), w) for x, w in zip(inputs, wanted, strict=True)))
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python's, where other threads are alive
-        for _ in range(number):
-            child = os.fork()
-            if child == 0:
-                status = 1
-                try:
-                    torch.set_num_threads(1)
-                    same = all(
-                        torch.equal(a, b)
-                        for x, w in zip(inputs, wanted, strict=True)
-                        for a, b in zip(alone(layer, x), w, strict=True)
-                    )
-                    status = 0 if same else 3
-                finally:
-                    os._exit(status)
-            children.append(child)
-    wrong, end = 0, time.monotonic() + seconds
+        children = [multiprocessing.get_context("fork").Process(target=work) for _ in range(number)]
+        for child in children:
+            child.start()
+    end, wrong = time.monotonic() + seconds, 0
     for child in children:
-        pid, status = 0, 0
-        while not pid and time.monotonic() < end:
-            pid, status = os.waitpid(child, os.WNOHANG)
-            time.sleep(0.01)
-        if not pid:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-        wrong += not pid or status != 0
+        child.join(max(0.0, end - time.monotonic()))
+        wrong += child.exitcode != 0
+        child.kill()
+        child.join()
     return wrong
 
 

@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import torch
 
-from .case import Case, draw
-from .observe import Face, tensors
+from .case import Case, draw, tensors
+from .observe import Face
 
 KINDS = ("function", "layer", "peft")
 

@@ -22,7 +22,7 @@ from typing import TextIO
 
 import torch
 
-from .case import Case, draw, simpler
+from .case import KERNELS, Case, draw, simpler
 from .observe import faults, near
 
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.count < 1:
         parser.error(f"--count is {args.count}; it needs to be at least 1")
-    kernels = args.interpreter or any(f"path='{name}'" in (args.case or "") for name in ("split", "onepass"))
+    kernels = args.interpreter or any(f"path='{name}'" in (args.case or "") for name in KERNELS)
     if kernels and os.environ.get("TRITON_INTERPRET") != "1":  # it must be set before Triton is imported
         command = [sys.executable, "-m", "tests.campaigns.numbers", *arguments]
         os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _random_calls(args: argparse.Namespace, current: TextIO) -> int:
     began = time.monotonic()
-    paths = ("split", "onepass") if args.interpreter else (None, "torch")
+    paths = KERNELS if args.interpreter else (None, "torch")
     near.clear()
     ran, failed, modes = campaign(args.count, args.seconds, args.seed, paths, most=args.most, current=current)
     kinds = ", ".join(f"{name} {number}" for name, number in sorted(modes.items()))

@@ -7,6 +7,7 @@ import os
 import threading
 import warnings
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 import fastlora.peft
-from fastlora import accuracy, functional
+from fastlora import accuracy, autograd, functional
 from fastlora.accuracy import Inputs
-from fastlora.dispatch import cpu, select
+from fastlora.choice import select
 from fastlora.errors import FastLoRAWarning
+from fastlora.paths import cpu
+from fastlora.paths.problem import draw_seed
 
-from .case import INSTRUCTIONS, LAID, Case, tensors
+from .case import INSTRUCTIONS, KERNELS, LAID, TRANSFORMS, Case, tensors
 
 GRADIENTS = {"X": "dX", "A": "dA", "B": "dB", "b": "dbias"}
-
 
 near: list[Case] = []  # beyond the rule, but within the roundings of sums in another order; see `_judged`
 
@@ -46,29 +48,28 @@ def faults(case: Case) -> list[str]:
 
 def _faults(case: Case) -> list[str]:
     inputs = tensors(case)
-    if case.mode == "mistake":
-        _mistake(case, inputs)
-        return []
     if case.dropout:
         inputs = replace(inputs, dropout_p=case.dropout, mask=_mask(case, inputs))
     face = Face(case, inputs)
-    if case.mode in ("vmap", "func_grad", "jvp"):
+    if case.mode in TRANSFORMS:
         return _transformed(case, inputs, face)
     torch.manual_seed(case.seed)
     if case.mode in ("no_grad", "inference"):
         with torch.no_grad() if case.mode == "no_grad" else torch.inference_mode():
             y = face(face.leaves["X"])
         _require(not y.requires_grad, "requires a gradient")
-        got = {"Y": y.clone()}
+        found = _judged(case, {"Y": y.clone()}, inputs)
     elif case.mode == "autocast":
-        got, inputs = _autocast(case, inputs, face)
+        found = _judged(case, *_autocast(case, inputs, face))
+    elif case.mode == "create_graph":
+        found = _twice(case, inputs, face)
     else:
-        got = getattr(_Modes, case.mode, _Modes.plain)(case, inputs, face)
+        found = _judged(case, getattr(_Modes, case.mode)(case, inputs, face), inputs)
     face.check_counts()
-    return _judged(case, got, inputs)
+    return found
 
 
-def _judged(case: Case, got: dict[str, Tensor], inputs: Inputs) -> list[str]:
+def _judged(case: Case, got: dict[str, Tensor], inputs: Inputs, known: accuracy.Expected | None = None) -> list[str]:
     """What breaks the rule. What breaks it in the last place only is kept in `near`, and counted apart.
 
     The rule grants two units where eager's own error does not speak. But the update is added to the base term by term,
@@ -77,12 +78,13 @@ def _judged(case: Case, got: dict[str, Tensor], inputs: Inputs) -> list[str]:
     float64 has no finer truth to tell, and the roundings of equal terms, where two tensors repeat one number, do not
     average out.
     """
-    found = accuracy.violations(got, inputs)
+    known = known or accuracy.expected(inputs)
+    found = accuracy.violations(got, inputs, known=known)
     if found and case.dtype in ("f32", "f64"):
         equal = sum(getattr(case, name) in ("expanded", "broadcast") for name in LAID) > 1
         longest = max(case.N, case.K, inputs.x.shape[:-1].numel())
         terms = case.R + (longest if case.dtype == "f64" or equal else 0)
-        if not accuracy.violations(got, inputs, units=2.0 + terms / 2):
+        if not accuracy.violations(got, inputs, units=2.0 + terms / 2, known=known):
             near.append(case)
             return []
     return found
@@ -97,40 +99,33 @@ def _mask(case: Case, inputs: Inputs) -> Tensor:
         x, weight = x.to(_low(case)), weight.to(_low(case))
     path = select(x, weight, inputs.lora_A, case.dropout, case.path)
     torch.manual_seed(case.seed)
-    seed = path.draw(x, case.dropout)
-    return path.mask(seed, x.shape[:-1].numel(), x.shape[-1], case.dropout).view(x.shape)
+    return path.mask(draw_seed(x.device), x.shape[:-1].numel(), x.shape[-1], case.dropout).view(x.shape)
 
 
 class Face:
     """The public face under test: `face(x)`, with `leaves` X, A, B, b that ask for gradients as the case wants."""
 
-    def __init__(self, case: Case, inputs: Inputs, shared: Face | None = None):
-        self.case, self.module, self.calls = case, None, 0
+    def __init__(self, case: Case, inputs: Inputs, leaves: dict[str, Tensor] | None = None):
+        self.case, self.inputs, self.module = case, inputs, None
         sources = {"X": inputs.x, "A": inputs.lora_A, "B": inputs.lora_B, "b": inputs.bias}
-        self.leaves = {}
-        for name, t in sources.items():
-            if t is not None:
-                wanted = name in case.wants
-                self.leaves[name] = t.detach().requires_grad_(wanted) if name == "X" else nn.Parameter(t, wanted)
-        if shared is not None:
-            self.leaves = shared.leaves
-        self.inputs = inputs
+        self.leaves = leaves or {
+            name: t.detach().requires_grad_(name in case.wants) if name == "X" else nn.Parameter(t, name in case.wants)
+            for name, t in sources.items()
+            if t is not None
+        }
         self.scaling = torch.tensor(case.scaling, dtype=torch.float64) if case.scaling_is == "tensor" else case.scaling
         if case.face != "function":
             self.module = getattr(self, case.face)()
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.calls += 1
         if self.module is None:
             return self.function(x, self.leaves["A"], self.leaves["B"], self.leaves.get("b"))
         with forced(self.case.path):
             return self.module(x)
 
     def function(self, x, lora_A, lora_B, bias) -> Tensor:
-        inputs = self.inputs
-        return fastlora.lora_linear(
-            x, inputs.weight, lora_A, lora_B, bias, self.scaling, inputs.dropout_p, path=self.case.path
-        )
+        arguments = (x, self.inputs.weight, lora_A, lora_B, bias, self.scaling, self.inputs.dropout_p)
+        return fastlora.lora_linear(*arguments, path=self.case.path)
 
     def _base(self, module: nn.Module, weight: Tensor) -> nn.Module:
         module.weight = nn.Parameter(weight, requires_grad=False)
@@ -176,11 +171,15 @@ class Face:
             entry = fastlora.peft.report(self.module)[""]
             _require(entry.fused_calls > 0 and entry.fallback_calls == 0, f"PEFT's own forward ran: {entry.reasons}")
 
-    def gradients(self) -> dict[str, Tensor]:
+    def backward(self, y: Tensor, **keywords) -> dict[str, Tensor]:
         """What was asked for, by the names of `accuracy.run`; nobody else may have got a gradient."""
+        wanted = [name for name in self.leaves if name in self.case.wants]
+        _require(y.requires_grad == bool(wanted), f"y.requires_grad is {y.requires_grad}")
+        if wanted:
+            y.backward(self.inputs.dy.to(y.dtype), **keywords)
         for name, leaf in self.leaves.items():
-            _require((leaf.grad is not None) == (name in self.case.wants), f"the gradient of {name}")
-        return {GRADIENTS[name]: leaf.grad for name, leaf in self.leaves.items() if name in self.case.wants}
+            _require((leaf.grad is not None) == (name in wanted), f"the gradient of {name}")
+        return {GRADIENTS[name]: self.leaves[name].grad for name in wanted}
 
 
 class _Modes:
@@ -189,12 +188,12 @@ class _Modes:
     @staticmethod
     def plain(case, inputs, face):
         y = face(face.leaves["X"])
-        return {"Y": y.detach(), **_backward(case, inputs, face, y)}
+        return {"Y": y.detach(), **face.backward(y)}
 
     @staticmethod
     def checkpoint(case, inputs, face, reentrant=False):
         y = checkpoint(face, face.leaves["X"], use_reentrant=reentrant)
-        return {"Y": y.detach(), **_backward(case, inputs, face, y)}
+        return {"Y": y.detach(), **face.backward(y)}
 
     @staticmethod
     def reentrant(case, inputs, face):
@@ -205,77 +204,23 @@ class _Modes:
     @staticmethod
     def retain(case, inputs, face):
         y = face(face.leaves["X"])
-        once = {name: g.clone() for name, g in _backward(case, inputs, face, y, retain_graph=True).items()}
-        if once:
-            twice = _backward(case, inputs, face, y)
-            for name, g in once.items():
-                same = torch.equal((g + g).nan_to_num(), twice[name].nan_to_num())
-                _require(same, f"{name} after two backward calls")
+        once = {name: g.clone() for name, g in face.backward(y, retain_graph=True).items()}
+        _same(once, face.backward(y) if once else {}, "two backward calls")
         return {"Y": y.detach(), **once}
-
-    @staticmethod
-    def create_graph(case, inputs, face):
-        y = face(face.leaves["X"])
-        names = [name for name in face.leaves if name in case.wants]
-        if not names:
-            return {"Y": y.detach()}
-        dy = inputs.dy.to(y.dtype).requires_grad_(case.seed % 2 == 0)
-        found = torch.autograd.grad(y, [face.leaves[n] for n in names], dy, create_graph=True)
-        _Modes._again(case, inputs, names, found, face.leaves, dy.requires_grad)
-        return {"Y": y.detach(), **{GRADIENTS[n]: g.detach() for n, g in zip(names, found, strict=True)}}
-
-    @staticmethod
-    def _again(case, inputs, names, found, mine, dy_asks):
-        """What eager's gradients depend on is not lost: differentiating ours again works or is our own error."""
-        leaves = {"X": inputs.x, "A": inputs.lora_A, "B": inputs.lora_B, "b": inputs.bias}
-        x, A, B, bias = (None if t is None else t.detach().requires_grad_(n in names) for n, t in leaves.items())
-        y = fastlora.reference.lora_linear(x, inputs.weight, A, B, bias, case.scaling)
-        of_eager = dict(zip(leaves, (x, A, B, bias), strict=True))
-        dy = inputs.dy.detach().to(y.dtype).requires_grad_(dy_asks)
-        eager = torch.autograd.grad(y, [of_eager[n] for n in names], dy, create_graph=True)
-        for name, ours, theirs in zip(names, found, eager, strict=True):
-            _require(ours.requires_grad or not theirs.requires_grad, f"{name}'s gradient has lost what it depends on")
-            for other in names if ours.requires_grad else ():
-                if name == "B" and other == "X" and "A" not in case.wants:
-                    continue  # Python's node keeps no x there, and only a bare backward() comes to the error
-                keywords = {"retain_graph": True, "allow_unused": True}
-                if torch.autograd.grad(theirs.sum(), of_eager[other], **keywords)[0] is not None:
-                    try:
-                        (second,) = torch.autograd.grad(ours.sum(), mine[other], **keywords)
-                        _require(second is not None, f"{name}'s gradient has lost {other}")
-                    except RuntimeError as error:
-                        _require("no gradient of its gradient" in str(error), str(error))
 
     @staticmethod
     def shared(case, inputs, face):
         """One adapter in two layers: twice the gradient, to the bit."""
-        other = Face(case, inputs, shared=face)
-        torch.manual_seed(case.seed)
+        other = Face(case, inputs, face.leaves)
+        torch.manual_seed(case.seed)  # which making it has moved on
         y = face(face.leaves["X"])
         torch.manual_seed(case.seed)
         other_y = other(face.leaves["X"])
         other.check_counts()
         _require(torch.equal(y.nan_to_num(), other_y.nan_to_num()), "two calls differ")
-        once = {name: g.clone() for name, g in _backward(case, inputs, face, y).items()}
-        for name, g in _backward(case, inputs, other, other_y).items():
-            _require(torch.equal(g.nan_to_num(), (once[name] + once[name]).nan_to_num()), f"{name} of a shared adapter")
+        once = {name: g.clone() for name, g in face.backward(y).items()}
+        _same(once, other.backward(other_y), "a shared adapter")
         return {"Y": y.detach(), **once}
-
-    @staticmethod
-    def hooks(case, inputs, face):
-        seen = []
-        if face.module is not None:
-            face.module.register_forward_pre_hook(lambda module, args: seen.append("before"))
-            face.module.register_forward_hook(lambda module, args, out: seen.append("after"))
-            if "X" in case.wants:
-                face.module.register_full_backward_hook(lambda module, into, out: seen.append("backward"))
-        y = face(face.leaves["X"])
-        if y.requires_grad:
-            y.register_hook(torch.neg)
-        got = {"Y": y.detach(), **{name: -g for name, g in _backward(case, inputs, face, y).items()}}
-        wanted = ["before", "after", "backward"] if "X" in case.wants else ["before", "after"]
-        _require(seen == (wanted if face.module is not None else []), f"the hooks that ran were {seen}")
-        return got
 
     @staticmethod
     def changed(case, inputs, face):
@@ -304,16 +249,15 @@ class _Modes:
         """Hooks that off-load what is kept bring other tensors back, with the same numbers."""
         with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
             y = face(face.leaves["X"])
-        return {"Y": y.detach(), **_backward(case, inputs, face, y)}
+        return {"Y": y.detach(), **face.backward(y)}
 
     @staticmethod
     def other_thread(case, inputs, face):
-        y = face(face.leaves["X"])
-        got, errors = {}, []
+        y, got, errors = face(face.leaves["X"]), {}, []
 
         def work():
             try:
-                got.update(_backward(case, inputs, face, y))
+                got.update(face.backward(y))
             except Exception as error:
                 errors.append(error)
 
@@ -324,33 +268,56 @@ class _Modes:
             raise errors[0]
         return {"Y": y.detach(), **got}
 
-    @staticmethod
-    def in_place(case, inputs, face):
-        y = face(face.leaves["X"]).neg_()
-        return {"Y": -y.detach(), **{name: -g for name, g in _backward(case, inputs, face, y).items()}}
+
+def _same(once: dict[str, Tensor], twice: dict[str, Tensor], what: str) -> None:
+    for name, g in once.items():
+        _require(torch.equal((g + g).nan_to_num(), twice[name].nan_to_num()), f"{name} of {what}")
 
 
-def _backward(case, inputs, face, y, **keywords) -> dict[str, Tensor]:
-    wanted = any(name in case.wants for name in face.leaves)
-    _require(y.requires_grad == wanted, f"y.requires_grad is {y.requires_grad}")
-    if wanted:
-        y.backward(inputs.dy.to(y.dtype), **keywords)
-    return face.gradients()
+def _second_of_eager(inputs: Inputs, wants: str) -> dict[str, Tensor]:
+    sources = {"X": inputs.x, "A": inputs.lora_A, "B": inputs.lora_B, "b": inputs.bias}
+    leaves = {n: None if t is None else t.detach().requires_grad_(n in wants) for n, t in sources.items()}
+    x, A, B, bias = leaves.values()
+    arguments = (x, inputs.weight, A, B, bias, inputs.scaling, inputs.dropout_p)
+    y = fastlora.reference.lora_linear(*arguments, mask=inputs.mask)
+    return _second(y, {name: t for name, t in leaves.items() if t is not None and name in wants}, inputs.dy)
+
+
+def _second(y: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    """y, its gradients, and those of the sum of each gradient times its own tensor, with respect to all of them and
+    dy; zero where nothing depends on it."""
+    dy = dy.detach().to(y.dtype).requires_grad_()
+    first = torch.autograd.grad(y, leaves.values(), dy, create_graph=True)
+    total = sum((g * t.detach()).sum() for g, t in zip(first, leaves.values(), strict=True))
+    again = torch.autograd.grad(total, [*leaves.values(), dy], allow_unused=True, materialize_grads=True)
+    named = {GRADIENTS[name]: g.detach() for name, g in zip(leaves, first, strict=True)}
+    return {"Y": y.detach(), **named, **{f"second of {n}": g for n, g in zip([*leaves, "dy"], again, strict=True)}}
+
+
+def _twice(case: Case, inputs: Inputs, face: Face) -> list[str]:
+    """Gradients under create_graph=True, and the gradients of those."""
+    y = face(face.leaves["X"])
+    wanted = {name: leaf for name, leaf in face.leaves.items() if name in case.wants}
+    if not wanted:
+        return _judged(case, {"Y": y.detach()}, inputs)
+    sizes = replace(inputs.map(lambda t: t.double().abs()), scaling=abs(inputs.scaling))
+    known = tuple(_second_of_eager(one, case.wants) for one in (inputs, inputs.map(Tensor.double), sizes))
+    return _judged(case, _second(y, wanted, inputs.dy), inputs, known)
 
 
 def _low(case) -> torch.dtype:
-    kernels = case.path in ("split", "onepass")  # in the interpreter, which has no right bfloat16
-    return torch.bfloat16 if case.seed % 2 and not kernels else torch.float16
+    """The dtype of a case's autocast. Triton's interpreter has no right bfloat16."""
+    return torch.bfloat16 if case.seed % 2 and case.path not in KERNELS else torch.float16
 
 
-def _autocast(case, inputs, face):
+def _autocast(case, inputs, face) -> tuple[dict[str, Tensor], Inputs]:
     """What must come out is what the cast tensors give; gradients come back in the leaves' dtypes, exactly."""
     low = _low(case)
     inside = case.seed % 3 == 0
     with torch.autocast("cpu", dtype=low):
         y = face(face.leaves["X"])
-        gradients = _backward(case, inputs, face, y) if inside else None
-    gradients = _backward(case, inputs, face, y) if gradients is None else gradients
+        gradients = face.backward(y) if inside else None
+    gradients = face.backward(y) if gradients is None else gradients
     if case.dtype == "f64":
         return {"Y": y.detach(), **gradients}, inputs
     _require(y.dtype is low, f"y is {y.dtype}")
@@ -364,8 +331,7 @@ def _autocast(case, inputs, face):
 
 def _transformed(case, inputs, face) -> list[str]:
     """vmap, grad and jvp of torch.func give what the reference gives, or (a forced path) say that they cannot."""
-    x = face.leaves["X"].detach()
-    parameters = {name: face.leaves[name].detach() for name in ("A", "B")}
+    x, A, B = (face.leaves[name].detach() for name in "XAB")
 
     def call(x, A, B):
         if face.module is None:
@@ -375,7 +341,6 @@ def _transformed(case, inputs, face) -> list[str]:
         with forced(case.path):
             return torch.func.functional_call(face.module, given, (x,))
 
-    A, B = parameters["A"], parameters["B"]
     try:
         if case.mode == "vmap":
             if len(case.lead) == 0 or 0 in case.lead:
@@ -392,61 +357,30 @@ def _transformed(case, inputs, face) -> list[str]:
         raise
 
 
-def _mistake(case: Case, inputs: Inputs) -> None:
-    """One argument wrong in shape or kind: an error that names it."""
-    arguments = {
-        "x": inputs.x, "weight": inputs.weight, "lora_A": inputs.lora_A, "lora_B": inputs.lora_B, "bias": inputs.bias,
-        "dropout_p": case.dropout,
-    }  # fmt: skip
-    names = [name for name, value in arguments.items() if value is not None]
-    name = names[case.seed % len(names)]
-    value = arguments[name]
-    if name == "dropout_p":
-        value = (-0.1, 1.01, float("nan"))[case.seed % 3]
-    elif case.seed % 3 == 0:
-        value = torch.cat([value, value[..., :1] if value.shape[-1] else value.new_zeros((*value.shape[:-1], 1))], -1)
-    elif case.seed % 3 == 1:
-        value = value.to(torch.int64)
-    else:
-        value = value.unsqueeze(0) if name != "x" else value.new_zeros(())
-    try:
-        fastlora.lora_linear(**{**arguments, name: value}, path=case.path)
-    except (ValueError, TypeError) as error:
-        related = {"x": ("x", "weight"), "weight": ("weight", "x"), "lora_A": ("lora_A", "lora_B")}
-        _require(any(n in str(error) for n in related.get(name, (name,))), f"{name} was wrong: {error}")
-    else:
-        raise Wrong(f"{name} = {value} was taken")
-
-
 @contextlib.contextmanager
 def forced(path: str | None):
     """FASTLORA_PATH set to `path` for a while; modules take no path of their own."""
-    before = os.environ.pop("FASTLORA_PATH", None)
-    if path is not None:
-        os.environ["FASTLORA_PATH"] = path
-    try:
-        yield
-    finally:
+    with mock.patch.dict(os.environ):
         os.environ.pop("FASTLORA_PATH", None)
-        if before is not None:
-            os.environ["FASTLORA_PATH"] = before
+        if path is not None:
+            os.environ["FASTLORA_PATH"] = path
+        yield
 
 
 @contextlib.contextmanager
 def _arranged(case: Case):
     """The node, the threads and the instruction set that the case names, for a while."""
-    node, threads = functional._node, torch.get_num_threads()
-    functional._node = node if case.node else None
-    torch.set_num_threads(case.threads)
-    if case.instructions:
-        cpu._cpu.use_instructions(case.instructions)
-    try:
-        yield
-    finally:
-        functional._node = node
-        torch.set_num_threads(threads)
+    node, threads = functional.NODE if case.node else None, torch.get_num_threads()
+    with mock.patch.object(functional, "NODE", node), mock.patch.object(autograd, "NODE", node):
+        torch.set_num_threads(case.threads)
         if case.instructions:
-            cpu._cpu.use_instructions(INSTRUCTIONS[0])
+            cpu._cpu.use_instructions(case.instructions)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            if case.instructions:
+                cpu._cpu.use_instructions(INSTRUCTIONS[0])
 
 
 def _require(holds: bool, what: str) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from fastlora.kernels.dropout import Dropout, keep_mask
 from fastlora.paths.mask import philox_mask
+from fastlora.paths.mask import philox_mask
 
 
 def seeded(p, seed=1234):
@@ -88,3 +89,10 @@ def test_seed_is_read_when_the_kernel_runs():
 def test_atens_operations_make_the_same_mask(p):
     seed = torch.tensor(-0x1234_5678_9ABC_DEF0)
     assert torch.equal(philox_mask(seed, 37, 77, p), keep_mask(Dropout(p, seed), 37, 77))
+
+
+@pytest.mark.parametrize("p", [1e-6, 1 / 65536, 0.3, 0.5, 65535 / 65536, 1.0])
+def test_the_threshold_is_met_to_the_bit(p):
+    """Where ATen's operations put it: `tests/paths/test_mask.py` holds those against every value of 16 bits."""
+    seed = torch.tensor(77)
+    assert torch.equal(keep_mask(Dropout(p, seed), 256, 2048, 128, 1024), philox_mask(seed, 256, 2048, p))

@@ -107,6 +107,17 @@ def test_dropout_in_training_and_none_in_evaluation(dtype, p):
     assert fused_calls(layer) == 2
 
 
+@pytest.mark.parametrize("drops", [False, True])
+def test_the_dropout_modules_own_mode_counts(drops):
+    """PEFT calls the module, whose `training` need not be its layer's."""
+    inputs = accuracy.draw(40, 24, 64, 8, torch.float32)
+    layer = fastlora.peft.patch(peft_layer(inputs, dropout=0.5)).train(not drops)
+    layer.lora_dropout["default"].train(drops)
+    for _ in range(2):  # the call that examines the layer, and one that need not
+        assert torch.equal(layer(inputs.x), layer(inputs.x)) != drops
+    assert fused_calls(layer) == 4
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -199,7 +210,7 @@ def test_hot_swapped_tensor_scalings():
 
 def test_conv1d_weight_is_a_view():
     layer = layer_of(fastlora.peft.patch(build()), "conv")
-    weight = layer._arguments()[0]
+    weight = layer._arguments(torch.randn(3, 32))[1]
     assert weight.data_ptr() == layer.base_layer.weight.data_ptr() and weight.shape == (16, 32)
 
 

@@ -25,8 +25,12 @@ static int setting(const char *name, int otherwise) {
   const char *value = getenv(name);
   return value ? atoi(value) : otherwise;
 }
-static int capability(void) { return setting("HOLLOW_CAPABILITY", 90); }
-static size_t total_memory(void) { return (size_t)setting("HOLLOW_MEMORY_GIB", 80) << 30; }
+static int capability_, memory_gib;
+static void __attribute__((constructor)) read_settings(void) { /* once: the environment is slow to search */
+  capability_ = setting("HOLLOW_CAPABILITY", 90), memory_gib = setting("HOLLOW_MEMORY_GIB", 80);
+}
+static int capability(void) { return capability_; }
+static size_t total_memory(void) { return (size_t)memory_gib << 30; }
 
 static int shared_of_multiprocessor(void) {
   switch (capability()) {

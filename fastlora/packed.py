@@ -1,0 +1,85 @@
+"""`Packed`: a quantised weight in the place of a dense one; `dense` is whence every path takes its weight.
+
+What is dequantised lives for one product and is never kept for backward.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from fastlora import env
+
+_CHUNK = 1 << 21  # bytes dequantised at a time on a CPU: they are copied while they are in its cache
+_reused = threading.local()
+
+
+class Packed:
+    """A quantised weight, frozen, in the place of a Tensor (N, K) of `dtype`, which `dense` makes of it."""
+
+    __slots__ = ("dtype", "form", "shape", "statistics", "weight")
+    requires_grad = False
+
+    def __init__(self, weight: Tensor, form: str, statistics: object, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.weight, self.form, self.statistics, self.shape, self.dtype = weight, form, statistics, shape, dtype
+
+    def to(self, dtype: torch.dtype) -> Packed:
+        return self if dtype is self.dtype else Packed(self.weight, self.form, self.statistics, self.shape, dtype)
+
+    def dense(self, keep: bool = False) -> Tensor:
+        """The weight (N, K). On a CPU a large one lies in a buffer of the thread, until the next call: fresh memory
+        costs several times what dequantising does there. `keep` asks for memory of its own."""
+        (N, K), rows = self.shape, self._rows()
+        if self.form == "4bit" and (not self.weight.is_cpu or env.interpreting()) and not is_compiling():
+            from fastlora.paths import gpu
+
+            if gpu.why_not(self.weight.device, None) is None:
+                from fastlora.kernels.dequantise import four_bits
+
+                return four_bits(self.weight.data, self.statistics, self.shape, self.dtype, lambda: rows(0, N))
+        step = self.statistics.blocksize if self.form == "4bit" else 1  # so that blocks begin where chunks do
+        step *= max(1, _CHUNK // max(1, K * step * self.dtype.itemsize))
+        if step >= N or self.form == "torchao" or not self.weight.is_cpu:
+            return rows(0, N)
+        out = torch.empty((N, K), dtype=self.dtype) if keep else _buffer(N * K, self.dtype).view(N, K)
+        for start in range(0, N, step):
+            out[start : start + step] = rows(start, min(start + step, N))
+        return out
+
+    def _rows(self) -> Callable[[int, int], Tensor]:
+        """What makes rows `start` to `stop` of the weight, by the package's own function."""
+        data, state, K, dtype = self.weight.data, self.statistics, self.shape[1], self.dtype
+        if self.form == "torchao":
+            return lambda start, stop: self.weight.dequantize().to(dtype)
+        bnb = sys.modules["bitsandbytes.functional"]
+        if self.form == "8bit":
+            return lambda start, stop: bnb.int8_vectorwise_dequant(data[start:stop], state[start:stop]).to(dtype)
+        absmax, size, code, data = state.absmax, state.blocksize, state.code, data.view(torch.uint8).view(-1)
+        if state.nested:
+            absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+
+        def rows(start: int, stop: int) -> Tensor:
+            first, last = start * K, stop * K
+            part = absmax[first // size : -(-last // size)]
+            part = bnb.QuantState(part, (stop - start, K), code, size, state.quant_type, dtype)
+            return bnb.dequantize_4bit(data[first // 2 : -(-last // 2)], part)
+
+        return rows
+
+
+def dense(weight: Tensor | Packed, keep: bool = False) -> Tensor:
+    """A base weight as (N, K) in memory, for the length of one product: whence every path takes its weight."""
+    return weight.dense(keep) if weight.__class__ is Packed else weight
+
+
+def _buffer(size: int, dtype: torch.dtype) -> Tensor:
+    held = _reused.__dict__.get(dtype)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):  # else training could not write into it later
+            held = _reused.__dict__[dtype] = torch.empty(size, dtype=dtype)
+    return held[:size]

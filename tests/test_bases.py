@@ -1,0 +1,168 @@
+"""Quantised base weights: what `dense` makes of them, and LoRA over them against a reference that dequantises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import accuracy
+import pytest
+import torch
+
+import fastlora
+from fastlora.base_layer import dense, packed_of
+
+bnb = pytest.importorskip("bitsandbytes")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FOUR_BIT = [(quant_type, double) for quant_type in ("nf4", "fp4") for double in (False, True)]
+
+
+def four_bit(K, N, dtype, quant_type="nf4", double=True, bias=True, blocksize=64):
+    layer = bnb.nn.Linear4bit(K, N, bias, dtype, double, quant_type)
+    layer.weight.blocksize = blocksize
+    layer.load_state_dict(torch.nn.Linear(K, N, bias, dtype=dtype).state_dict())
+    return layer.to("cpu")
+
+
+def eight_bit(K, N, dtype, bias=True):
+    layer = bnb.nn.Linear8bitLt(K, N, bias, has_fp16_weights=False)
+    layer.load_state_dict(torch.nn.Linear(K, N, bias).state_dict())
+    layer.to("cpu")
+    if bias:
+        layer.bias.data = layer.bias.data.to(dtype)
+    return layer
+
+
+def torchao(K, N, dtype, kind="Int8WeightOnlyConfig", bias=True):
+    quantization = pytest.importorskip("torchao.quantization")
+    layer = torch.nn.Linear(K, N, bias, dtype=dtype)
+    quantization.quantize_(layer, getattr(quantization, kind)())
+    return layer
+
+
+def of_package(layer, dtype):
+    """The weight as its package dequantises it, in `dtype`."""
+    weight = layer.weight
+    if isinstance(layer, bnb.nn.Linear4bit):
+        state = weight.quant_state
+        state.dtype, kept = dtype, state.dtype
+        made = bnb.functional.dequantize_4bit(weight.data, state)
+        state.dtype = kept
+        return made
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB
+        return bnb.functional.int8_vectorwise_dequant(weight.data, scales).to(dtype)
+    return weight.dequantize().to(dtype)
+
+
+BASES = {
+    "nf4": four_bit,
+    "fp4": lambda K, N, dtype: four_bit(K, N, dtype, "fp4", False),
+    "int8": eight_bit,
+    "torchao int8": torchao,
+    "torchao float8": lambda K, N, dtype: torchao(K, N, dtype, "Float8WeightOnlyConfig"),
+}
+
+
+@pytest.mark.parametrize("quant_type, double", FOUR_BIT)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("K, N, blocksize", [(64, 48, 64), (2048, 1500, 64), (1000, 1300, 64), (1026, 1100, 4096)])
+def test_four_bits_are_dequantised_as_bitsandbytes_does(quant_type, double, dtype, K, N, blocksize):
+    layer = four_bit(K, N, dtype, quant_type, double, blocksize=blocksize)
+    packed, want = packed_of(layer, dtype), of_package(layer, dtype)
+    assert torch.equal(dense(packed), want) and torch.equal(dense(packed, keep=True), want)
+
+
+@pytest.mark.parametrize("kind", ["int8", "torchao int8", "torchao float8"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_eight_bits_are_dequantised_as_their_package_does(kind, dtype):
+    layer = BASES[kind](1024, 1100, dtype)
+    assert torch.equal(dense(packed_of(layer, dtype)), of_package(layer, dtype))
+
+
+def test_large_weights_share_one_buffer_of_the_thread_and_kept_ones_do_not():
+    first, second = (packed_of(four_bit(2048, 1500, torch.bfloat16), torch.bfloat16) for _ in range(2))
+    kept = dense(first, keep=True)
+    with torch.inference_mode():
+        shared = dense(first)
+    assert dense(second).data_ptr() == shared.data_ptr() != kept.data_ptr()
+    assert torch.equal(kept, dense(first))
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("adapter", [torch.float32, None], ids=["float32 adapter", "adapter of x"])
+def test_error_rule_against_the_dequantised_reference(kind, dtype, adapter):
+    layer = BASES[kind](512, 96, dtype)
+    inputs = accuracy.draw(40, 96, 512, 4, dtype, adapter_dtype=adapter, bias=False)
+    inputs = replace(inputs, weight=of_package(layer, dtype))
+
+    def function(x, weight, *rest):
+        return fastlora.lora_linear(x, packed_of(layer, dtype), *rest)
+
+    assert not accuracy.violations(accuracy.run(function, inputs), inputs)
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_layer_over_a_quantised_base(kind, use_dora):
+    base = BASES[kind](128, 96, torch.float32)
+    layer = fastlora.FusedLoRALinear.from_linear(base, r=4, use_dora=use_dora)
+    assert layer.weight is base.weight and layer.lora_A.dtype is torch.float32
+    plain = torch.nn.Linear(128, 96)
+    plain.weight.data, plain.bias.data = of_package(base, torch.float32), base.bias.data
+    twin = fastlora.FusedLoRALinear.from_linear(plain, r=4, use_dora=use_dora)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        twin.lora_A.copy_(layer.lora_A), twin.lora_B.copy_(layer.lora_B)
+    x = torch.randn(5, 128, requires_grad=True)
+    y, want = layer(x), twin(x)
+    torch.testing.assert_close(y, want)
+    for mine, theirs in zip(
+        torch.autograd.grad(y.square().sum(), [x, layer.lora_A, layer.lora_B]),
+        torch.autograd.grad(want.square().sum(), [x, twin.lora_A, twin.lora_B]),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+    packed = layer.state_dict()["weight"]
+    layer.merge(), twin.merge()
+    torch.testing.assert_close(layer(x), twin(x))
+    if "torchao" not in kind:  # whose tensors know no equality
+        assert torch.equal(layer.state_dict()["weight"], packed)
+    layer.unmerge()
+    assert layer.weight is base.weight
+    torch.testing.assert_close(layer(x), y)
+    if "nf4" in kind:
+        assert {"weight.absmax", "weight.nested_absmax"} <= layer.state_dict().keys()
+
+
+def test_inject_over_four_bits_and_the_adapter_of_a_base_that_computes_in_16_bits():
+    model = torch.nn.Sequential(four_bit(64, 64, torch.bfloat16), torch.nn.Tanh(), four_bit(64, 32, torch.bfloat16))
+    packed = model[0].weight
+    fastlora.inject(model, r=2, adapter_dtype=torch.float32)
+    assert model[0].weight is packed and model[2].lora_A.dtype is torch.float32
+    y = model(torch.randn(3, 64))
+    assert y.dtype is torch.float32
+    y.sum().backward()
+    assert model[2].lora_B.grad is not None
+    assert fastlora.explain(model[0], torch.randn(3, 64)).path in ("cpu", "torch")
+
+
+def test_reasons_for_which_a_base_is_refused():
+    fresh = bnb.nn.Linear4bit(64, 64)
+    with pytest.raises(TypeError, match="quantised when it is moved"):
+        fastlora.FusedLoRALinear.from_linear(fresh)
+    with pytest.raises(TypeError, match="kept in 16 bits"):
+        fastlora.FusedLoRALinear.from_linear(bnb.nn.Linear8bitLt(64, 64).to("cpu"))
+    layer = fastlora.FusedLoRALinear.from_linear(four_bit(64, 32, torch.float32))
+    with pytest.raises(ValueError, match=r"x has shape \(3, 65\) and weight \(32, 64\)"):
+        layer(torch.randn(3, 65))
+    with pytest.raises(TypeError, match="drawn anew"):
+        layer.reset_parameters()
+
+
+def test_nothing_is_imported_until_it_is_needed():
+    import subprocess
+    import sys
+
+    code = "import fastlora, sys; print({'bitsandbytes', 'torchao', 'transformers', 'peft'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
