@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -129,7 +130,7 @@ class Twice:
         self.inputs = (self.x, self.weight, self.lora_A, self.lora_B, self.bias)
         self.wanted = [t for t, need in zip((self.x, self.lora_A, self.lora_B), needs, strict=True) if need]
 
-    def once(self) -> tuple:
+    def once(self, spoil: Callable[[tuple], tuple] = lambda made: made) -> tuple:
         """(launches of forward, launches of backward, y, gradients, inputs of the records, obstacles, dy)"""
         seen, obstacles = [], []
 
@@ -137,7 +138,7 @@ class Twice:
             found = record.observe(call, inputs, wanted)
             seen.append(inputs)
             obstacles.append(found[2])
-            return found
+            return found[0], spoil(found[1]), found[2]
 
         with mock.patch.object(node, "observe", observe):
             y = fastlora.lora_linear(*self.inputs, 2.0, self.dropout_p, path=self.path)
@@ -147,11 +148,12 @@ class Twice:
             gradients = torch.autograd.grad(y, self.wanted, dy, retain_graph=True)
         return forward, self.trace.take(), y, gradients, seen, [o for o in obstacles if o], dy
 
-    def wrong(self) -> list[str]:
+    def wrong(self, spoil: Callable[[tuple], tuple] = lambda made: made) -> list[str]:
+        """What differs; `spoil` changes the records that the node is given."""
         choice.forget()
         self.once()  # compiles the kernels, so that their parameters are known
         choice.forget()
-        forward, backward, y, gradients, seen, obstacles, dy = self.once()
+        forward, backward, y, gradients, seen, obstacles, dy = self.once(spoil)
         again, backward_again, y2, gradients2, seen2, _, dy2 = self.once()
         if obstacles or len(seen) != 2 or seen2 or not forward or not backward:
             return [f"not recorded: {obstacles}, {len(seen)} records, then {len(seen2)}"]
@@ -162,6 +164,41 @@ class Twice:
         if None in kept.values():
             found.append("S or the seed is not what forward wrote")
         return found + differences(backward, backward_again, same | {dy.data_ptr(): dy2.data_ptr()} | kept | results)[0]
+
+
+def planted(trace: Trace) -> Iterator[str]:
+    """Faults in records that the comparison does not find."""
+
+    def of_launch(change: Callable[..., tuple]) -> Callable[[tuple], tuple]:
+        def spoil(made: tuple) -> tuple:
+            last = max(i for i, step in enumerate(made[2]) if isinstance(step, tuple))
+            return *made[:2], (*made[2][:last], change(*made[2][last]), *made[2][last + 1 :])
+
+        return spoil
+
+    def number(function, grid, threads, shared, attributes, parameters, places, pointers, maps):
+        fixed = {
+            at for row, size in ((pointers, 24), (maps, 184)) for (at,) in struct.iter_unpack(f"q{size - 8}x", row)
+        }
+        place = next(at for (at,) in struct.iter_unpack("q", places) if at not in fixed)
+        parameters = parameters[:place] + bytes([parameters[place] ^ 1]) + parameters[place + 1 :]
+        return function, grid, threads, shared, attributes, parameters, places, pointers, maps
+
+    faults = {
+        "a wider grid": of_launch(lambda f, grid, *rest: (f, (grid[0] + 1, *grid[1:]), *rest)),
+        "more threads": of_launch(lambda f, grid, threads, *rest: (f, grid, threads + 32, *rest)),
+        "less shared memory": of_launch(lambda f, g, t, shared, *rest: (f, g, t, max(shared - 16, 0) or 16, *rest)),
+        "an attribute": of_launch(lambda f, g, t, s, a, *rest: (f, g, t, s, a + record._attribute(2, 1), *rest)),
+        "a number": of_launch(number),
+        "a pointer": of_launch(lambda *s: (*s[:7], s[7][:16] + struct.pack("q", 4) + s[7][24:], s[8])),
+        "a tensor map": of_launch(lambda *s: (*s[:8], s[8][:-40] + struct.pack("q", 8) + s[8][-32:])),
+        "a launch left out": lambda made: (*made[:2], made[2][:-1]),
+        "a launch too many": lambda made: (*made[:2], (*made[2], made[2][-1])),
+    }
+    twice = Twice(trace, "split", "plain", SIZES[0], 8, DTYPES[2], 0.1, NEEDS[0], True)
+    for what, spoil in faults.items():
+        if not twice.wrong(spoil):
+            yield f"a planted fault was not found: {what}"
 
 
 def cases(quick: bool) -> Iterator[tuple]:
@@ -257,8 +294,8 @@ def compared(quick: bool) -> int:
         calls, wrong = calls + 1, wrong + bool(found)
         print(*(f"{path} {case}: {what}" for what in found), sep="\n", end="\n" * bool(found), flush=True)
     print(f"{calls} calls, {len(_known)} kernels: {wrong} calls of the node's differ from Triton's")
-    odd = list(regimes())
-    print(*odd, f"{len(odd)} regimes in which another serves than should", sep="\n")
+    odd = [*planted(trace), *regimes()]
+    print(*odd, f"{len(odd)} planted faults not found, or regimes in which another serves than should", sep="\n")
     return wrong + len(odd)
 
 
