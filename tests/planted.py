@@ -101,7 +101,7 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
         ("fastlora/paths/problem.py", "        and S.shape == (M, R)\n", ""),
         ("csrc/node.cpp", "S.size(0) != M || S.size(1) != R || ", ""),
     ),
-    "tests/test_functional.py::test_a_scaling_beyond_float32_is_eagers": (
+    "tests/test_functional.py::test_a_scaling_of_zero_hides_no_nan": (
         ("fastlora/paths/aten.py", "1e-37 < abs(scaling)", "0.0 < abs(scaling)"),
     ),
     "tests/test_functional.py::test_error_rule": (
@@ -110,12 +110,12 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
          "return scaling if p < 1.0 else 0.0"),
     ),
     "tests/paths/test_cpu.py::test_adapters_may_lie_anyhow": (
+        ("fastlora/paths/cpu.py", "if dx is not None and not add:", "if dx is not None:"),
         ("fastlora/paths/cpu.py", "_dense(lora_A), _dense(lora_B)\n    (M, K)", "_dense(lora_A), lora_B\n    (M, K)"),
         ("csrc/node_cpu.h", "A = layer.lora_A.contiguous(), B = layer.lora_B.contiguous();",
          "A = layer.lora_A.contiguous(), B = layer.lora_B;"),
     ),
     "tests/paths/test_cpu.py::test_error_rule": (
-        ("fastlora/paths/cpu.py", "add = dy.dtype is torch.bfloat16  #", "add = False  #"),
         ("csrc/cpu_kernels.h",
          "const std::int64_t padded = whole(width);",
          "const std::int64_t padded = width / COLUMNS * COLUMNS;"),
@@ -150,6 +150,8 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
         ("csrc/cpu_bfloat16.h",
          "rows > 1 ? bits_of<__m512i>(load(in + stride)) : __m512i{}",
          "bits_of<__m512i>(load(in + stride))"),
+    ),
+    "tests/paths/test_cpu.py::test_what_an_earlier_call_left_behind_is_not_read": (
         ("csrc/cpu_bfloat16.h", "m + 1 < rows ? R - r : 0", "R - r"),
     ),
 }  # fmt: skip

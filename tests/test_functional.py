@@ -84,12 +84,14 @@ def test_nothing_to_multiply(lead, N, K, dropout_p):
 
 @pytest.mark.parametrize("name", ["x", "lora_A", "lora_B"])
 @pytest.mark.parametrize("x_asks", [False, True])
-def test_a_scaling_of_zero_hides_no_nan(name, x_asks):
+@pytest.mark.parametrize("path", [None, "torch"])
+@pytest.mark.parametrize("scaling", [0.0, 1e-50])  # the latter is 0 in float32 alone
+def test_a_scaling_of_zero_hides_no_nan(name, x_asks, path, scaling):
     inputs = accuracy.draw(3, 5, 6, 2, torch.float32)
     getattr(inputs, name).view(-1)[0] = float("nan")
     inputs.x.requires_grad_(x_asks)
-    arguments = (inputs.x, inputs.weight, inputs.lora_A.requires_grad_(), inputs.lora_B, inputs.bias, 0.0)
-    y, expected = fastlora.lora_linear(*arguments), fastlora.reference.lora_linear(*arguments)
+    arguments = (inputs.x, inputs.weight, inputs.lora_A.requires_grad_(), inputs.lora_B, inputs.bias, scaling)
+    y, expected = fastlora.lora_linear(*arguments, path=path), fastlora.reference.lora_linear(*arguments)
     assert expected.isnan().any() and torch.equal(y.isnan(), expected.isnan())
 
 

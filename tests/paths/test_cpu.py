@@ -118,6 +118,15 @@ def test_nothing_beyond_a_tensors_rows_and_columns_is_read_or_written(instructio
 
 @pytest.mark.usefixtures("either_node")
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_what_an_earlier_call_left_behind_is_not_read(instructions, dtype):
+    """The kernels' memory stays for the next call; here with NaN in a row that only the first call has."""
+    inputs = accuracy.draw(48, 64, 96, 5, dtype)
+    nan = inputs.map(lambda t: torch.full_like(t, float("nan")))
+    accuracy.run(fastlora.lora_linear, nan, path="cpu")
+    accuracy.check(fastlora.lora_linear, replace(inputs, x=inputs.x[:47], dy=inputs.dy[:47]), path="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_adapters_may_lie_anyhow(dtype):
     inputs = accuracy.draw(20, 12, 16, 3, dtype)
     laid = {name: getattr(inputs, name).t().contiguous().t() for name in ("lora_A", "lora_B", "dy")}
@@ -239,7 +248,7 @@ def test_kernels_broken_on_purpose_are_found_and_not_used(monkeypatch, broken):
 
             def run(self, *arguments):
                 y = honest.run(*arguments[:6], arguments[6] * scaled, arguments[7])
-                if broken == "backward" and y.requires_grad:
+                if broken == "backward" and y is not None and y.requires_grad:
                     y.register_hook(lambda dy: dy * 1.01)
                 return y
 
@@ -462,15 +471,14 @@ def test_the_node_in_cpp_serves_what_is_ordinary_and_leaves_the_rest(monkeypatch
 
     assert run(x) == run(x, training=False) == [False, True]
     assert run(x) == run(x, training=False) == run(x.detach()) == run(x[0].t().contiguous().t()) == [True]
-    assert run(x, path="cpu") == [True] and run(x, path="torch") == []
+    assert run(x, path="cpu") == [True] and run(x, path="torch") == [False]
     assert run(torch._neg_view(x)) == [False, False]  # path `cpu` in Python
     assert run(x.as_subclass(Mine)) == [False]  # the reference
     monkeypatch.setenv("FASTLORA_PATH", "torch")
-    assert run(x) == []
+    assert run(x) == [False]
     monkeypatch.delenv("FASTLORA_PATH")
     with torch.autocast("cpu", torch.bfloat16):
         assert run(x) in ([True], [False, True])
     with pytest.raises(ValueError, match="lora_A has shape"):
         fastlora.lora_linear(x, layer.weight, torch.randn(4, 9), layer.lora_B)
-    with pytest.raises(TypeError, match="7 arguments needed, got 1"):
-        node.lora_linear(x)
+    assert node.lora_linear(x) is None  # too few arguments are left to Python too
