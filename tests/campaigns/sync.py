@@ -92,16 +92,17 @@ def run(command: list[str], folder: Path) -> int:
     ).returncode
 
 
-def trusted() -> contextlib.AbstractContextManager:
-    """A context in which every path is admitted, and so is the mask's kernel: checks compare numbers, of which there are
-    none."""
+@contextlib.contextmanager
+def trusted() -> Iterator[None]:
+    """Every path is admitted, and the mask's kernel: checks compare numbers, and there are none."""
     from fastlora import check
     from fastlora.paths import mask
 
-    context = contextlib.ExitStack()
-    context.enter_context(mock.patch.object(check, "admit", lambda path, *_: None))
-    context.enter_context(mock.patch.object(mask, "_kernel_agrees", lambda device: True))
-    return context
+    with (
+        mock.patch.object(check, "admit", lambda path, *_: None),
+        mock.patch.object(mask, "_kernel_agrees", lambda device: True),
+    ):
+        yield
 
 
 class Watch:
