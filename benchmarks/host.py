@@ -24,15 +24,15 @@ from unittest import mock
 import torch
 
 import fastlora
-from benchmarks.measure import device_name, metadata, summary, write_results
+from benchmarks.measure import device_name, metadata, ratio, summary, write_results
 from fastlora import choice
 from fastlora.node import NODE
-from fastlora.paths import PATHS, mask
+from fastlora.paths import PATHS
 from tests.campaigns import sync
 
 M, N, K, R, DROPOUT = 64, 256, 256, 8, 0.1
 FUSED = ("torch", "hybrid", "onepass", "split")
-GOALS = {"hybrid": 40, "onepass": 30}  # microseconds
+GOALS = {"hybrid": 40 / 25, "onepass": 30 / 25}  # 40 and 30 microseconds where the bare layer takes 25
 CALLS = 50  # of a sample
 
 
@@ -63,23 +63,25 @@ def main(argv: list[str] | None = None) -> int:
         "host": device_name("cpu"),
         "computed": "no GPU computed: a stand-in for CUDA's libraries",
     }
-    rows = {name: _row(samples) for name, samples in _measured(args.seconds).items()}
-    print(f"{taken['host']}, {taken['computed']}; microseconds a step", f"{'':8} median   20%   80%   min", sep="\n")
+    samples = _measured(args.seconds)
+    rows = {name: _row(found, samples["linear"]) for name, found in samples.items()}
+    print(f"{taken['host']}, {taken['computed']}; microseconds a step, and their ratio to the bare layer's")
+    print(f"{'':8} median    20%    80%    min  ratio")
     for name, row in rows.items():
         numbers = " ".join(f"{row[n]:6.1f}" for n in ("median", "p20", "p80", "least"))
-        goal = GOALS.get(name)
-        print(
-            f"{name:8} {numbers}" + (f"   goal {goal}: {'met' if row['median'] <= goal else 'missed'}" if goal else "")
-        )
+        goal = f"   goal {GOALS[name]}: {'met' if row['over'] <= GOALS[name] else 'missed'}" if name in GOALS else ""
+        print(f"{name:8} {numbers} {row['over']:6.2f}{goal}")
     case = {"M": M, "N": N, "K": K, "R": R, "dropout_p": DROPOUT, "dtype": "bfloat16"}
     payload = {"metadata": taken, "case": case, "rows": rows}
-    print(write_results("host", payload | {"unit": "microseconds a step", "goals": GOALS}))
+    print(write_results("host", payload | {"unit": "microseconds a step", "goals for the ratio": GOALS}))
     return 0
 
 
-def _row(seconds: list[float]) -> dict[str, float]:
+def _row(seconds: list[float], linear: list[float]) -> dict[str, float]:
+    """Microseconds, and `over`: the median of the ratio to the bare layer in the same round."""
     micro = [1e6 * s for s in seconds]
-    return {name: round(value, 2) for name, value in (summary(micro) | {"least": min(micro)}).items()}
+    found = summary(micro) | {"least": min(micro), "over": ratio(seconds, linear)["median"]}
+    return {name: round(value, 2) for name, value in found.items()}
 
 
 def _measured(seconds: float) -> dict[str, list[float]]:
@@ -113,7 +115,6 @@ def _measured(seconds: float) -> dict[str, list[float]]:
     order, shuffler, end = list(steps), random.Random(0), time.perf_counter() + seconds
     with (
         sync.trusted(),
-        mock.patch.object(mask, "_kernel_agrees", lambda device: True),  # which compares numbers too
         mock.patch.object(choice, "choose", lambda problem: choice.Choice(PATHS[chosen[0]], "")),
         _no_collection(),
     ):

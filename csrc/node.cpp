@@ -286,8 +286,7 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
 };
 
 // The tensors and numbers of a call of Python's, if they are of the exact types.
-bool parsed(PyObject* const* values, Py_ssize_t count, Optional& bias, double& scaling, double& p) {
-  if (count != 7) return false;
+bool parsed(PyObject* const* values, Optional& bias, double& scaling, double& p) {
   for (int i = 0; i < 4; ++i)
     if (!THPVariable_CheckExact(values[i])) return false;
   if (values[4] != Py_None) {
@@ -305,9 +304,10 @@ bool parsed(PyObject* const* values, Py_ssize_t count, Optional& bias, double& s
 // y, or None for what is left to Python; `path` is negative for the chosen one.
 PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
   HANDLE_TH_ERRORS
+  if (count != 7) return PyErr_Format(PyExc_TypeError, "7 arguments needed, got %zd", count);
   Optional bias;
   double scaling, p;
-  if (!parsed(values, count, bias, scaling, p)) Py_RETURN_NONE;
+  if (!parsed(values, bias, scaling, p)) Py_RETURN_NONE;
   const Tensor &x = THPVariable_Unpack(values[0]), &weight = THPVariable_Unpack(values[1]);
   const Tensor &A = THPVariable_Unpack(values[2]), &B = THPVariable_Unpack(values[3]);
   Layer layer{x, weight, A, B, bias, scaling, p, Tensor()};

@@ -19,7 +19,7 @@ from fastlora import node
 from fastlora.base_layer import Packed, dense
 from fastlora.gate import why_eager
 from fastlora.node import NODE
-from fastlora.paths import PATHS, Path, cpu
+from fastlora.paths import ATEN, PATHS, Path, cpu
 from fastlora.paths.problem import Update, draw_seed, rows
 
 
@@ -34,7 +34,7 @@ def run(
     dropout_p: float,
 ) -> Tensor:
     """y of one call by `path`, differentiable where its arguments ask for it. What eager calls end in."""
-    if NODE is not None:
+    if NODE is not None and path is not ATEN:
         y = NODE.run(path, x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         if y is not None:
             return y

@@ -46,12 +46,6 @@ class Unrecordable(Exception):
     """What a record cannot hold; the message says which."""
 
 
-def _adds_a_product(function, args, kwargs) -> bool:
-    if function is torch.ops.aten.addmm.out:
-        return kwargs.keys() == {"out"} and kwargs["out"] is args[0]
-    return function is torch.ops.aten.addmm_.default and not kwargs
-
-
 class _Watch(TorchDispatchMode):
     """ATen's operations, in order with the launches that `launches` receives."""
 
@@ -63,7 +57,7 @@ class _Watch(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         if function in _EMPTY:
             self.taken.append(found)
-        elif _adds_a_product(function, args, kwargs or {}):
+        elif function is torch.ops.aten.addmm_.default and not kwargs:
             self.launches.append(tuple(args))
         elif not function.is_view:
             self.obstacle = self.obstacle or f"{function} is no part of a record"

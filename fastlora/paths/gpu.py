@@ -68,7 +68,7 @@ def hybrid_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor
     y2 = y.view(x2.shape[0], weight.shape[0])
     with _on_device_of(x):
         S = hybrid.s_y(x2, update.lora_A, update.lora_B, bias, exact(update), _dropout(update), y2, cut.get("s_y"))
-        torch.addmm(y2, x2, weight.t(), out=y2)
+        y2.addmm_(x2, weight.t())
     return y, S
 
 

@@ -19,7 +19,7 @@ def test_no_step_waits_for_a_gpu(name, dropout_p):
     case = (64, 96, 128, 8, torch.float16, torch.float32, dropout_p)
     found, launched = waits.waits(PATHS[name], case, (9, 0))
     assert not found
-    assert bool(launched) == (name != "torch")
+    assert bool(launched) == (name != "torch" or dropout_p > 0.0)  # path `torch` has its mask of a kernel
 
 
 def test_a_step_that_waits_for_a_gpu_is_found():
