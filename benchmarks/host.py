@@ -2,9 +2,9 @@
 
     python -m benchmarks.host [--seconds 60]      # with a CUDA build of torch and the node built for it
 
-No GPU is needed, and none computes: torch, Triton and the node run all of their own host code on a stand-in for the CUDA
-libraries (tests/campaigns/sync.py). Kernels, products and the driver cost nothing there, so these are the times of the
-software above the driver alone. `linear` is the bare frozen layer with the gradient of its input. Writes
+No GPU is needed, and none computes: torch, Triton and the node run all of their own host code on a stand-in for the
+CUDA libraries (tests/campaigns/sync.py). Kernels, products and the driver cost nothing there, so these are the times
+of the software above the driver alone. `linear` is the bare frozen layer with the gradient of its input. Writes
 benchmarks/results/<device>/<date>-host.json.
 """
 
@@ -48,16 +48,31 @@ def main(argv: list[str] | None = None) -> int:
         return sync.CANNOT_RUN
     if not args.hollow:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.host", "--hollow", "--seconds", str(args.seconds)]
+            command = [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "benchmarks.host",
+                "--hollow",
+                "--seconds",
+                str(args.seconds),
+            ]
             return sync.run(command, Path(folder))
-    taken = metadata("cuda") | {"host": device_name("cpu"), "computed": "no GPU computed: a stand-in for CUDA's libraries"}
+    taken = metadata("cuda") | {
+        "host": device_name("cpu"),
+        "computed": "no GPU computed: a stand-in for CUDA's libraries",
+    }
     rows = {name: _row(samples) for name, samples in _measured(args.seconds).items()}
     print(f"{taken['host']}, {taken['computed']}; microseconds a step", f"{'':8} median   20%   80%   min", sep="\n")
     for name, row in rows.items():
         numbers = " ".join(f"{row[n]:6.1f}" for n in ("median", "p20", "p80", "least"))
         goal = GOALS.get(name)
-        print(f"{name:8} {numbers}" + (f"   goal {goal}: {'met' if row['median'] <= goal else 'missed'}" if goal else ""))
-    payload = {"metadata": taken, "case": dict(M=M, N=N, K=K, R=R, dropout_p=DROPOUT, dtype="bfloat16"), "rows": rows}
+        print(
+            f"{name:8} {numbers}" + (f"   goal {goal}: {'met' if row['median'] <= goal else 'missed'}" if goal else "")
+        )
+    case = {"M": M, "N": N, "K": K, "R": R, "dropout_p": DROPOUT, "dtype": "bfloat16"}
+    payload = {"metadata": taken, "case": case, "rows": rows}
     print(write_results("host", payload | {"unit": "microseconds a step", "goals": GOALS}))
     return 0
 

@@ -143,7 +143,8 @@ def _rates(job: Job, entry: Entry, path: str, seconds: float, ceilings: model.Ce
         return rates
     rates |= {"model_bytes": moved, "bytes_per_s": moved / seconds}
     if ceilings is not None:
-        predicted, floor = (model.predict(job.case, who, job.direction, ceilings) for who in (worker, "bare"))
+        captured = entry.mode == GRAPH
+        predicted, floor = (model.predict(job.case, who, job.direction, ceilings, captured) for who in (worker, "bare"))
         rates["predicted"], rates["predicted_launches"] = predicted.seconds, predicted.launches
         rates["predicted_over_bare"] = predicted.seconds / floor.seconds
     return rates

@@ -1,11 +1,11 @@
 // fastlora._node_<torch's version>: the layer as an autograd node of torch's own, for ordinary tensors; CPU and GPU.
 //
-// It does what fastlora/functional.py, autograd.py and ops.py do, with the same kernels, seeds and ATen calls, and saves
-// most of the time that a small layer spends in Python. On a CPU path `cpu` runs here (node_cpu.h); on a GPU the records
-// of what a path did (record.h). Which of them, says table.h. Whatever is out of the ordinary (a subclass, a function
-// transform, a wrong shape, a gradient of another kind, a call that was not seen before) it leaves to Python, which
-// explains and serves it: no message is written here. It is bound to one version of torch, which its name says, and
-// optional: without it Python does it all.
+// It does what fastlora/functional.py, autograd.py and ops.py do, with the same kernels, seeds and ATen calls, and
+// saves most of the time that a small layer spends in Python. On a CPU path `cpu` runs here (node_cpu.h); on a GPU the
+// records of what a path did (record.h). Which of them, says table.h. Whatever is out of the ordinary (a subclass, a
+// function transform, a wrong shape, a gradient of another kind, a call that was not seen before) it leaves to Python,
+// which explains and serves it: no message is written here. It is bound to one version of torch, which its name says,
+// and optional: without it Python does it all.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
@@ -51,8 +51,8 @@ PyObject *python_forward = nullptr, *python_backward = nullptr;  // the ops of f
 
 // ---- the gate: which tensors are ordinary ----
 
-// Dense, of a CPU or a CUDA GPU, with memory of its own, not conjugated or negated, and nobody's wrapper: no other key is
-// set.
+// Dense, of a CPU or a CUDA GPU, with memory of its own, not conjugated or negated, and nobody's wrapper: no other key
+// is set.
 bool is_plain(const Tensor& t) {
   using c10::DispatchKey;
   static const c10::DispatchKeySet on_cpu({DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU,
@@ -134,7 +134,8 @@ template <typename Call>
 MaybePlan plan(int path, const Call& call) {
   const Tensor& t = first(call);
   if (path == path_cpu) {
-    const bool ours = t.device().is_cpu() && fastlora::cpu::kernels && fastlora::cpu::takes(t) && fastlora::cpu::takes(call.lora_A);
+    using namespace fastlora::cpu;
+    const bool ours = t.device().is_cpu() && kernels && takes(t) && takes(call.lora_A);
     return ours ? MaybePlan({path, nullptr, nullptr}) : std::nullopt;
   }
   if (!t.device().is_cuda()) return std::nullopt;
@@ -361,7 +362,8 @@ std::tuple<Tensor, Tensor, Tensor> op_backward(const Tensor& dy, const Tensor& x
     if (const MaybePlan plan = chosen_plan(x, weight, in)) {
       const Gradients found = backward(*plan, in);
       return {need_x ? found.dx.view(x.sizes()) : at::empty({0}, x.options()),
-              need_A ? found.dA : at::empty({0}, lora_A.options()), need_B ? found.dB : at::empty({0}, lora_B.options())};
+              need_A ? found.dA : at::empty({0}, lora_A.options()),
+              need_B ? found.dB : at::empty({0}, lora_B.options())};
     }
   }
   HoldsGIL gil;
@@ -433,7 +435,8 @@ PyObject* choose(PyObject*, PyObject* arguments) {
   PyObject *path, *x, *weight, *lora_A;
   int dropout;
   if (!PyArg_ParseTuple(arguments, "OOOOp", &path, &x, &weight, &lora_A, &dropout)) return nullptr;
-  if (path_of(path) >= 0 && THPVariable_CheckExact(x) && THPVariable_CheckExact(weight) && THPVariable_CheckExact(lora_A))
+  const bool exact = THPVariable_CheckExact(x) && THPVariable_CheckExact(weight) && THPVariable_CheckExact(lora_A);
+  if (exact)
     fastlora::chosen.insert(
         fastlora::choice_key(THPVariable_Unpack(x), THPVariable_Unpack(weight), THPVariable_Unpack(lora_A), dropout),
         path_of(path));
@@ -447,8 +450,8 @@ PyObject* forget(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
-// The key of (path, tensors, scaling, p, need_B): tensors are forward's six or backward's seven, in the order of a record's
-// inputs. None where no record could serve them.
+// The key of (path, tensors, scaling, p, need_B): tensors are forward's six or backward's seven, in the order of a
+// record's inputs. None where no record could serve them.
 std::optional<fastlora::Key> key_of(PyObject* path_object, PyObject* tensors, double scaling, double p, bool need_B) {
   const int path = path_of(path_object);
   const Py_ssize_t count = PyTuple_GET_SIZE(tensors);
@@ -467,7 +470,8 @@ std::optional<fastlora::Key> key_of(PyObject* path_object, PyObject* tensors, do
   }
   const Optional bias = t[4].defined() ? Optional(t[4]) : std::nullopt;
   const Layer layer{t[0], t[1], t[2], t[3], bias, scaling, p, t[5]};
-  return fits(layer) && is_seed(t[5], p, t[0].device()) ? std::optional(fastlora::record_key(path, layer)) : std::nullopt;
+  if (!fits(layer) || !is_seed(t[5], p, t[0].device())) return std::nullopt;
+  return fastlora::record_key(path, layer);
 }
 
 // lacks(path, tensors, scaling, p, need_B): whether a record of this call would be of use
@@ -490,9 +494,14 @@ PyObject* keep(PyObject*, PyObject* arguments) {
   int need_B;
   if (!PyArg_ParseTuple(arguments, "OO!ddpO", &path, &PyTuple_Type, &tensors, &scaling, &p, &need_B, &object))
     return nullptr;
-  const auto record = object == Py_None ? nullptr : fastlora::Record::parse(object);
-  if (!record && object != Py_None) return nullptr;
-  if (const auto key = key_of(path, tensors, scaling, p, need_B)) fastlora::records.insert(*key, record);
+  const auto key = key_of(path, tensors, scaling, p, need_B);
+  if (!key) Py_RETURN_NONE;
+  std::shared_ptr<const fastlora::Record> record;
+  if (object != Py_None) {
+    record = fastlora::Record::parse(object, THPVariable_Unpack(PyTuple_GET_ITEM(tensors, 0)));
+    if (!record) return nullptr;
+  }
+  fastlora::records.insert(*key, record);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -503,10 +512,10 @@ PyObject* replay(PyObject*, PyObject* arguments) {
   const char* library;
   PyObject *object, *tensors;
   if (!PyArg_ParseTuple(arguments, "sOO!", &library, &object, &PyTuple_Type, &tensors)) return nullptr;
-  const auto record = fastlora::Record::parse(object);
-  if (!record) return nullptr;
   const Owned held(Py_NewRef(tensors));
   const auto inputs = unwrapped<6>(held);
+  const auto record = fastlora::Record::parse(object, inputs[0]);
+  if (!record) return nullptr;
   TORCH_CHECK(fastlora::driver(library), "no driver in ", library);
   const auto found = record->run<6>({&inputs[0], &inputs[1], &inputs[2], &inputs[3], &inputs[4], &inputs[5]}, nullptr);
   return Py_BuildValue("(NNN)", wrapped(found[0]).release(), wrapped(found[1]).release(), wrapped(found[2]).release());

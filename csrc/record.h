@@ -11,6 +11,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -116,7 +117,7 @@ struct Pointer {
 };
 struct TensorMap {
   Pointer base;
-  int64_t type, rank, swizzle, fill, small, sizes[5], strides[5], box[5];  // innermost dimension first; strides in bytes
+  int64_t type, rank, swizzle, fill, small, sizes[5], strides[5], box[5];  // innermost dimension first; bytes
 };
 struct Matrix {
   int64_t slot, sizes[2], strides[2];
@@ -140,6 +141,8 @@ class Record {
     std::unique_ptr<Product> product;  // where this is no launch
   };
 
+  // That of at::empty, which is not always c10's for the device. Without the dispatcher, which costs more than it.
+  c10::Allocator* allocator_ = nullptr;
   std::vector<Output> outputs_;
   int64_t workspace_ = 0;
   std::vector<Step> steps_;
@@ -154,10 +157,11 @@ class Record {
  public:
   static constexpr int SLOTS = 16, PARAMETERS = 64, BYTES = 4096;
 
-  // (outputs, workspace, steps); null with an error of Python's set where it is none. A step is the bytes of a Product, or
-  // (function, grid, threads, shared, attributes, parameters, places, pointers, maps).
-  static std::shared_ptr<const Record> parse(PyObject* object) {
+  // (outputs, workspace, steps), for tensors like `like`; null with an error of Python's set where it is none. A step
+  // is the bytes of a Product, or (function, grid, threads, shared, attributes, parameters, places, pointers, maps).
+  static std::shared_ptr<const Record> parse(PyObject* object, const Tensor& like) {
     const auto record = std::make_shared<Record>();
+    record->allocator_ = at::empty({1}, like.options()).storage().allocator();
     const char* outputs;
     Py_ssize_t size;
     long long workspace;
@@ -203,20 +207,21 @@ class Record {
     char* addresses[SLOTS];
     std::array<Tensor, 3> outputs;
     std::copy(inputs.begin(), inputs.end(), slots);
-    // The allocator of at::empty, without the dispatcher, which costs more than it; only ordinary tensors come here.
-    c10::Allocator* allocator = c10::GetAllocator(inputs[0]->device().type());
     for (std::size_t i = 0; i < outputs_.size(); ++i) {
       const Output& output = outputs_[i];
       const Tensor& like = *inputs[output.like];
       const c10::DispatchKeySet keys(like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
-      outputs[i] = at::detail::empty_generic(at::IntArrayRef(output.sizes, output.dims), allocator, keys,
+      outputs[i] = at::detail::empty_generic(at::IntArrayRef(output.sizes, output.dims), allocator_, keys,
                                              like.scalar_type(), std::nullopt);
       slots[COUNT + i] = &outputs[i];
     }
     const std::size_t count = COUNT + outputs_.size();
-    for (std::size_t i = 0; i < count; ++i)
-      addresses[i] = slots[i]->defined() ? static_cast<char*>(slots[i]->mutable_data_ptr()) : nullptr;
-    const c10::DataPtr workspace = allocator->allocate(workspace_);
+    for (std::size_t i = 0; i < count; ++i) {
+      const Tensor& t = *slots[i];
+      const void* address = !t.defined() ? nullptr : i < COUNT ? t.const_data_ptr() : t.data_ptr();
+      addresses[i] = static_cast<char*>(const_cast<void*>(address));
+    }
+    const c10::DataPtr workspace = workspace_ ? allocator_->allocate(workspace_) : c10::DataPtr();
     addresses[count] = static_cast<char*>(workspace.get());
     for (const Step& step : steps_) {
       if (step.product) {

@@ -49,7 +49,8 @@ class Key {
   }
   std::size_t hash() const {
     std::uint64_t sum = 0xcbf29ce484222325;
-    for (int64_t i = 0; i < count_; ++i) sum = ((sum ^ static_cast<std::uint64_t>(values_[i])) * 0x9E3779B97F4A7C15) ^ (sum >> 29);
+    for (int64_t i = 0; i < count_; ++i)
+      sum = ((sum ^ static_cast<std::uint64_t>(values_[i])) * 0x9E3779B97F4A7C15) ^ (sum >> 29);
     return sum;
   }
 };

@@ -228,16 +228,23 @@ def _kernels_of(path: Path, problem: Problem) -> frozenset[str]:
 
 
 def _rows(path: Path, problem: Problem) -> int:
-    """The fewest rows, of M's divisibility by 16, that launch the kernels of all M."""
-    M = problem.M
-    few = ROWS + M % 16
-    while (
-        few < M
-        and path.launches is not None
-        and _kernels_of(path, problem._replace(M=few)) != _kernels_of(path, problem)
-    ):
-        few = 2 * (few - M % 16) + M % 16
-    return min(few, M)
+    """The fewest rows, of M's divisibility by 16, that launch the kernels of all M.
+
+    Of a path that does not tell its launches: those that give each multiprocessor a second tile of 128 x 256.
+    """
+    from fastlora.kernels.tiles import ceil_div, multiprocessors, target_of
+
+    M, odd, few = problem.M, problem.M % 16, ROWS
+
+    def enough() -> bool:
+        if path.launches is not None:
+            return _kernels_of(path, problem._replace(M=few + odd)) == _kernels_of(path, problem)
+        count = multiprocessors(problem.device, target_of(problem.device))
+        return few // 128 * ceil_div(min(problem.N, problem.K), 256) >= 2 * count
+
+    while few + odd < M and not enough():
+        few *= 2
+    return min(few + odd, M)
 
 
 def _fault(path: Path, inputs: accuracy.Inputs, known: accuracy.Expected) -> str | None:

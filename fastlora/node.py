@@ -1,7 +1,7 @@
 """The autograd node in C++ (csrc/node.cpp), or None: compiled at install for one version of torch, and optional.
 
-It takes ordinary calls whole, forward and backward, and leaves the others to `fastlora.autograd` by returning None. On a
-GPU it does what it was shown: a path's first call of a kind runs in Python, here, and its record is handed over.
+It takes ordinary calls whole, forward and backward, and leaves the others to `fastlora.autograd` by returning None. On
+a GPU it does what it was shown: a path's first call of a kind runs in Python, here, and its record is handed over.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ NODE = _load()
 
 
 def _records(path: Path, x: Tensor) -> bool:
-    return NODE is not None and x.is_cuda and path.fingerprint is not None  # without: ATen's operations alone
+    return NODE is not None and x.is_cuda and path.launches is not None  # all that it launches is Triton's
 
 
-def forward(
-    path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update
-) -> tuple[Tensor, Tensor]:
+def forward(path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:
     """`path.forward`, recorded where the node has use for it."""
     lora_A, lora_B, scaling, p, seed = update
     inputs = (x, weight, lora_A, lora_B, bias, seed)

@@ -1,8 +1,8 @@
 """What a path did on a GPU in one call, watched and written down, for the node in C++ to do again (csrc/record.h).
 
-`observe` runs the path once and sees two things: ATen's operations, and the launches of Triton kernels. A record is made
-when all that it saw is memory taken (`empty`), views, products added in place, and launches whose arguments are the
-call's own tensors or that memory. Anything else makes the call unrecordable, and Python goes on serving it.
+`observe` runs the path once and sees two things: ATen's operations, and the launches of Triton kernels. A record is
+made when all that it saw is memory taken (`empty`), views, products added in place, and launches whose arguments are
+the call's own tensors or that memory. Anything else makes the call unrecordable, and Python goes on serving it.
 
 A record holds for calls of the same dtypes, sizes, strides, alignment and numbers: addresses alone are filled in.
 """
@@ -46,6 +46,12 @@ class Unrecordable(Exception):
     """What a record cannot hold; the message says which."""
 
 
+def _adds_a_product(function, args, kwargs) -> bool:
+    if function is torch.ops.aten.addmm.out:
+        return kwargs.keys() == {"out"} and kwargs["out"] is args[0]
+    return function is torch.ops.aten.addmm_.default and not kwargs
+
+
 class _Watch(TorchDispatchMode):
     """ATen's operations, in order with the launches that `launches` receives."""
 
@@ -57,9 +63,7 @@ class _Watch(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         if function in _EMPTY:
             self.taken.append(found)
-        elif function is torch.ops.aten.addmm_.default and not kwargs:
-            self.launches.append(tuple(args))
-        elif function is torch.ops.aten.addmm.out and kwargs.keys() == {"out"} and kwargs["out"] is args[0]:
+        elif _adds_a_product(function, args, kwargs or {}):
             self.launches.append(tuple(args))
         elif not function.is_view:
             self.obstacle = self.obstacle or f"{function} is no part of a record"
@@ -80,8 +84,8 @@ def observe(
 
     with launch.recording() as launches, _Watch(launches) as watch:
         outputs = call()
-    if watch.obstacle:
-        return outputs, None, watch.obstacle
+    if watch.obstacle or not launches:
+        return outputs, None, watch.obstacle or "no launch was seen"
     try:
         slots = _Slots(inputs, [t for t, want in zip(outputs, wanted, strict=True) if want], watch.taken)
         steps = tuple(_product(slots, *s) if isinstance(s[0], Tensor) else launch_step(slots, *s) for s in launches)
@@ -122,7 +126,9 @@ class _Slots:
             return slot, 0
         storage = t.untyped_storage().data_ptr()
         if t.data_ptr() in self._places or storage not in self._scratch:
-            raise Unrecordable(f"a tensor of shape {tuple(t.shape)} is none of the call's, or one of several at its place")
+            raise Unrecordable(
+                f"a tensor of shape {tuple(t.shape)} is none of the call's, or one of several at its place"
+            )
         return self._count, self._scratch[storage] + t.data_ptr() - storage
 
     def holds(self, t: Tensor) -> bool:
@@ -175,7 +181,9 @@ def _attribute(which: int, *values: int) -> bytes:
 def sizes_in_ptx(kernel: Any) -> list[int]:
     """Bytes of each parameter of the kernel, as its PTX declares them."""
     entry = kernel.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
-    found = re.findall(r"\.param(?:\s+\.align\s+\d+)?\s+\.[a-z](\d+)(?:\s+\.ptr[^,\n]*?)?\s+\w+_param_\d+(?:\[(\d+)\])?", entry)
+    found = re.findall(
+        r"\.param(?:\s+\.align\s+\d+)?\s+\.[a-z](\d+)(?:\s+\.ptr[^,\n]*?)?\s+\w+_param_\d+(?:\[(\d+)\])?", entry
+    )
     return [_PTX_BYTES[bits] * int(count or 1) for bits, count in found]
 
 
@@ -213,7 +221,7 @@ class _Parameters:
             kind = TMA_TF32
         in_bytes = [itemsize * s for s in strides[-2::-1]]
         in_bytes.append(shape[0] * (in_bytes[-1] if in_bytes else itemsize))
-        last = sum((n - 1) * s for n, s in zip(shape[::-1], (itemsize, *in_bytes)))
+        last = sum((n - 1) * s for n, s in zip(shape[::-1], (itemsize, *in_bytes), strict=False))
         small = (last + 2**31) % 2**32 - 2**31 + 1 < SMALL_MAP  # in 32 bits, as Triton counts
         map_ = (kind, len(shape), meta["swizzle"], descriptor.padding == "nan", small)
         five = [(*row, *(0,) * (5 - len(row))) for row in (shape[::-1], in_bytes, meta["block_size"][::-1])]

@@ -9,11 +9,13 @@ of rank R are counted too. A read that a cache serves is not seen here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastlora.paths.problem import Problem
 
 TILE = 128  # rows and columns of the product that one program makes, in whose waves a product is counted
+SMALL_TILE = 64  # of path `onepass`
+GEMM_RATE, SMALL_RATE = 0.95, 0.5  # of Triton's large tiles, and of its small ones and float32, beside ATen's products
 # Seconds of the host for a launch: ATen's operations; Triton's launcher from Python, and from the node in C++.
 ATEN_S, PYTHON_S, NODE_S = 5e-6, 25e-6, 3e-6
 
@@ -61,18 +63,20 @@ class Work:
 
 @dataclass(frozen=True)
 class Pass:
-    """One kernel: bytes, operations, the tiles of its product (0: it is none), and whether Triton launches it."""
+    """One kernel: bytes, operations, the tiles of its product (0: it is none), whether Triton launches it, and the
+    share of ATen's rate that its instructions reach by the machine code."""
 
     bytes: float
     flops: float = 0.0
     tiles: int = 0
     triton: bool = False
+    rate: float = 1.0
 
     def seconds(self, machine: Machine, dtype: str) -> float:
         busy = 1.0
         if self.tiles and machine.multiprocessors:
             busy = self.tiles / (-(-self.tiles // machine.multiprocessors) * machine.multiprocessors)
-        return max(self.bytes / machine.bytes_per_s, self.flops / machine.flops_per_s[dtype] / busy)
+        return max(self.bytes / machine.bytes_per_s, self.flops / machine.flops_per_s[dtype] / busy / self.rate)
 
 
 Passes = tuple[list[Pass], list[Pass]]  # forward, backward
@@ -96,10 +100,10 @@ def predict(path: str, problem: Problem, captured: bool, node: bool) -> float:
     return seconds(forward + backward, machine, dtype if dtype in machine.flops_per_s else "float32", captured, node)
 
 
-def product(work: Work, rows: int, inner: int, columns: int, extra: float = 0.0, **kind) -> Pass:
+def product(work: Work, rows: int, inner: int, columns: int, extra: float = 0.0, tile: int = TILE, **kind) -> Pass:
     """One matrix product (rows, inner) @ (inner, columns), each operand read once, the result written once."""
     moved = work.size * (rows * inner + inner * columns + rows * columns) + extra
-    tiles = -(-rows // TILE) * -(-columns // TILE) if inner > work.R and min(rows, columns) > work.R else 0
+    tiles = -(-rows // tile) * -(-columns // tile) if inner > work.R and min(rows, columns) > work.R else 0
     return Pass(moved, 2.0 * rows * inner * columns, tiles, **kind)
 
 
@@ -146,14 +150,16 @@ def _hybrid(work: Work) -> Passes:
 
 def split(work: Work) -> Passes:
     M, N, K, R = work.M, work.N, work.K, work.R
-    forward = [product(work, M, K, R, triton=True), product(work, M, K + R, N, triton=True)]
-    return forward, [_ds_db(work), product(work, R, M, K, triton=True), product(work, M, N + R, K, triton=True)]
+    gemm = {"triton": True, "rate": GEMM_RATE if work.size == 2 else SMALL_RATE}
+    forward = [product(work, M, K, R, triton=True), product(work, M, K + R, N, **gemm)]
+    return forward, [_ds_db(work), product(work, R, M, K, triton=True), product(work, M, N + R, K, **gemm)]
 
 
 def _onepass(work: Work) -> Passes:
     M, N, K, R, e = work.M, work.N, work.K, work.R, work.size
-    both = product(work, M, K, N, extra=e * R * (K + N + M), triton=True)
-    return [Pass(both.bytes, both.flops + 2.0 * M * R * (K + N), both.tiles, True)], split(work)[1]
+    both = product(work, M, K, N, extra=e * R * (K + N + M), tile=SMALL_TILE, triton=True, rate=SMALL_RATE)
+    again = max(16, R) / SMALL_TILE  # every column tile makes S anew
+    return [replace(both, flops=both.flops * (1 + again) + 2.0 * M * R * N)], split(work)[1]
 
 
 def _cuda(work: Work) -> Passes:

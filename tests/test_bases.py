@@ -166,3 +166,15 @@ def test_nothing_is_imported_until_it_is_needed():
 
     code = "import fastlora, sys; print({'bitsandbytes', 'torchao', 'transformers', 'peft'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_compiled_without_graph_breaks(kind):
+    torch._dynamo.reset()
+    layer = fastlora.FusedLoRALinear.from_linear(BASES[kind](128, 96, torch.float32), r=4)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 128, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    both = [[y, *torch.autograd.grad(y.sum(), [x, layer.lora_A])] for y in (compiled(x), layer(x))]
+    for mine, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -105,7 +105,7 @@ def test_every_kernel_that_differs_is_examined(gpu, examined, other):
     assert len(examined) == 3
 
 
-def test_a_check_takes_few_rows_but_launches_the_kernels_of_all(gpu):
+def test_a_check_takes_few_rows_but_launches_the_kernels_of_all(gpu, monkeypatch):
     split = tuning.pin(PATHS["split"], PROBLEM)
     for M in (1, 17, 2000, 8192, 100_001):
         problem = PROBLEM._replace(M=M)
@@ -115,6 +115,10 @@ def test_a_check_takes_few_rows_but_launches_the_kernels_of_all(gpu):
     assert few < 40_000
     launches = {launch.fn.__name__: launch for launch in split.launches(split, PROBLEM._replace(M=few))}
     assert launches["gemm_tma_kernel"].turns > 1  # the persistent grid's second tile
+    monkeypatch.setattr("fastlora.kernels.tiles._multiprocessors_of_index", lambda index: 132)
+    narrow = PROBLEM._replace(M=1 << 20, N=256)
+    assert check._rows(PATHS["cuda"], narrow) == 64 * 1024  # 264 tiles of 128 rows are 33,792
+    assert check._rows(PATHS["cuda"], PROBLEM) == 4096 and check._rows(PATHS["cuda"], PROBLEM._replace(M=40)) == 40
 
 
 def test_a_path_that_fails_its_check_is_disabled_with_a_warning(gpu, monkeypatch):

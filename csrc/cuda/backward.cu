@@ -1,20 +1,19 @@
 // dX = dY W + drop'(dS A), dA = dSᵀ drop(X), dB = dYᵀ S with dS = s · dY B, for sm_90a in one launch.
 //
 // The plan
-//   CTAs 0 .. streamers - 1 sum dS [128, R] row block by row block, as the forward launch sums S. The others run the
-//   GEMM of dX: N in steps of 64 over (dY, W), then the tail over (dS, A) once the row block's flag is set. Whoever
-//   is done, the streaming CTAs first, takes items from a queue: dB, then dA, in slabs of 256 columns of dY or x and
-//   parts of its rows. For this S and dS also lie by columns. Parts are summed in order by whoever finishes a slab's
-//   last: the sum is the same whoever that is, and no float is added atomically.
-//   With dropout the tail cannot share the accumulator: three warps that have nothing else to do make the tile's mask
-//   bits while the K loop runs, 4 KiB in shared memory; the tail is multiplied 64 columns at a time and added where
-//   kept. dA makes its mask again, where its x lies: no bits pass through memory, no CTA waits for another's.
+//   CTAs 0 .. streamers - 1 sum dS [128, R] row block by row block, as the forward launch sums S. The others run a GEMM
+//   for dX: N in steps of 64 over (dY, W), then the tail over (dS, A) once a row block's flag is set. Whoever is done,
+//   streaming CTAs first, takes items from a queue: dB, then dA, in slabs of 256 columns of dY or x, by parts of its
+//   rows; S and dS also lie by columns for it. Parts are summed in order by whoever finishes a slab's last: the
+//   same sum whoever that is, and no float is added atomically.
+//   The mask is made as forward; a row block's flag speaks for its bits too. dX's tail cannot share the accumulator
+//   then: it is multiplied 64 columns at a time and added where the bits keep. In dA they drop what is in the stage.
 //   Not needed: without dX there are no tiles, without dA or dB none of its items, without both dX and dA no dS.
 //
 // Why nothing waits for ever
-//   As forward: the grid is resident; packing waits for nothing, dS for packing, tiles and items for dS. Streaming
-//   CTAs finish dS before they take an item, so an item waits only for what is running. Counters end at 0: a flag's
-//   readers, the queue's takers (items + CTAs), a slab's parts.
+//   As forward: the grid is resident; packing and mask wait for nothing, dS for packing, its flag for the mask, tiles
+//   and items for flags. Streaming CTAs finish dS before they take an item, so an item waits only for what is running.
+//   Counters end at 0: a flag's readers, the queue's takers (items + CTAs), a slab's parts.
 //
 // The floor and the model's prediction: H100, bf16, M = 8192, K = N = 4096, R = 16 (798 TFLOP/s, 3 TB/s).
 // Never measured.
@@ -23,9 +22,8 @@
 //   dS        4 SMs of 100 GB/s read 67 MB in 168 µs, 16 row blocks a wave; the GEMM wants 8
 //   dB, dA    134 MB. The 4 SMs take 70 MB of it while the GEMM runs; the rest, 64 MB, costs all SMs 21 µs after it
 //   partials  9 parts of 8192 x 16 float32 and back, 10 MB in L2, within that
-//   the mask  4,096 Philox calls a tile on three warps, 8 k of the tile's 66 k cycles; the tail's four waits, 1 k a
-//             tile; dA's own 75 cycles a call of a warp, 10 µs on all SMs, beside its 21 µs of bytes
-//   in all    365 to 385 µs, with dropout 5 to 10 more
+//   the mask  28 µs beside the first wave; in dX's tail four waits and 128 additions of a thread, 1 k cycles a tile
+//   in all    365 to 385 µs, with dropout 5 more
 // Where to look if it misses: as forward; then the queue's 21 µs: one read of dY for dS and dB both would halve it.
 
 #include "roles.cuh"
@@ -180,7 +178,7 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
                      const TensorMap& dx, const TensorMap& mask, const BackwardArgs& p) {
     extern __shared__ __align__(1024) uint8_t raw[];
     Shared& sm = start(raw);
-    Ring ring(sm);
+    Ring ring{sm};
     const bool streams = cta() < p.streamers, sums = streams && p.sums, masks = p.sums && p.mask.threshold;
     const int ctas = p.streamers + p.others;
 
@@ -190,7 +188,8 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
         if (threadIdx.x) return;
         if (sums) {
             wait_packed(ctas, p.streamers, p.flags);
-            for (int row = cta(); row < p.rows; row += p.streamers) load_sum<RP>(ring, dy, b, nullptr, row * TILE_M, p.N);
+            for (int row = cta(); row < p.rows; row += p.streamers)
+                load_sum<RP>(ring, dy, b, nullptr, row * TILE_M, p.N);
         }
         for (int i = first_tile(p); i < p.tiles; i += p.others)
             load_tile<RP, true>(ring, Tile(i, p.rows, p.columns), dy, w, ds, a, masks ? &mask : nullptr, p.N, p.flags);
@@ -212,10 +211,10 @@ DEVICE void backward(const TensorMap& dy, const TensorMap& w, const TensorMap& d
             flag_set(&p.flags.rows[row], p.readers);
         }
     }
-    Exit<T> exit(sm, dx);
+    Exit<T> exit{sm, dx};
     for (int i = first_tile(p); i < p.tiles; i += p.others) {
         float d[128];
-        Product<T, 128> product(d, ring);
+        Product<T, 128> product{d, ring};
         product.template run<true>(cdiv(p.N, TILE_K), me.half);
         if (p.mask.threshold) {
             product.finish();

@@ -1,34 +1,33 @@
 // Y = X Wᵀ + bias + s · drop(X) Aᵀ Bᵀ for sm_90a in one launch, and S = s · drop(X) Aᵀ for backward.
 //
 // The plan
-//   CTAs 0 .. streamers - 1 stream x: each sums S [128, R] of every streamers-th row block, leaves it in global
-//   memory and sets the row block's flag. The others run a persistent GEMM over tiles of 128 x 256: K in steps of 64
-//   over (X, W), then the tail over (S, B) in the same accumulator. One thread moves tiles by TMA through four stages
-//   of 48 KiB, two warp groups multiply 64 x 256 each, the result leaves by TMA in pieces of 64 x 32 while the next
-//   tile runs. x is read once more than by a plain GEMM, by SMs that the GEMM has no use for: 1,024 tiles are eight
-//   waves on 128 SMs as on 132.
+//   CTAs 0 .. streamers - 1 stream x: each sums S [128, R] of every streamers-th row block, leaves it in global memory
+//   and sets the row block's flag. The others run a persistent GEMM over tiles of 128 x 256: K in steps of 64 over
+//   (X, W), then the tail over (S, B) in the same accumulator. One thread moves tiles by TMA through four stages of
+//   48 KiB, two warp groups multiply 64 x 256 each, the result leaves by TMA in pieces of 64 x 32 while the next tile
+//   runs. x is read once more than by a plain GEMM, by SMs that the GEMM has no use for: 1,024 tiles are eight waves on
+//   128 SMs as on 132. With dropout the three warps beside each producer make the mask of all of x, a bit an element.
 //
 // Why nothing waits for ever
-//   The grid is resident as a whole (checked at launch, cooperative). All CTAs pack a part of the adapters first,
-//   waiting for nothing; streaming CTAs wait for that, GEMM CTAs for the flags of streaming CTAs. Within a CTA the
-//   producer waits for stages to be given back, and a stage is given back once it is multiplied, whatever comes after
-//   it. A row block's flag holds how many tiles have yet to see it. Each takes one away: the last leaves the 0 that
-//   the next launch wants, so CUDA graphs replay. Two launches at a time need two sets of flags.
+//   The grid is resident as a whole (checked at launch, cooperative). All CTAs pack a part of the adapters and make a
+//   part of the mask, waiting for nothing; streaming CTAs wait for that, GEMM CTAs for the flags of streaming CTAs.
+//   Within a CTA the producer waits for stages to be given back, which they are once multiplied, whatever comes next.
+//   A row block's flag holds how many tiles have yet to see it. Each takes one away: the last leaves the 0 that the
+//   next launch wants, so CUDA graphs replay. Two launches at a time need two sets of flags.
 //
 // The floor and the model's prediction: H100, bf16, M = 8192, K = N = 4096, R = 16 (798 TFLOP/s, 3 TB/s).
 // Never measured.
 //   floor    275 GFLOP / 798 TFLOP/s = 344 µs; 67 (x) + 34 (W) + 67 (y) MB / 3 TB/s = 56 µs lie beneath it
 //   GEMM     8 waves of 65.8 k cycles, 43 µs: 64 steps of 1,024, a tail of 256
-//   leaving  eight pieces of some 200 cycles, in which no product runs: + 2.4 %, 8 µs, some of it in a plain GEMM's
-//            time too
+//   leaving  eight pieces of some 200 cycles in which no product runs: + 2.4 %, 8 µs, partly in a plain GEMM's time too
 //   packing  0.3 MB by all CTAs while their first tiles come: 1 µs
-//   S        4 SMs of 100 GB/s read 67 MB in 168 µs, 16 row blocks a wave; the GEMM wants 8. With dropout 75 cycles a
-//            Philox call of a warp make it 335 µs, 8.2 row blocks a wave: the last wave may wait
+//   the mask 4.2 M Philox calls by 396 warps, 28 µs in all; that of a row block 0.4 µs
+//   S        4 SMs of 100 GB/s read 67 MB in 168 µs, 16 row blocks a wave; the GEMM wants 8. With dropout 21 integer
+//            instructions for eight elements make it 86 GB/s
 //   flags    long set but in the first wave, whose S is there after 11 of its 43 µs
-//   in all   345 to 360 µs
-// Where to look if it misses: tensor pipe below 90 % in the K loop -> the ring (stages, the producer's rate); stalls
-//   at full[] with L2 busy -> GROUP; stalls on a row's flag -> SM_BYTES, SM_MASK and the split; gaps between tiles ->
-//   Exit, then a tile for each warp group in turn ("ping-pong").
+//   in all   345 to 360 µs, with dropout 5 more
+// Where to look if it misses: tensor pipe below 90 % in the K loop -> the ring (stages, the producer's rate); stalls at
+//   full[] with L2 busy -> GROUP; on a row's flag -> SM_BYTES, SM_DROPS, the split; gaps between tiles -> Exit.
 
 #include "roles.cuh"
 
@@ -37,7 +36,7 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
                     const TensorMap& y, const TensorMap& mask, const ForwardArgs& p) {
     extern __shared__ __align__(1024) uint8_t raw[];
     Shared& sm = start(raw);
-    Ring ring(sm);
+    Ring ring{sm};
     const bool streams = cta() < p.streamers;
     const int ctas = p.streamers + p.others;
 
@@ -72,10 +71,10 @@ DEVICE void forward(const TensorMap& x, const TensorMap& w, const TensorMap& s, 
         }
         return;
     }
-    Exit<T> exit(sm, y);
+    Exit<T> exit{sm, y};
     for (int i = cta() - p.streamers; i < p.rows * p.columns; i += p.others) {
         float d[128];
-        Product<T, 128> product(d, ring);
+        Product<T, 128> product{d, ring};
         product.template run<false>(cdiv(p.K, TILE_K), me.half);
         for (int step = 0; step < TAIL<RP>; step++) product.template step<false, SIXTEENS<RP>>(me.half);
         product.finish();

@@ -3,12 +3,10 @@
 
 #include <cuda.h>
 #include <dlfcn.h>
-
 #include <map>
 #include <mutex>
 #include <string>
 #include <utility>
-
 #include "plan.h"
 
 #define EMBED(NAME, FILE)                                                                                             \
@@ -53,14 +51,18 @@ struct Sizes {
 
 namespace {
 
-enum Refusal { NO_DRIVER = -1, OLD_DRIVER = -2, RANK = -3, SIZE = -4, ALIGNMENT = -5, OVERLAP = -6, RESIDENT = -7 };
+// An H100 as the split sees it: microseconds on one of its SMs.
+constexpr double SM_FLOPS = 798e6 / 132;    // of the GEMM, operations per µs
+constexpr double SM_BYTES = 100e3;          // that one SM streams while the others leave it bandwidth, per µs
+constexpr double SM_DROPS = 43e3;           // elements that one SM drops as it streams them, per µs
+constexpr double ALL_BYTES = 3.0e6;         // that all SMs stream together, per µs
 
+enum Refusal { NO_DRIVER = -1, OLD_DRIVER = -2, RANK = -3, SIZE = -4, ALIGNMENT = -5, OVERLAP = -6, RESIDENT = -7 };
 #define OF_DRIVER(F)                                                                                                  \
     F(cuTensorMapEncodeTiled) F(cuLaunchKernelEx) F(cuLibraryLoadData) F(cuLibraryGetKernel) F(cuKernelSetAttribute)  \
     F(cuOccupancyMaxActiveBlocksPerMultiprocessor) F(cuCtxGetDevice) F(cuDeviceGetAttribute) F(cuGetErrorString)
 #define MEMBER(name) decltype(&::name) name;
 #define FIND(name) if (!(d.name = reinterpret_cast<decltype(d.name)>(dlsym(library, #name)))) return OLD_DRIVER;
-
 #define TRY(call) if (const int failed = (call)) return failed
 
 struct Driver { OF_DRIVER(MEMBER) } driver;
@@ -80,8 +82,8 @@ int ready(bool backward, bool is_half, int R, Ready& out) {
     const auto found = known.find({name, device});
     if (found != known.end()) return out = found->second, 0;
     CUlibrary& library = libraries[backward];
-    const void* image = backward ? fastlora_backward_image : fastlora_forward_image;
-    if (!library) TRY(driver.cuLibraryLoadData(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0));
+    const void* code = backward ? fastlora_backward_image : fastlora_forward_image;
+    if (!library) TRY(driver.cuLibraryLoadData(&library, code, nullptr, nullptr, 0, nullptr, nullptr, 0));
     CUkernel kernel;
     TRY(driver.cuLibraryGetKernel(&kernel, library, name.c_str()));
     TRY(driver.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_BYTES, kernel, device));
@@ -103,17 +105,16 @@ int encode(CUtensorMap& map, const void* data, int64_t rows, int64_t columns, in
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t bytes[] = {static_cast<cuuint64_t>(stride) * size};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(wide), BOX}, steps[] = {1, 1};
-    const auto swizzle = wide == BOX   ? CU_TENSOR_MAP_SWIZZLE_128B
-                         : wide == CUT ? CU_TENSOR_MAP_SWIZZLE_64B
-                                       : CU_TENSOR_MAP_SWIZZLE_NONE;
+    const auto swizzle = size == 1 ? CU_TENSOR_MAP_SWIZZLE_NONE
+                         : wide == BOX ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
     return driver.cuTensorMapEncodeTiled(&map, type, 2, const_cast<void*>(data), sizes, bytes, box, steps,
                                          CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 int encode_mask(CUtensorMap& map, const void* bits, const void* otherwise, const Sizes& sizes) {
-    return encode(map, bits ? bits : otherwise, bits ? sizes.mask_rows : 1, bits ? sizes.mask_stride : PIECE,
-                  bits ? sizes.mask_stride : PIECE, CU_TENSOR_MAP_DATA_TYPE_UINT8, PIECE);
+    const int width = bits ? sizes.mask_stride : PIECE, rows = bits ? sizes.mask_rows : 1;
+    return encode(map, bits ? bits : otherwise, rows, width, width, CU_TENSOR_MAP_DATA_TYPE_UINT8, PIECE);
 }
 
 Flags flags_of(int32_t* words, int rows) {
@@ -148,7 +149,6 @@ int launch(const Ready& kernel, int grid, void** arguments, CUstream stream) {
 }
 
 int smaller(int a, int b) { return a < b ? a : b; }
-
 }  // namespace
 
 extern "C" {
@@ -164,32 +164,43 @@ int fastlora_cuda_open(const char* path) {
 }
 
 const char* fastlora_cuda_error(int code) {
-    switch (code) {
-    case NO_DRIVER: return "libcuda cannot be opened";
-    case OLD_DRIVER: return "the driver is older than CUDA 12";
-    case RANK: return "R is not from 1 to 128";
-    case SIZE: return "M, N or K is 0 or too large";
-    case ALIGNMENT: return "rows do not begin at multiples of 16 bytes";
-    case OVERLAP: return "rows overlap";
-    case RESIDENT: return "the kernel does not fit the GPU's multiprocessors";
-    }
+    static const char* const ours[] = {
+        "libcuda cannot be opened", "the driver is older than CUDA 12", "R is not from 1 to 128",
+        "M, N or K is 0 or too large", "rows do not begin at multiples of 16 bytes", "rows overlap",
+        "the kernel does not fit the GPU's multiprocessors"};
+    if (code < 0) return ours[-1 - code];
     const char* text = nullptr;
     if (driver.cuGetErrorString) driver.cuGetErrorString(static_cast<CUresult>(code), &text);
     return text ? text : "unknown error";
 }
 
-int fastlora_cuda_split(int sms, int M, int L, int tiles, int depth, int mask, double queue) {
-    return split(sms, M, L, tiles, depth, mask, queue);
+// The time of a launch if `streamers` of `sms` CTAs stream: S, sums over L; a GEMM of `tiles` tiles, sums over `depth`;
+// then `queue` bytes of work that whoever is free takes.
+double fastlora_cuda_predicted_us(int streamers, int sms, int M, int L, int tiles, int depth, int mask, double queue) {
+    const double row = 1.0 * TILE_M * L * (2 / SM_BYTES > mask / SM_DROPS ? 2 / SM_BYTES : mask / SM_DROPS);
+    const double stream = cdiv(cdiv(M, TILE_M), streamers) * row;
+    const double tile = 2.0 * TILE_M * TILE_N * depth / SM_FLOPS;
+    const double gemm = tiles ? cdiv(tiles, sms - streamers) * tile : 0;
+    const double last = tiles ? stream + tile / 2 : stream, both = gemm > last ? gemm : last;
+    const double aside = streamers * (both - stream) * SM_BYTES;
+    return both + (queue > aside ? (queue - aside) / ALL_BYTES : 0);
 }
 
-double fastlora_cuda_predicted_us(int streamers, int sms, int M, int L, int tiles, int depth, int mask, double queue) {
-    return predicted_us(streamers, sms, M, L, tiles, depth, mask, queue);
+// How many CTAs stream: the fewest microseconds; of equals the most, which come first to their ends.
+int fastlora_cuda_split(int sms, int M, int L, int tiles, int depth, int mask, double queue) {
+    const int rows = cdiv(M, TILE_M);
+    int best = 1;
+    double least = fastlora_cuda_predicted_us(1, sms, M, L, tiles, depth, mask, queue);
+    for (int s = 2; s <= rows && s < sms; s++) {
+        const double us = fastlora_cuda_predicted_us(s, sms, M, L, tiles, depth, mask, queue);
+        if (us <= least) best = s, least = us;
+    }
+    return best;
 }
 
 void fastlora_cuda_sizes(int M, int N, int K, int R, Sizes* out) {
     const int slabs = cdiv(N, TILE_N) + cdiv(K, TILE_N);
-    out->stride_s = round_up(R, 8);
-    out->stride_t = round_up(M, 8);
+    out->stride_s = round_up(R, 8), out->stride_t = round_up(M, 8);
     out->flags = 2 + 2 * cdiv(M, TILE_M) + slabs;
     out->mask_rows = round_up(M, TILE_M), out->mask_stride = round_up(K, TILE_N) / 8;
     out->partials = static_cast<int64_t>(cdiv(M, part_rows(M, slabs))) * slabs * TILE_N * padded_rank(R);
@@ -204,7 +215,7 @@ int fastlora_cuda_forward(const ForwardCall* call) {
     fastlora_cuda_sizes(c.M, c.N, c.K, c.R, &sizes);
     if (reinterpret_cast<uintptr_t>(c.bias) % 4) return ALIGNMENT;
     const int rows = cdiv(c.M, TILE_M), columns = cdiv(c.N, TILE_N), tiles = rows * columns;
-    const int streamers = split(kernel.sms, c.M, c.K, tiles, c.K, c.threshold > 0, 0);
+    const int streamers = fastlora_cuda_split(kernel.sms, c.M, c.K, tiles, c.K, c.threshold > 0, 0);
     void* rows_of_S = c.R % 8 ? c.S_rows : c.S;
     const auto type = type_of(c.is_half);
     CUtensorMap x, w, s, a, b, y, mask;
@@ -241,7 +252,7 @@ int fastlora_cuda_backward(const BackwardCall* call) {
     p.part = part_rows(c.M, slabs_A + slabs_B), p.parts = cdiv(c.M, p.part);
     p.items_B = c.dB ? p.parts * slabs_B : 0, p.items = p.items_B + (c.dA ? p.parts * slabs_A : 0);
     const double queue = 2.0 * c.M * ((c.dA ? c.K : 0.0) + (c.dB ? c.N : 0.0));
-    p.streamers = split(kernel.sms, c.M, p.sums ? c.N : 1, p.tiles, c.N, false, queue);
+    p.streamers = fastlora_cuda_split(kernel.sms, c.M, p.sums ? c.N : 1, p.tiles, c.N, false, queue);
     // what a launch does not use is mapped to something that is there
     const auto type = type_of(c.is_half);
     CUtensorMap dy, w, ds, a, b, x, s, dst, dx, mask;

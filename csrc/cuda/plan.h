@@ -3,10 +3,9 @@
 #pragma once
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define EITHER __host__ __device__
-#else
-#define EITHER
+#ifndef __CUDACC__
+#define __host__
+#define __device__
 #endif
 
 constexpr int TILE_M = 128, TILE_N = 256, TILE_K = 64;  // of the output, and a step of the sum
@@ -23,7 +22,7 @@ constexpr int SHARED_BYTES = 227 * 1024;                 // all that a CTA can h
 
 static_assert(FEW + 2 * MANY <= 3 * 168, "a CTA starts with 168 a thread; a warp group that asks for more waits");
 
-EITHER constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int cdiv(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return cdiv(a, b) * b; }
 constexpr int padded_rank(int R) { return R <= 16 ? 16 : R <= 32 ? 32 : R <= 64 ? 64 : 128; }
 
@@ -82,36 +81,6 @@ struct BackwardArgs {
     int32_t items_B, items;    // of the queue: dB's, and dA's after them
     int32_t part, parts;       // rows of an item, and how many items make up a slab of dA or dB
 };
-
-// An H100 as the split sees it: microseconds on one of its SMs.
-constexpr double SM_FLOPS = 798e6 / 132;    // of the GEMM, operations per µs
-constexpr double SM_BYTES = 100e3;          // that one SM streams while the others leave it bandwidth, per µs
-constexpr double SM_MASK = 25e3;            // elements whose mask one SM makes, per µs
-constexpr double ALL_BYTES = 3.0e6;         // that all SMs stream together, per µs
-
-// The time of a launch if `streamers` of `sms` CTAs stream: S, sums over L; a GEMM of `tiles` tiles, sums over `depth`;
-// then `queue` bytes of work that whoever is free takes.
-inline double predicted_us(int streamers, int sms, int M, int L, int tiles, int depth, bool mask, double queue) {
-    const double row = 1.0 * TILE_M * L * (2 / SM_BYTES > mask / SM_MASK ? 2 / SM_BYTES : mask / SM_MASK);
-    const double stream = cdiv(cdiv(M, TILE_M), streamers) * row;
-    const double tile = 2.0 * TILE_M * TILE_N * depth / SM_FLOPS;
-    const double gemm = tiles ? cdiv(tiles, sms - streamers) * tile : 0;
-    const double last = tiles ? stream + tile / 2 : stream, both = gemm > last ? gemm : last;
-    const double aside = streamers * (both - stream) * SM_BYTES;
-    return both + (queue > aside ? (queue - aside) / ALL_BYTES : 0);
-}
-
-// How many CTAs stream: the fewest microseconds; of equals the most, which come first to their ends.
-inline int split(int sms, int M, int L, int tiles, int depth, bool mask, double queue) {
-    const int rows = cdiv(M, TILE_M);
-    int best = 1;
-    double least = predicted_us(1, sms, M, L, tiles, depth, mask, queue);
-    for (int s = 2; s <= rows && s < sms; s++) {
-        const double us = predicted_us(s, sms, M, L, tiles, depth, mask, queue);
-        if (us <= least) best = s, least = us;
-    }
-    return best;
-}
 
 // Rows of an item of the queue: as few parts as give every SM two, since each part costs a partial sum in float32.
 inline int part_rows(int M, int slabs) {

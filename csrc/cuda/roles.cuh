@@ -24,7 +24,6 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory of an SM");
 struct Consumer {
     int thread = threadIdx.x - 128, half = thread / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     int row = 16 * warp + lane / 4, column = 2 * (lane % 4);  // of d[0] in D
-
     DEVICE void sync_half() const { sync_threads(1 + half, 128); }
     DEVICE void sync_both() const { sync_threads(3, 256); }
     DEVICE bool leads_half() const { return thread % 128 == 0; }
@@ -34,8 +33,6 @@ struct Consumer {
 struct Ring {
     Shared& sm;
     int stage = 0, phase = 0;
-
-    DEVICE explicit Ring(Shared& shared) : sm(shared) {}
     DEVICE void next() {
         if (++stage == STAGES) stage = 0, phase ^= 1;
     }
@@ -80,9 +77,6 @@ template <typename T, int COUNT> struct Product {
     float (&d)[COUNT];
     Ring& ring;
     int before = -1;  // the stage that is still being read
-
-    DEVICE Product(float (&result)[COUNT], Ring& r) : d(result), ring(r) {}
-
     // A's 64 rows are box `half`; B begins at box 2.
     template <bool B_ACROSS, int EACH> DEVICE void step(int half) {
         ring.wait();
@@ -234,8 +228,8 @@ DEVICE void load_sum(Ring& ring, const TensorMap& p, const TensorMap& q, const T
     }
 }
 
-// Zeros where the mask drops, in a box of x, by the threads of a warp group; the first or second half of a piece has the
-// bits. A byte of them is the 16 bytes that the swizzle keeps together.
+// Zeros where the mask drops, in a box of x, by the threads of a warp group; half of a piece has the bits. A byte of
+// them is the 16 bytes that the swizzle keeps together.
 DEVICE void drop_box(uint8_t* box, const uint8_t (&piece)[BOX][PIECE], int half, int thread) {
 #pragma unroll 2
     for (int i = thread % 128; i < BOX * 8; i += 128) {
@@ -292,9 +286,6 @@ template <typename T> struct Exit {
     Shared& sm;
     const TensorMap& map;
     int pieces = 0;
-
-    DEVICE Exit(Shared& shared, const TensorMap& m) : sm(shared), map(m) {}
-
     DEVICE void store(const float (&d)[128], const Consumer& me, int row, int column, int rows, int columns,
                       const T* bias) {
         if (row + BOX * me.half >= rows) return;

@@ -6,7 +6,6 @@
 #include <stdint.h>
 
 #include "plan.h"
-
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define MAP const __grid_constant__ TensorMap
@@ -18,7 +17,6 @@ DEVICE int cta() {  // read anew each time: to be kept it would take a register 
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(id));
     return id;
 }
-
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // ---- mbarriers: a phase ends when `count` have arrived and all announced bytes have come
@@ -26,23 +24,19 @@ DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__c
 DEVICE void barrier_init(uint64_t* bar, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 }
-
 DEVICE void barrier_expect(uint64_t* bar, int bytes) {  // arrives, and announces bytes
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  ::"r"(shared_address(bar)), "r"(bytes) : "memory");
 }
-
 DEVICE void barrier_arrive(uint64_t* bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
-
 DEVICE void barrier_wait(uint64_t* bar, int parity) {  // until the phase of this parity is over
     int done = 0;
     while (!done)
         asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
                      " selp.b32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(shared_address(bar)), "r"(parity) : "memory");
 }
-
 DEVICE void sync_threads(int id, int count) {  // a named barrier
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
@@ -54,17 +48,14 @@ DEVICE void tma_load(void* to, const TensorMap* map, int column, int row, uint64
                  " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row),
                  "r"(shared_address(bar)) : "memory");
 }
-
 DEVICE void tma_store(const TensorMap* map, int column, int row, const void* from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
                  ::"l"(map), "r"(column), "r"(row), "r"(shared_address(from)) : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-
 template <int LEFT> DEVICE void tma_store_wait() {  // until all but the last LEFT stores have read shared memory
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
 }
-
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // ---- flags in global memory, between CTAs
@@ -74,17 +65,14 @@ DEVICE int flag_read(const int32_t* flag) {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
     return value;
 }
-
 DEVICE void flag_set(int32_t* flag, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
-
 DEVICE int flag_count(int32_t* flag, int value) {  // adds, orders nothing; what it was
     int old;
     asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(flag), "r"(value) : "memory");
     return old;
 }
-
 DEVICE int flag_add(int32_t* flag, int value) {  // adds, after all written before; sees what others wrote before
     int old;
     asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(flag), "r"(value) : "memory");
@@ -106,7 +94,6 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 template <int LEFT> DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
-
 template <int N> DEVICE void settle(float (&d)[N]) {  // nothing that reads d moves up past here
     UNROLL for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -159,7 +146,6 @@ DEVICE uint32_t pack_two(__half, float low, float high) {
 DEVICE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 DEVICE float to_float(__half x) { return __half2float(x); }
 DEVICE float to_float(float x) { return x; }
-
 DEVICE void add_if(uint32_t any, float& d, float u, float scale) {  // in place: a select would take a register more
     asm("{\n .reg .pred p;\n setp.ne.u32 p, %1, 0;\n @p fma.rn.f32 %0, %2, %3, %0;\n}"
         : "+f"(d) : "r"(any), "f"(u), "f"(scale));
@@ -186,7 +172,6 @@ DEVICE void philox(uint64_t seed, uint32_t eighth, uint32_t row, uint32_t (&w)[4
 DEVICE uint32_t keep_limit(uint32_t threshold) { return (threshold << 16) - 1; }
 DEVICE bool keep_low(uint32_t word, uint32_t limit) { return word << 16 > limit; }
 DEVICE bool keep_high(uint32_t word, uint32_t limit) { return word > limit; }
-
 DEVICE float keep_scale(uint32_t threshold) {  // of what is kept; finite at p = 1, where nothing is
     return 65536.0f / static_cast<float>(threshold < 65536 ? 65536 - threshold : 1);
 }

@@ -48,6 +48,7 @@ class _Parts:
 
     __slots__ = (
         "active", "base", "base_type", "down", "drop", "drop_type", "hooks", "name", "namespaces", "special", "up",
+        "variant", "weight_type",
     )  # fmt: skip
 
     def __init__(self, layer: Fused) -> None:
@@ -57,10 +58,12 @@ class _Parts:
         self.base, self.drop = layer.base_layer, layer.lora_dropout[name]
         self.down, self.up = layer.lora_A[name], layer.lora_B[name]
         self.base_type, self.drop_type = type(self.base), type(self.drop)
-        self.special = name in layer.lora_variant or form_of(self.base) is not None
-        used = (self.base, self.down, self.up, self.drop)
+        self.variant, self.weight_type = layer.lora_variant.get(name), type(self.base.weight)
+        self.special = self.variant is not None or form_of(self.base) is not None
+        dora = () if self.variant is None else (layer.lora_magnitude_vector[name],)
+        used = (self.base, self.down, self.up, self.drop, *dora)
         self.hooks = tuple(hooks for module in used for hooks in reasons.hooks_of(module)) + reasons.GLOBAL_HOOKS
-        self.namespaces = tuple(module.__dict__ for module in used)
+        self.namespaces = tuple(module.__dict__ for module in used[:4])
 
     def hold(self, layer: Fused) -> bool:
         """Whether `layer` is still as it was, its tensors and scaling left aside."""
@@ -81,7 +84,7 @@ class _Parts:
             and "forward" not in down
             and "forward" not in up
             and "forward" not in drop
-            and name not in layer.lora_variant
+            and layer.lora_variant.get(name) is self.variant
             and not layer._disable_adapters
             and not layer.merged_adapters
         )
@@ -104,7 +107,7 @@ class Fused:
 
         record = self.__dict__.get("_fastlora")
         parts = record.parts if record is not None else None
-        if parts is None or args or kwargs or parts.special or not parts.hold(self):
+        if parts is None or args or kwargs or not parts.hold(self):
             return Fused._examine(self, x, args, kwargs)
         base, adapter = parts.base._parameters, parts.down._parameters
         weight, bias, lora_A = base.get("weight"), base["bias"], adapter.get("weight")
@@ -112,7 +115,7 @@ class Fused:
         lora_B = adapter.get("weight")
         scaling, x_dtype, drop = self.scaling[parts.name], x.dtype, parts.drop
         if (
-            type(weight) is not Parameter
+            type(weight) is not parts.weight_type
             or type(lora_A) is not Parameter
             or type(lora_B) is not Parameter
             or weight.requires_grad
@@ -120,11 +123,13 @@ class Fused:
             or (type(scaling) is not float and reasons.of_scaling(scaling) is not None)
             or hasattr(weight, "ds_id")
             or hasattr(lora_A, "ds_id")
-            or (not _any_autocast() and x_dtype is not weight.dtype)
+            or (not _any_autocast() and x_dtype is not weight.dtype and not parts.special)
             or (x_dtype is not lora_A.dtype and not self.cast_input_dtype_enabled)
             or lora_A.dtype is not lora_B.dtype
         ):
             return Fused._examine(self, x, args, kwargs)
+        if parts.special:
+            return Fused._examine(self, x, args, kwargs, parts)
         y = fused(
             x,
             weight if parts.base_type is nn.Linear else weight.t(),
@@ -139,15 +144,17 @@ class Fused:
         record.fused_calls += 1
         return y
 
-    def _examine(self, x, args, kwargs) -> Tensor:
-        """The slow road: find out whether this call can be fused, and remember what the next ones may rely on."""
+    def _examine(self, x, args, kwargs, parts: _Parts | None = None) -> Tensor:
+        """The slow road: find out whether this call can be fused, and remember what the next ones may rely on.
+
+        `parts` that hold spare the layer's part of it."""
         record = self.__dict__.get("_fastlora")
         if record is None:
             record = self.__dict__["_fastlora"] = Record()
-        record.parts = None
-        reason = reasons.of_layer(self)
+        record.parts = parts
+        reason = None if parts is not None else reasons.of_layer(self)
         if reason is None:
-            record.parts = _Parts(self)
+            record.parts = parts or _Parts(self)
             reason = reasons.of_call(self, x, args, kwargs)
         if reason is None:
             y = Fused._compute(self, x, record)
@@ -176,9 +183,9 @@ class Fused:
         reason = reasons.of_layer(self) or reasons.of_call(self, x, (), {})
         if reason is not None:
             return Choice("peft", reason)
-        x, _, lora_A, lora_B, *_, dropout_p = Fused._arguments(self, x)
+        x, weight, lora_A, lora_B, *_, dropout_p = Fused._arguments(self, x)
         dropout_p = 0.0 if reasons.active_name(self) in self.lora_variant else dropout_p
-        view = SimpleNamespace(lora_A=lora_A, lora_B=lora_B, training=True, lora_dropout=dropout_p)
+        view = SimpleNamespace(weight=weight, lora_A=lora_A, lora_B=lora_B, training=True, lora_dropout=dropout_p)
         return explain(view, x)
 
     def _compute(self, x: Tensor, record: Record | None) -> Tensor | str:

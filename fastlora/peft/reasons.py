@@ -152,6 +152,12 @@ def _decodes(layer: nn.Module, x: Tensor) -> bool:
 def _of_dtypes(layer: nn.Module, x: Tensor) -> str | None:
     name, base = active_name(layer), layer.base_layer
     adapter, form = layer.lora_A[name].weight, form_of(base)
+    if form is not None and why_not_packed(base) is not None:
+        return why_not_packed(base)
+    if name in layer.lora_variant:
+        reason = _of_parameter("lora_magnitude_vector", layer.lora_magnitude_vector[name].weight)
+        if reason is not None:
+            return reason
     if not adapter.dtype.is_floating_point or not x.dtype.is_floating_point:
         return f"x is {x.dtype} and the adapter {adapter.dtype}"
     if layer.lora_B[name].weight.dtype != adapter.dtype:

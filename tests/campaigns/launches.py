@@ -1,28 +1,31 @@
 """Whether the node hands to the driver what Triton's own launcher hands over, byte for byte. No GPU is needed.
 
-    python -m tests.campaigns.launches [--quick]     # with a CUDA build of torch and the node built for it; ten minutes
+    python -m tests.campaigns.launches [--quick]     # with a CUDA build of torch and the node built for it; minutes
 
-On the hollow GPU (sync.py) each call runs twice: by its path in Python, where Triton launches, then by the node, from the
-record that the first has left. The stand-in tells what the driver was given: function, grid, block, shared memory, stream,
-attributes, every byte of every parameter, tensor maps included, and the products that cuBLAS was asked for, in order.
-Both must be the same but for the addresses of memory that each takes for itself; those must correspond one to one.
-HOLLOW_CAPABILITY=80, 90 (the default), 100, ... is the kind of GPU, HOLLOW_DRIVER the driver's version.
+On the hollow GPU (sync.py) each call runs twice: by its path in Python, where Triton launches, then by the node, from
+the record that the first has left. The stand-in tells what the driver was given: function, grid, block, shared memory,
+stream, attributes, every byte of every parameter, tensor maps included, and the products that cuBLAS was asked for, in
+order. Both must be the same but for the addresses of memory that each takes for itself; those must correspond one to
+one. HOLLOW_CAPABILITY=80, 90 (the default), 100, ... is the kind of GPU, HOLLOW_DRIVER the driver's version.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 import fastlora
-from fastlora import choice, node, record
+from fastlora import choice, node, ops, record
+
 from . import sync
 
 PATHS = ("hybrid", "onepass", "split")
@@ -102,10 +105,10 @@ def differences(first: list, second: list, fixed: dict[int, int]) -> tuple[list[
     pairs, found = dict(fixed), []
     if len(first) != len(second):
         found.append(f"{len(first)} launches and products in Python, {len(second)} in the node")
-    for i, ((same, old), (other, new)) in enumerate(zip(first, second)):
+    for i, ((same, old), (other, new)) in enumerate(zip(first, second, strict=False)):
         if same != other or len(old) != len(new):
             found.append(f"number {i}: {same} in Python, {other} in the node")
-        for a, b in zip(old, new):
+        for a, b in zip(old, new, strict=False):
             if pairs.setdefault(a, b) != b:
                 found.append(f"number {i}: address {a:x} is {pairs[a]:x} and {b:x}")
     if len(set(pairs.values())) < len(pairs):
@@ -125,17 +128,17 @@ class Twice:
         self.lora_A = torch.zeros(R, K, dtype=adapter_dtype, device="cuda", requires_grad=needs[1])
         self.lora_B = torch.zeros(N, R, dtype=adapter_dtype, device="cuda", requires_grad=needs[2])
         self.inputs = (self.x, self.weight, self.lora_A, self.lora_B, self.bias)
-        self.wanted = [t for t, need in zip((self.x, self.lora_A, self.lora_B), needs) if need]
+        self.wanted = [t for t, need in zip((self.x, self.lora_A, self.lora_B), needs, strict=True) if need]
 
-    def once(self) -> tuple:
-        """(launches of forward, launches of backward, y, gradients, inputs of the records, obstacles, dy, the node's)"""
+    def once(self, spoil: Callable[[tuple], tuple] = lambda made: made) -> tuple:
+        """(launches of forward, launches of backward, y, gradients, inputs of the records, obstacles, dy)"""
         seen, obstacles = [], []
 
         def observe(call, inputs, wanted):
             found = record.observe(call, inputs, wanted)
             seen.append(inputs)
             obstacles.append(found[2])
-            return found
+            return found[0], spoil(found[1]), found[2]
 
         with mock.patch.object(node, "observe", observe):
             y = fastlora.lora_linear(*self.inputs, 2.0, self.dropout_p, path=self.path)
@@ -145,21 +148,57 @@ class Twice:
             gradients = torch.autograd.grad(y, self.wanted, dy, retain_graph=True)
         return forward, self.trace.take(), y, gradients, seen, [o for o in obstacles if o], dy
 
-    def wrong(self) -> list[str]:
+    def wrong(self, spoil: Callable[[tuple], tuple] = lambda made: made) -> list[str]:
+        """What differs; `spoil` changes the records that the node is given."""
         choice.forget()
         self.once()  # compiles the kernels, so that their parameters are known
         choice.forget()
-        forward, backward, y, gradients, seen, obstacles, dy = self.once()
+        forward, backward, y, gradients, seen, obstacles, dy = self.once(spoil)
         again, backward_again, y2, gradients2, seen2, _, dy2 = self.once()
         if obstacles or len(seen) != 2 or seen2 or not forward or not backward:
             return [f"not recorded: {obstacles}, {len(seen)} records, then {len(seen2)}"]
         same = {t.data_ptr(): t.data_ptr() for t in self.inputs if t is not None}
         found, pairs = differences(forward, again, same | {y.data_ptr(): y2.data_ptr()})
         kept = {t.data_ptr(): pairs.get(t.data_ptr()) for t in seen[1][5:] if t is not None}  # S and the seed
-        results = {a.data_ptr(): b.data_ptr() for a, b in zip(gradients, gradients2)}
+        results = {a.data_ptr(): b.data_ptr() for a, b in zip(gradients, gradients2, strict=True)}
         if None in kept.values():
             found.append("S or the seed is not what forward wrote")
         return found + differences(backward, backward_again, same | {dy.data_ptr(): dy2.data_ptr()} | kept | results)[0]
+
+
+def planted(trace: Trace) -> Iterator[str]:
+    """Faults in records that the comparison does not find."""
+
+    def of_launch(change: Callable[..., tuple]) -> Callable[[tuple], tuple]:
+        def spoil(made: tuple) -> tuple:
+            last = max(i for i, step in enumerate(made[2]) if isinstance(step, tuple))
+            return *made[:2], (*made[2][:last], change(*made[2][last]), *made[2][last + 1 :])
+
+        return spoil
+
+    def number(function, grid, threads, shared, attributes, parameters, places, pointers, maps):
+        fixed = {
+            at for row, size in ((pointers, 24), (maps, 184)) for (at,) in struct.iter_unpack(f"q{size - 8}x", row)
+        }
+        place = next(at for (at,) in struct.iter_unpack("q", places) if at not in fixed)
+        parameters = parameters[:place] + bytes([parameters[place] ^ 1]) + parameters[place + 1 :]
+        return function, grid, threads, shared, attributes, parameters, places, pointers, maps
+
+    faults = {
+        "a wider grid": of_launch(lambda f, grid, *rest: (f, (grid[0] + 1, *grid[1:]), *rest)),
+        "more threads": of_launch(lambda f, grid, threads, *rest: (f, grid, threads + 32, *rest)),
+        "less shared memory": of_launch(lambda f, g, t, shared, *rest: (f, g, t, max(shared - 16, 0) or 16, *rest)),
+        "an attribute": of_launch(lambda f, g, t, s, a, *rest: (f, g, t, s, a + record._attribute(2, 1), *rest)),
+        "a number": of_launch(number),
+        "a pointer": of_launch(lambda *s: (*s[:7], s[7][:16] + struct.pack("q", 4) + s[7][24:], s[8])),
+        "a tensor map": of_launch(lambda *s: (*s[:8], s[8][:-40] + struct.pack("q", 8) + s[8][-32:])),
+        "a launch left out": lambda made: (*made[:2], made[2][:-1]),
+        "a launch too many": lambda made: (*made[:2], (*made[2], made[2][-1])),
+    }
+    twice = Twice(trace, "split", "plain", SIZES[0], 8, DTYPES[2], 0.1, NEEDS[0], True)
+    for what, spoil in faults.items():
+        if not twice.wrong(spoil):
+            yield f"a planted fault was not found: {what}"
 
 
 def cases(quick: bool) -> Iterator[tuple]:
@@ -177,6 +216,73 @@ def cases(quick: bool) -> Iterator[tuple]:
         yield *case, NEEDS[i // 2 % len(NEEDS)], i % 3 != 2
 
 
+def regimes() -> Iterator[str]:
+    """What is wrong of calls that are not the plain one: each must be the node's, or else Python's, as it says here."""
+    gpu, of_node, of_python = ctypes.CDLL(sync.LIBRARY), "CppFunction", "_LoRALinearBackward"
+    x, weight, bias, dy = (
+        sync.laid_out("plain", *shape, torch.bfloat16) for shape in ((64, 128), (96, 128), (1, 96), (64, 96))
+    )
+    weight, bias = weight.detach(), bias.detach()[0]
+    A, B = (
+        torch.zeros(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True) for shape in ((8, 128), (96, 8))
+    )
+
+    def step(**options):
+        y = fastlora.lora_linear(x, weight, A, B, bias, 2.0, 0.1, **options)
+        torch.autograd.grad(y, (x, A, B), dy)
+        names.append(type(y.grad_fn).__name__)
+
+    def captured(**options):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(**options)
+        before = gpu.hollow_launches()
+        graph.replay()
+        if gpu.hollow_launches() == before:
+            names.append("an empty graph")
+
+    def within(context, call=step):
+        with context:
+            call()
+
+    def deterministic():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        step()
+        step()
+        torch.use_deterministic_algorithms(False)
+
+    def in_a_thread():
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+
+    def compiled():
+        function = torch.compile(lambda x: fastlora.lora_linear(x, weight, A, B, bias, 2.0, 0.1), backend="aot_eager")
+        for served in ((ops._forward, ops._backward), (None, None)):  # without a plan Python would be called, and fail
+            node.NODE.serve(*served)
+            torch.autograd.grad(function(x), (x, A, B), dy)
+        node.NODE.serve(ops._forward, ops._backward)
+
+    choice.forget()
+    with mock.patch.object(choice, "choose", lambda problem: choice.Choice(choice.PATHS["hybrid"], "")):
+        for what, call, expected in (
+            ("the first call", step, [of_python]),
+            ("the second call", step, [of_node]),
+            ("a side stream", lambda: within(torch.cuda.stream(torch.cuda.Stream())), [of_node]),
+            ("a capture", captured, [of_node]),
+            ("a capture by a named path", lambda: captured(path="hybrid"), [of_node]),
+            ("deterministic algorithms", deterministic, [of_python, of_node]),
+            ("autocast", lambda: within(torch.autocast("cuda", dtype=torch.bfloat16)), [of_node]),
+            ("another thread", in_a_thread, [of_node]),
+            ("a compiled call", compiled, []),
+            ("what was chosen is forgotten", lambda: (choice.forget(), step()), [of_python]),
+        ):
+            names: list[str] = []
+            call()
+            if names != expected:
+                yield f"{what}: {names}, not {expected}"
+
+
 def compared(quick: bool) -> int:
     """All cases; how many of them differ."""
     if node.NODE is None:
@@ -188,7 +294,9 @@ def compared(quick: bool) -> int:
         calls, wrong = calls + 1, wrong + bool(found)
         print(*(f"{path} {case}: {what}" for what in found), sep="\n", end="\n" * bool(found), flush=True)
     print(f"{calls} calls, {len(_known)} kernels: {wrong} calls of the node's differ from Triton's")
-    return wrong
+    odd = [*planted(trace), *regimes()]
+    print(*odd, f"{len(odd)} planted faults not found, or regimes in which another serves than should", sep="\n")
+    return wrong + len(odd)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,7 +309,9 @@ def main(argv: list[str] | None = None) -> int:
         with sync.trusted():
             return bool(compared("--quick" in argv))
     with tempfile.TemporaryDirectory() as folder:
-        return sync.run([sys.executable, "-W", "ignore", "-m", "tests.campaigns.launches", "compared", *argv], Path(folder))
+        return sync.run(
+            [sys.executable, "-W", "ignore", "-m", "tests.campaigns.launches", "compared", *argv], Path(folder)
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.kernels import tiles
-from fastlora.paths import PATHS as ALL, aten
+from fastlora.paths import PATHS as ALL
+from fastlora.paths import aten
 from fastlora.paths.problem import Update, draw_seed
 
 PATHS = ("torch", "hybrid", "onepass", "split")

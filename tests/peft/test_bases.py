@@ -268,3 +268,22 @@ def test_a_tiny_llama_in_four_bits_trains_as_stock_does(dora, dtype):
     else:
         truth = losses(torch.float32, False)
         assert (ours - truth).norm() <= 2 * (stock - truth).norm() + 8**0.5 * torch.finfo(dtype).eps
+
+
+def test_what_changes_after_a_fused_call_is_seen():
+    model = fastlora.peft.patch(build("nf4", use_dora=True))
+    layer = model.base_model.model[0]
+    layer(X)
+    magnitude = layer.lora_magnitude_vector["default"]
+    handle = magnitude.register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning, match="lora_magnitude_vector has hooks"):
+        layer(X)
+    handle.remove()
+    base = layer.base_layer
+    state = base.weight.quant_state
+    base.weight.quant_state = base.quant_state = None
+    with pytest.warns(UserWarning, match="was not yet"), pytest.raises(ValueError, match="quant_state"):
+        layer(X)
+    base.weight.quant_state = base.quant_state = state
+    layer(X)
+    assert fastlora.peft.report(layer)[""].fused_calls == 2

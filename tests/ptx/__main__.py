@@ -72,19 +72,19 @@ def labels(case: Case) -> list[str]:
     return found
 
 
-def covering(target: Target, done: set[tuple[str, str]]) -> list[Case]:
-    """One case for each launch that the compile matrix has on `target` and `done` has not."""
+def covering(target: Target, found: list[Case], done: set[tuple[str, str]]) -> list[Case]:
+    """Of the cases found, one for each launch that the compile matrix has on `target` and `done` has not."""
     left = {launch.label for _, launch in matrix.launches([target])} - {
         label for at, label in done if at == str(target)
     }
     chosen = []
-    for case in cases(target):
+    for case in found if left else ():
         reached = left.intersection(labels(case))
         if reached:
             chosen.append(case)
             left -= reached
     if left:
-        print(f"{target}: no case reaches {len(left)} launches of the compile matrix: {min(left)}, ...", flush=True)
+        print(f"{target}: these cases do not reach {len(left)} launches of the matrix: {min(left)}, ...", flush=True)
     return chosen
 
 
@@ -116,8 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     done = {key for key, result in read(args.json).items() if result == "ok"} if args.missing else set()
     for arch in args.target:
         target = Target("cuda", arch)
-        found = cases(target) if args.all or args.count else covering(target, done)
-        found = [c for c in found if (not args.kernel or c.kernel in args.kernel) and args.only in str(c)]
+        found = [c for c in cases(target) if c.kernel in (args.kernel or c.kernel) and args.only in str(c)]
+        found = found if args.all or args.count else covering(target, found, done)
         chosen += chance.sample(found, min(args.count, len(found))) if args.count else found
     order = [case.dtype for case in chosen]
     chosen.sort(key=lambda case: order.index(case.dtype))  # what is broken off has seen every kernel of every target

@@ -29,6 +29,7 @@ def gone(m: re.Match) -> str:
     return ""
 
 
+SWIZZLE = "swizzle's xor of another bit"
 # name, pattern, what it becomes
 MUTATIONS = [
     ("no bar.sync", r"^\s*bar\.sync\s[^;]*;", gone),
@@ -52,7 +53,7 @@ MUTATIONS = [
     ("mask one too wide", r"setp\.lt\.s64", lambda m: "setp.le.s64"),
     ("mask one too wide", r"setp\.gt\.s64", lambda m: "setp.ge.s64"),
     ("ldmatrix the other way", r"(ldmatrix\S+m8n8\.x4)(\.trans)?", lambda m: m[1] if m[2] else m[1] + ".trans"),
-    ("swizzle's xor of another bit", r"(xor\.b32\s+%r\d+, %r\d+, )(\d+)", lambda m: f"{m[1]}{int(m[2]) ^ 16}"),
+    (SWIZZLE, r"(xor\.b32\s+%r\d+, %r\d+, )(\d+)", lambda m: f"{m[1]}{int(m[2]) ^ 16}"),
     ("matrix operands exchanged", r"(mma\.sync[^{]*\{[^}]*\}, \{ )(%r\d+), (%r\d+)", lambda m: f"{m[1]}{m[3]}, {m[2]}"),
 ]  # fmt: skip
 
@@ -65,11 +66,14 @@ def mutants(text: str) -> Iterator[tuple[str, int, str]]:
 
 
 def everywhere(text: str, parameters: list[str]) -> Iterator[tuple[str, str]]:
-    """(mutation, mutant), at all places at once; and the kernel's idea of M, N or K one too large."""
+    """(mutation, mutant), at all places at once; and the kernel's idea of M, N or K one too large.
+
+    But one place where all together would only be another swizzle, the same for who writes and who reads.
+    """
     for name in dict.fromkeys(name for name, _, _ in MUTATIONS):
         mutant = text
         for _, pattern, becomes in (mutation for mutation in MUTATIONS if mutation[0] == name):
-            mutant = re.sub(pattern, becomes, mutant, flags=re.M)
+            mutant = re.sub(pattern, becomes, mutant, flags=re.M, count=int(name == SWIZZLE))
         if mutant != text and name != "mask one too wide":
             yield name, mutant
     for name in ("M", "N", "K"):
