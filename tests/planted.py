@@ -54,7 +54,7 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
     "tests/peft/test_exits.py": (
         ("fastlora/peft/layer.py", '            and "forward" not in up\n', ""),
     ),
-    "tests/test_functional.py::test_scaling_as_a_tensor": (
+    "tests/test_functional.py::test_no_gradient_flows_to_the_scaling": (
         ("fastlora/functional.py", "scaling.detach().reshape(())", "scaling.reshape(())"),
     ),
     "tests/test_functional.py::test_weight_gets_no_gradient_and_says_so": (

@@ -195,6 +195,13 @@ def test_scaling_as_a_tensor():
         assert not accuracy.violations(got, replace(inputs, scaling=0.5))
 
 
+def test_no_gradient_flows_to_the_scaling():
+    inputs, scaling = accuracy.draw(8, 5, 6, 2, torch.float32), torch.tensor(0.5, requires_grad=True)
+    lora_B = inputs.lora_B.requires_grad_()
+    fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, lora_B, scaling=scaling).sum().backward()
+    assert scaling.grad is None and lora_B.grad is not None
+
+
 def test_a_scaling_beyond_16_bits_leaves_a_zero_update_zero():
     inputs = accuracy.draw(8, 5, 6, 2, torch.float16)
     y = fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B * 0, scaling=torch.tensor(1e5))

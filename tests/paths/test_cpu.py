@@ -116,7 +116,6 @@ def test_nothing_beyond_a_tensors_rows_and_columns_is_read_or_written(instructio
     accuracy.check(fastlora.lora_linear, replace(inputs, x=amid_nan(inputs.x), dy=amid_nan(inputs.dy)), path="cpu")
 
 
-@pytest.mark.usefixtures("either_node")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_an_earlier_call_left_behind_is_not_read(instructions, dtype):
     """The kernels' memory stays for the next call; here with NaN in a row that only the first call has."""
@@ -126,6 +125,7 @@ def test_what_an_earlier_call_left_behind_is_not_read(instructions, dtype):
     accuracy.check(fastlora.lora_linear, replace(inputs, x=inputs.x[:47], dy=inputs.dy[:47]), path="cpu")
 
 
+@pytest.mark.usefixtures("either_node")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adapters_may_lie_anyhow(dtype):
     inputs = accuracy.draw(20, 12, 16, 3, dtype)
