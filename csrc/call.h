@@ -1,4 +1,4 @@
-// One call of the rank terms, and where to find the kernels that compute them: what cpu.cpp and cpu_node.cpp share.
+// One call of the rank terms, and where to find the kernels that compute them: what cpu.cpp and node.cpp share.
 
 #pragma once
 

@@ -1,8 +1,8 @@
 // fastlora._cpu: the rank terms of the LoRA layer on a CPU, beside ATen's GEMM with the frozen weight.
 //
 // A Python extension in plain C++, with no libtorch: tensors come as addresses, sizes and strides, and are checked by
-// fastlora/dispatch/cpu.py, or by cpu_node.cpp where that was built. The kernels are compiled for each instruction set and chosen when the module is loaded. They
-// run on torch's own OpenMP threads, through the address of its GOMP_parallel: a second pool would fight the first.
+// fastlora/paths/cpu.py, or by node_cpu.h where that was built. The kernels are compiled for each instruction set, and the
+// best that runs here is chosen when the module is loaded. They run on torch's own OpenMP threads, through the address of its GOMP_parallel: a second pool would fight the first.
 
 #define PY_SSIZE_T_CLEAN
 #include <pyconfig.h>
@@ -353,7 +353,7 @@ PyObject* mask(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return run(call, out, [&] { library->mask(out, call); });
 }
 
-// for cpu_node.cpp
+// for node.cpp
 PyObject* kernels(PyObject*, PyObject*) {
   static fastlora::Kernels table{
       [](bool x16, bool adapter16, const Call& call) {

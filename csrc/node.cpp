@@ -19,7 +19,6 @@
 #include <ATen/ops/random.h>
 #include <ATen/ops/zeros.h>
 
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <tuple>
@@ -328,16 +327,11 @@ PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
 
 // ---- the ops, for compilers: fastlora/ops.py gives them fakes and gradients ----
 
-bool path_is_named(c10::string_view path) {
-  const char* variable = std::getenv("FASTLORA_PATH");
-  return !path.empty() || (variable && *variable);
-}
-
 std::tuple<Tensor, Tensor> op_forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                       const Optional& bias, double scaling, double p, const Optional& seed,
                                       c10::string_view path) {
   const Layer layer{x, weight, lora_A, lora_B, bias, scaling, p, seed.value_or(Tensor())};
-  if (!path_is_named(path) && nobody_watches() && fits(layer) && is_seed(layer.seed, p, x.device())) {
+  if (path.empty() && nobody_watches() && fits(layer) && is_seed(layer.seed, p, x.device())) {
     if (const MaybePlan plan = chosen_plan(x, weight, layer)) {
       Result result = forward(*plan, layer);
       return {std::move(result.y), std::move(result.S)};
@@ -358,7 +352,7 @@ std::tuple<Tensor, Tensor, Tensor> op_backward(const Tensor& dy, const Tensor& x
                                                bool need_x, bool need_A, bool need_B) {
   const Incoming in{dy, need_A ? x : Tensor(), need_x ? weight : Tensor(), lora_A, lora_B, S, seed.value_or(Tensor()),
                     scaling, p, need_B};
-  if (!path_is_named(path) && nobody_watches() && fits(in) && x.dim() > 0 && weight.dim() == 2) {
+  if (path.empty() && nobody_watches() && fits(in) && x.dim() > 0 && weight.dim() == 2) {
     if (const MaybePlan plan = chosen_plan(x, weight, in)) {
       const Gradients found = backward(*plan, in);
       return {need_x ? found.dx.view(x.sizes()) : at::empty({0}, x.options()),

@@ -61,7 +61,13 @@ struct Hash {
 // torch's settings on which a choice or a launch may depend
 inline int64_t settings() {
   const at::Context& context = at::globalContext();
-  return context.deterministicAlgorithms() << 8 | static_cast<int64_t>(context.float32MatmulPrecision());
+  int64_t precision;
+  try {
+    precision = static_cast<int64_t>(context.float32MatmulPrecision());
+  } catch (const c10::Error&) {  // set by the newer names, which the older ones cannot say
+    precision = 255;
+  }
+  return context.deterministicAlgorithms() << 8 | precision;
 }
 
 inline Key choice_key(const Tensor& x, const Tensor& weight, const Tensor& lora_A, bool dropout) {

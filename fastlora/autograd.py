@@ -132,7 +132,7 @@ def _differentiable(dy, x, weight, S, update, path, needs):
     if need_A:
         dA = (dS.transpose(-1, -2) @ dropped).to(lora_A.dtype)
     if need_B:
-        scaled = S.detach().to(wide) * path.s_factor(scaling, p)
+        scaled = S.detach().to(wide) * path.s_factor(scaling, p, S.device)
         if dropped is not None and torch.is_grad_enabled():  # S again, with its history
             again = dropped @ A.t() * scaling
             scaled = again if need_A else scaled + again  # the latter: x is a shadow, zero everywhere

@@ -111,12 +111,14 @@ def _examine(path: Path, device: torch.device, count: int) -> str | None:
             path, accuracy.draw(M, N, K, R, dtype, adapter_dtype=adapter_dtype, device=device), dropout_p
         )
         known = accuracy.expected(inputs)
-        for threads in [*(THREADS if path.cases and device.type == "cpu" else ()), count]:
-            torch.set_num_threads(threads)  # of this thread; the last one is the caller's
-            fault = _fault(path, inputs, known)
-            if fault:
-                torch.set_num_threads(count)
-                return f"{fault} ({threads} threads)"
+        try:
+            for threads in [*(THREADS if path.cases and device.type == "cpu" else ()), count]:
+                torch.set_num_threads(threads)
+                fault = _fault(path, inputs, known)
+                if fault:
+                    return f"{fault} ({threads} threads)"
+        finally:
+            torch.set_num_threads(count)
     return None
 
 
@@ -206,10 +208,11 @@ def _keep(path: Path, device: torch.device, subject: str, reason: str | None) ->
 
 def _subject(path: Path, problem: Problem) -> str:
     """What a verdict on a GPU is about: the kernels, and all of the problem but M, on which they depend."""
+    card = problem._replace(device=problem.device.type)  # cards of a kind share it: `_store` names the kind
     if path.launches is None:
-        rows = problem._replace(M=1 << max(problem.M - 1, 0).bit_length()), problem.M % 16 == 0
+        rows = card._replace(M=1 << max(problem.M - 1, 0).bit_length()), problem.M % 16 == 0
     else:
-        rows = problem._replace(M=0), *sorted(_kernels_of(path, problem))
+        rows = card._replace(M=0), *sorted(_kernels_of(path, problem))
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:32]
 
 

@@ -8,6 +8,7 @@ be the fastest by arithmetic (`fastlora.roofline`) of those that the self-check 
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -16,31 +17,39 @@ from torch import Tensor
 
 from fastlora import check, env, roofline, tuning
 from fastlora.errors import warn_once
+from fastlora.kernels.tiles import tf32
 from fastlora.node import NODE
 from fastlora.paths import ATEN, PATHS, Path
 from fastlora.paths.problem import Layout, Problem, rows
 
+RETRY_S = 60.0  # after which what failed in passing (no memory, a lock that is held) is tried again
 _selected: dict[tuple, Path] = {}
+_later: dict[tuple, float] = {}
 
 
 @dataclass(frozen=True)
 class Choice:
     """The path that runs, with its tiles, and the reason in a sentence; `table`: what was measured. `str()` is all."""
 
-    runs: Path
+    runs: Path | str  # a str: what is none of ours, "peft"
     reason: str
     table: str = ""
+    passing: bool = False  # what stood in the way (no memory, say) may be gone later
 
     @property
     def path(self) -> str:
-        return self.runs.name
+        return self.runs if isinstance(self.runs, str) else self.runs.name
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}" + f"\n{self.table}" * bool(self.table)
 
 
-def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: str | None) -> Path:
+def select(
+    x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: str | None, in_backward: bool = False
+) -> Path:
     """The path for one call: `path` where one is named, else the choice. Cheap: this runs every call.
+
+    `in_backward`: forward has chosen already; what it chose is not to be found out again, only looked up.
 
     Raises:
         RuntimeError: the path asked for cannot run here.
@@ -50,11 +59,22 @@ def select(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: st
     R, dropout = lora_A.shape[0], dropout_p > 0.0
     key = path, x.dtype, lora_A.dtype, R, dropout
     if not x.is_cpu or path is not None:  # on a CPU only the rank matters
-        key = (*key, x.shape, N, K, x.device, _lies(x), _lies(weight), x.is_cuda and _nothing_timed())
+        key = (*key, x.shape, N, K, x.device, _lies(x), _lies(weight), x.is_cuda and (_nothing_timed(), tf32()))
     chosen = _selected.get(key)
     if chosen is None:
         problem = _problem(x, weight, R, x.dtype, lora_A.dtype, dropout)
-        chosen = _forced(problem, path) if path else choose(problem).runs
+        if path:
+            chosen = _forced(problem, path)
+        elif in_backward and x.is_cuda:  # autograd's thread may not wait for a timing that needs it
+            return _guess(problem, "backward is under way").runs
+        elif _later.get(key, 0.0) > time.monotonic():
+            return ATEN
+        else:
+            choice = choose(problem)
+            if choice.passing:
+                _later[key] = time.monotonic() + RETRY_S
+                return choice.runs
+            chosen = choice.runs
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return chosen  # what is found then is less than what can be found later
         if len(_selected) >= 4096:  # a server with every length under the sun
@@ -85,15 +105,14 @@ def choose(problem: Problem) -> Choice:
         return _guess(problem, forbidden)
     row = tuning.measured(problem)
     if row is None:
-        return Choice(ATEN, "the paths could not be timed: no memory, or another process is at it")
+        return Choice(ATEN, "the paths could not be timed: no memory, or another process is at it", passing=True)
     plain, captured = row.winner(False), row.winner(True)
-    for path in {plain.label: plain, captured.label: captured}.values():
-        obstacle = _obstacle(path, problem)
-        if obstacle:
-            message = f"fastlora: path {path.name!r} measured fastest but 'torch' runs instead: {obstacle}"
-            warn_once(("choice", path.name, obstacle), message)
-            return Choice(ATEN, f"{path.name!r} cannot run: {obstacle}", str(row))
-    if plain.label != captured.label:
+    obstacle = _obstacle(plain, problem)
+    if obstacle:
+        message = f"fastlora: path {plain.name!r} measured fastest but 'torch' runs instead: {obstacle}"
+        warn_once(("choice", plain.name, obstacle), message)
+        return Choice(ATEN, f"{plain.name!r} cannot run: {obstacle}", str(row), passing=obstacle.startswith("OutOfMemory"))
+    if plain.label != captured.label and not _obstacle(captured, problem):
         tuning.load(captured, problem)  # so that a graph may be captured with it
     return Choice(plain, "measured fastest here", str(row))
 
@@ -112,9 +131,9 @@ def _nothing_timed() -> str | None:
 def _guess(problem: Problem, why: str) -> Choice:
     """The best of what may run without anything compiled, checked or timed; never raises."""
     captured = why == "a graph is captured"
-    row = tuning.known(problem) if captured else None
-    for path in [row.winner(True), row.winner(False)] if row else []:
-        if check.admitted(path, problem, here=True):
+    row = tuning.known(problem)
+    for path in [row.winner(captured), row.winner(not captured)] if row else []:
+        if check.admitted(path, problem, here=captured):
             return Choice(path, "measured fastest here", str(row))
     found = {}
     for path in PATHS.values():
@@ -161,6 +180,8 @@ def explain(layer, x: Tensor) -> Choice:
         return own(x)
     if not isinstance(getattr(layer, "lora_A", None), Tensor):
         raise TypeError(f"layer is {type(layer).__name__}; it needs to be a FusedLoRALinear or a patched PEFT layer")
+    if getattr(layer, "merged", False):
+        return Choice(ATEN, "the layer is merged: one plain linear layer")
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -224,9 +245,13 @@ def _problem(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: b
     if not x.is_cuda:
         return Problem(x.shape[:-1].numel(), N, K, R, dtype, adapter_dtype, x.device, dropout)
     x, plain = rows(x), ((K, 1), 0)
-    layout = Layout(*_lies(x), *(_lies(weight) or plain))
+    strides, offset = _lies(x)
+    if strides[1] == 1 and strides[0] > K:  # one bucket for rows that lie as far apart, to kernels
+        strides = (K + (strides[0] - K) % 16, 1)
+    layout = Layout(strides, offset, *(_lies(weight) or plain))
     device, layout = check.indexed(x.device), None if layout == Layout(*plain, *plain) else layout
-    return Problem(x.shape[0], N, K, R, dtype, adapter_dtype, device, dropout, layout)
+    precise = dtype is torch.float32 and tf32()
+    return Problem(x.shape[0], N, K, R, dtype, adapter_dtype, device, dropout, layout, precise)
 
 
 def _lies(t: Tensor) -> tuple | None:

@@ -20,7 +20,13 @@ from fastlora.paths.problem import Update, check_saved, draw_seed, rows
 def call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path) -> Tensor:
     """y of a call that a compiler, or a mode that watches ATen's operations, sees."""
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    return torch.ops.fastlora.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path or "")[0]
+    return torch.ops.fastlora.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path or _named())[0]
+
+
+@torch.compiler.assume_constant_result
+def _named() -> str:
+    """The path that FASTLORA_PATH names when a graph is made, or ""."""
+    return env.forced_path() or ""
 
 
 def _forward(
@@ -35,7 +41,7 @@ def _forward(
     path: str,
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, lora_A, lora_B, bias, dropout_p)  # a caller of torch.ops has passed by `lora_linear`
-    chosen = select(x, weight, lora_A, dropout_p, path or env.forced_path())
+    chosen = select(x, weight, lora_A, dropout_p, path or None)
     return node.forward(chosen, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))
 
 
@@ -59,7 +65,7 @@ def _backward(
     need_A: bool,
     need_B: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = select(x, weight, lora_A, dropout_p, path or env.forced_path())
+    chosen = select(x, weight, lora_A, dropout_p, path or None, in_backward=True)
     update, weight = Update(lora_A, lora_B, scaling, dropout_p, seed), dense(weight)
     dy2 = rows(dy)
     check_saved(dy2, x, weight, S, update)

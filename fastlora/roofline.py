@@ -93,7 +93,7 @@ def predict(path: str, problem: Problem, captured: bool, node: bool) -> float:
     """Seconds of forward and backward by `path` on the usual card of the device's architecture."""
     from fastlora.kernels.tiles import target_of
 
-    dtype = str(problem.dtype).removeprefix("torch.")
+    dtype = "tf32" if problem.tf32 else str(problem.dtype).removeprefix("torch.")
     work = Work(problem.M, problem.N, problem.K, problem.R, problem.dtype.itemsize, problem.dropout)
     forward, backward = PATHS[path](work)
     machine = NOMINAL[target_of(problem.device).family]

@@ -32,7 +32,7 @@ from fastlora.kernels.tiles import Tile
 from fastlora.paths import PATHS, Path
 from fastlora.paths.problem import Problem, drawn
 
-FIELDS = ("M", "N", "K", "R", "dtype", "adapter_dtype", "dropout", "layout")
+FIELDS = ("M", "N", "K", "R", "dtype", "adapter_dtype", "dropout", "layout", "tf32")
 LOCK_WAIT_S = 120.0  # longer than any one tuning run
 ROUNDS = 7
 SAMPLE_S = 1e-3
@@ -71,8 +71,8 @@ _loaded: set[tuple[str, Problem]] = set()
 
 def bucket(problem: Problem) -> tuple:
     """What one measurement stands for."""
-    M, N, K, R, dtype, adapter_dtype, _, dropout, layout = problem
-    return 1 << max(M - 1, 0).bit_length(), N, K, R, _name(dtype), _name(adapter_dtype), dropout, repr(layout)
+    M, N, K, R, dtype, adapter_dtype, _, dropout, layout, tf32 = problem
+    return 1 << max(M - 1, 0).bit_length(), N, K, R, _name(dtype), _name(adapter_dtype), dropout, repr(layout), tf32
 
 
 def known(problem: Problem) -> Row | None:

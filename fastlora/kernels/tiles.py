@@ -152,9 +152,17 @@ def multiprocessors(device: torch.device, target: Target) -> int:
     return _multiprocessors_of_index(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def tf32() -> bool:
+    """Whether torch's settings allow float32 products in tf32 on a GPU."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set by the newer names, which the older ones cannot say
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def input_precision(dtype: torch.dtype, target: Target) -> str:
     """INPUT_PRECISION of `tl.dot`: real float32 products unless torch's setting allows tf32 and the hardware has it."""
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+    if dtype != torch.float32 or not tf32():
         return "ieee"
     return "tf32" if target.backend == "cuda" and int(target.arch) >= 80 else "ieee"
 

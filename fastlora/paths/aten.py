@@ -3,8 +3,7 @@
 Forward:   Y = X Wᵀ + bias;  S = drop(X)·Aᵀ;  Y += s·S·Bᵀ in place.
 Backward:  dB = s·(Sᵀ·dY)ᵀ;  dS = s·dY·B;  dA = dSᵀ·drop(X);  dX = dY·W;  dX += drop'(dS·A) in place.
 
-The scaling s rides on GEMMs as their alpha: no pass of its own. It stands where eager has it, S without and dS with
-s, so that 16 bits overflow and underflow where eager's do. The mask is made twice from one seed.
+The scaling s rides on GEMMs as their alpha: no pass of its own. The mask is made twice from one seed.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ def forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
     lora_A, lora_B, scaling, p, seed = update
     if p > 0.0:
         x2 = x2 * keep_mask(seed, *x2.shape, p, x.dtype)
-        scaling = s_factor(scaling, p)
-    S = torch.mm(x2, lora_A.to(x.dtype).t())
-    _add_product(y.view(S.shape[0], weight.shape[0]), S, lora_B.to(x.dtype).t(), scaling)
+    left = s_factor(scaling, p, x.device)
+    S = torch.mm(x2, lora_A.to(x.dtype).t()) if x.is_cpu else _product(x2, lora_A.to(x.dtype).t(), _kept(p) * scaling)
+    _add_product(y.view(S.shape[0], weight.shape[0]), S, lora_B.to(x.dtype).t(), left)
     return y, S
 
 
@@ -41,10 +40,10 @@ def backward(dy, x, weight, S, update, need_B):
     if (dy.stride(1) != 1 and dy.stride(0) != 1) or 0 in dy.stride():
         dy = dy.contiguous()  # y.sum().backward() hands out an expanded scalar, and three GEMMs would each copy it
     keep = keep_mask(seed, dy.shape[0], lora_A.shape[1], p, dy.dtype) if p > 0.0 else None
-    kept = s_factor(1.0, p)
+    kept = _kept(p)
     dx = dA = dB = None
     if need_B:
-        dB = _product(S.t(), dy, s_factor(scaling, p)).t()
+        dB = _product(S.t(), dy, s_factor(scaling, p, dy.device)).t()
     if weight is None and x is None:
         return dx, dA, dB
     dS = _product(dy, lora_B.to(dy.dtype), scaling)
@@ -60,9 +59,14 @@ def backward(dy, x, weight, S, update, need_B):
     return dx, dA, dB
 
 
-def s_factor(scaling: float, p: float) -> float:
-    """S holds neither the scaling nor dropout's factor."""
-    return scaling / (1.0 - p) if p < 1.0 else 0.0
+def s_factor(scaling: float, p: float, device: torch.device) -> float:
+    """On a CPU S holds neither the scaling nor dropout's factor, so that 16 bits overflow where eager's do; on a GPU both,
+    as every path's there does: backward may be another's."""
+    return scaling * _kept(p) if device.type == "cpu" else 1.0
+
+
+def _kept(p: float) -> float:
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 def _double(*tensors: Tensor | None):

@@ -129,7 +129,7 @@ def backward(dy, x, weight, S, update, need_B):
     return dx, dA, dB
 
 
-def s_factor(scaling: float, p: float) -> float:
+def s_factor(scaling: float, p: float, device: torch.device) -> float:
     """S holds dropout's factor, but not the scaling."""
     return scaling
 

@@ -64,6 +64,7 @@ def _triton_missing() -> str | None:
 def hybrid_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]:
     from fastlora.kernels import hybrid
 
+    update = _laid_update(update)
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     y2 = y.view(x2.shape[0], weight.shape[0])
     with _on_device_of(x):
@@ -76,6 +77,7 @@ def hybrid_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
     from fastlora.kernels import grads, hybrid
 
     check_saved(dy, x, weight, S, update)
+    dy, update = _laid(dy), _laid_update(update)
     lora_A = update.lora_A
     with _on_device_of(dy):
         dS, dB = grads.ds_db(dy, update.lora_B, S, exact(update), cut.get("ds_db"))
@@ -94,6 +96,7 @@ def hybrid_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
 def onepass_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]:
     from fastlora.kernels import onepass
 
+    update = _laid_update(update)
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     with _on_device_of(x):
         _, S = onepass.onepass_forward(
@@ -106,6 +109,7 @@ def onepass_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tenso
 def split_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]:
     from fastlora.kernels import gemm, s
 
+    update = _laid_update(update)
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     with _on_device_of(x):
         S = s.s_forward(x2, update.lora_A, exact(update), _dropout(update), cut.get("s"))
@@ -119,6 +123,7 @@ def split_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
     from fastlora.kernels.dropout import mask_bits
 
     check_saved(dy, x, weight, S, update)
+    dy, update = _laid(dy), _laid_update(update)
     dropout, lora_A = _dropout(update), update.lora_A
     with _on_device_of(dy):
         dS, dB = grads.ds_db(dy, update.lora_B, S, exact(update), cut.get("ds_db"))
@@ -136,7 +141,7 @@ def mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     return keep_mask(Dropout(p, seed), M, K)
 
 
-def s_factor(scaling: float, p: float) -> float:
+def s_factor(scaling: float, p: float, device: torch.device) -> float:
     """S holds every factor."""
     return 1.0
 
@@ -152,6 +157,16 @@ def exact(update: Update) -> float:
     """The scaling to hand to kernels, which divide what they keep by 1 - round(p·65536)/65536, so that it is 1 - p."""
     scaling, p = update.scaling, update.dropout_p
     return scaling if p in (0.0, 1.0) else scaling * (1.0 - threshold(p) / 65536) / (1.0 - p)
+
+
+def _laid(t: Tensor) -> Tensor:
+    """t as the kernels were planned and admitted for it: dense, at a multiple of 16 bytes."""
+    dense = t.is_contiguous() and t.data_ptr() % 16 == 0
+    return t if dense else t.clone(memory_format=torch.contiguous_format)
+
+
+def _laid_update(update: Update) -> Update:
+    return update._replace(lora_A=_laid(update.lora_A), lora_B=_laid(update.lora_B))
 
 
 def _on_device_of(x: Tensor):

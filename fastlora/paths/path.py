@@ -23,7 +23,7 @@ class Path:
         backward: (dy (M, N), x, weight, S, update, need_B) -> dx (M, K), dA (R, K), dB (N, R). No dA where x is None,
             no dx where weight is None; dB may be None unless `need_B`.
         mask: (seed, M, K, p) -> the dropout mask, bool (M, K), True = kept.
-        s_factor: (scaling, p) -> what dYᵀ·S is multiplied by to be dB; it depends on which factors S holds.
+        s_factor: (scaling, p, device) -> what dYᵀ·S is multiplied by to be dB; it depends on which factors S holds.
         cases: what the self-check adds to its own cases, as (M, N, K, R, dropout_p, dtype, adapter_dtype).
         fingerprint: what, beside device and versions, a verdict of the self-check holds for. None: the path is trusted
             without one.
@@ -40,7 +40,7 @@ class Path:
     forward: Callable[[Tensor, Tensor, Tensor | None, Update], tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
     mask: Callable[[Tensor, int, int, float], Tensor]
-    s_factor: Callable[[float, float], float]
+    s_factor: Callable[[float, float, torch.device], float]
     cases: tuple[tuple, ...] = ()
     fingerprint: Callable[[], str] | None = None
     why_slow: Callable[[Problem], str | None] | None = None

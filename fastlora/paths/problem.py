@@ -33,6 +33,7 @@ class Problem(NamedTuple):
     device: torch.device
     dropout: bool
     layout: Layout | None = None
+    tf32: bool = False  # of float32: whether torch allows its products to be made so
 
     @property
     def empty(self) -> bool:
@@ -57,7 +58,7 @@ class Update(NamedTuple):
 def drawn(problem: Problem, device: torch.device | str | None = None) -> tuple[Tensor, ...]:
     """x (M, K), weight, lora_A, lora_B, bias (N,) and dy (M, N) of a problem: random, of a trained layer's scale, laid
     out as its layout says; on its device, or on `meta` without memory."""
-    M, N, K, R, dtype, adapter_dtype, own, _, layout = problem
+    M, N, K, R, dtype, adapter_dtype, own, _, layout, _ = problem
     device = torch.device(device or own)
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
