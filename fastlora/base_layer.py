@@ -51,7 +51,7 @@ def form_of(module: nn.Module) -> str | None:
     """How `module`, a linear layer, has its weight quantised: "4bit" or "8bit" of bitsandbytes, "torchao"; or None."""
     bnb = sys.modules.get("bitsandbytes.nn")
     if bnb is not None:
-        forward = type(module).forward
+        forward = getattr(type(module), "forward", None)
         if forward is bnb.Linear4bit.forward or forward is bnb.Linear8bitLt.forward:
             return "4bit" if forward is bnb.Linear4bit.forward else "8bit"
     ao = sys.modules.get("torchao.utils")

@@ -23,10 +23,12 @@ def call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path) -> Tensor:
     return torch.ops.fastlora.forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path or _named())[0]
 
 
-@torch.compiler.assume_constant_result
 def _named() -> str:
     """The path that FASTLORA_PATH names when a graph is made, or ""."""
     return env.forced_path() or ""
+
+
+_named._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import Dynamo and Triton
 
 
 def _forward(

@@ -178,3 +178,8 @@ def test_compiled_without_graph_breaks(kind):
     both = [[y, *torch.autograd.grad(y.sum(), [x, layer.lora_A])] for y in (compiled(x), layer(x))]
     for mine, theirs in zip(*both, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_what_is_no_module_is_named_where_bitsandbytes_is_loaded():
+    with pytest.raises(TypeError, match="must be an nn.Linear"):
+        fastlora.FusedLoRALinear.from_linear(None)

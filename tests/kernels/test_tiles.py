@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -56,10 +57,10 @@ def test_partials_stay_below_what_they_save(target):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 @pytest.mark.parametrize("kind", ["half", "ieee"])
 def test_the_gemm_has_up_to_three_tiles_of_its_table(target, kind):
-    listed = {tile for row in GEMM_TILES[target.family].values() for tile in row}
+    listed = {replace(tile, num_stages=0) for row in GEMM_TILES[target.family].values() for tile in row}
     for (M, N), R, aligned, dropout, tma in itertools.product(SHAPES, (16, 128), *[(True, False)] * 3):
         tiles = gemm_tiles(target, M, N, R, kind, aligned, dropout, tma, target.multiprocessors)
-        assert 1 <= len(tiles) <= 3 and set(tiles) <= listed
+        assert 1 <= len(tiles) <= 3 and {replace(tile, num_stages=0) for tile in tiles} <= listed  # stages: what fits
         assert tma or not any(tile.tma for tile in tiles)
 
 
