@@ -1,6 +1,6 @@
 """`Packed`: a quantised weight in the place of a dense one; `dense` is whence every path takes its weight.
 
-What is dequantised lives for one product and is never kept for backward.
+What is dequantised lives for one product and is not kept for backward, but in compiled code, where a graph keeps it.
 """
 
 from __future__ import annotations
