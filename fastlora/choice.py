@@ -111,7 +111,9 @@ def choose(problem: Problem) -> Choice:
     if obstacle:
         message = f"fastlora: path {plain.name!r} measured fastest but 'torch' runs instead: {obstacle}"
         warn_once(("choice", plain.name, obstacle), message)
-        return Choice(ATEN, f"{plain.name!r} cannot run: {obstacle}", str(row), passing=obstacle.startswith("OutOfMemory"))
+        return Choice(
+            ATEN, f"{plain.name!r} cannot run: {obstacle}", str(row), passing=obstacle.startswith("OutOfMemory")
+        )
     if plain.label != captured.label and not _obstacle(captured, problem):
         tuning.load(captured, problem)  # so that a graph may be captured with it
     return Choice(plain, "measured fastest here", str(row))

@@ -181,5 +181,5 @@ def test_compiled_without_graph_breaks(kind):
 
 
 def test_what_is_no_module_is_named_where_bitsandbytes_is_loaded():
-    with pytest.raises(TypeError, match="must be an nn.Linear"):
+    with pytest.raises(TypeError, match=r"must be an nn.Linear"):
         fastlora.FusedLoRALinear.from_linear(None)

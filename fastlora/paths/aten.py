@@ -60,7 +60,7 @@ def backward(dy, x, weight, S, update, need_B):
 
 
 def s_factor(scaling: float, p: float, device: torch.device) -> float:
-    """On a CPU S holds neither the scaling nor dropout's factor, so that 16 bits overflow where eager's do; on a GPU both,
+    """On a CPU S holds neither scaling nor dropout's factor, so that 16 bits overflow where eager's do; on a GPU both,
     as every path's there does: backward may be another's."""
     return scaling * _kept(p) if device.type == "cpu" else 1.0
 

@@ -7,7 +7,6 @@ import torch
 
 from fastlora.kernels.dropout import Dropout, keep_mask
 from fastlora.paths.mask import philox_mask
-from fastlora.paths.mask import philox_mask
 
 
 def seeded(p, seed=1234):
