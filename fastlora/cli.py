@@ -30,7 +30,6 @@ EXTRAS = {
     "tiktoken": "train",
     "tqdm": "train",
     "matplotlib": "train",
-    "filelock": "train",
     "peft": "peft",
     "transformers": "peft",
     "accelerate": "peft",

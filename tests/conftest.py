@@ -72,3 +72,8 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     for name in ("FASTLORA_PATH", "FASTLORA_DATA", "FASTLORA_AUTOTUNE"):
         monkeypatch.delenv(name, raising=False)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test first, so that another process runs the others beside it."""
+    items.sort(key=lambda item: item.name != "test_kernels_in_the_interpreter")
