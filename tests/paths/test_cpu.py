@@ -471,7 +471,7 @@ def test_the_node_in_cpp_serves_what_is_ordinary_and_leaves_the_rest(monkeypatch
 
     assert run(x) == run(x, training=False) == [False, True]
     assert run(x) == run(x, training=False) == run(x.detach()) == run(x[0].t().contiguous().t()) == [True]
-    assert run(x, path="cpu") == [True] and run(x, path="torch") == [False]
+    assert run(x, path="cpu") == [True] and run(x, path="torch") == []
     assert run(torch._neg_view(x)) == [False, False]  # path `cpu` in Python
     assert run(x.as_subclass(Mine)) == [False]  # the reference
     monkeypatch.setenv("FASTLORA_PATH", "torch")
