@@ -160,7 +160,7 @@ def _choose_for_cpu(problem: Problem) -> Choice:
         obstacle = missing or _obstacle(path, problem)
         slow = None if obstacle else path.why_slow(problem)
         if not obstacle and not slow:
-            return Choice(path, "measured fastest on a CPU for such ranks and dtypes")
+            return Choice(path, "known to be the fastest on a CPU for such ranks and dtypes")
         reasons.append(f"{path.name!r} cannot run: {obstacle}" if obstacle else slow)
     return Choice(ATEN, f"the tensors are on the CPU, and {'; '.join(reasons)}")
 
