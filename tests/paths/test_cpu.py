@@ -475,7 +475,7 @@ def test_the_node_in_cpp_serves_what_is_ordinary_and_leaves_the_rest(monkeypatch
     assert run(torch._neg_view(x)) == [False, False]  # path `cpu` in Python
     assert run(x.as_subclass(Mine)) == [False]  # the reference
     monkeypatch.setenv("FASTLORA_PATH", "torch")
-    assert run(x) == [False]
+    assert run(x) == []
     monkeypatch.delenv("FASTLORA_PATH")
     with torch.autocast("cpu", torch.bfloat16):
         assert run(x) in ([True], [False, True])
