@@ -88,6 +88,7 @@ def select(
 def forget() -> None:
     """Choose anew from here on: a verdict has changed."""
     _selected.clear()
+    _later.clear()
     if NODE is not None:
         NODE.forget()
 
