@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
+
+from fastlora import files
 
 MOST = 8 << 20  # bytes of such a file
 
@@ -21,11 +21,4 @@ def read_json(file: Path) -> object:
 def write_json(file: Path, content: object) -> None:
     """Replace `file` whole, so that no reader sees half of it; OSError when the folder cannot be written."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(content, out, indent=1)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    files.write_json(file, content)
