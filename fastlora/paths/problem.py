@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlora.paths.bank import Bank
+
 
 class Layout(NamedTuple):
     """How x as (M, K) and the weight (N, K) lie in memory: their strides, and their addresses modulo 16.
@@ -34,6 +36,7 @@ class Problem(NamedTuple):
     dropout: bool
     layout: Layout | None = None
     tf32: bool = False  # of float32: whether torch allows its products to be made so
+    bank: bool = False  # several adapters, R ranks together
 
     @property
     def empty(self) -> bool:
@@ -45,7 +48,7 @@ class Update(NamedTuple):
     """All that makes scaling · drop(x) Aᵀ Bᵀ of x, and the only way by which paths learn of it.
 
     lora_A (R, K), lora_B (N, R), the dropout probability and the seed of its mask (int64, one element; None without
-    dropout). Which rows of x belong to which adapter would stand here.
+    dropout). Several adapters are a `bank`: it knows every factor, and `scaling` is 1; S then holds all of them.
     """
 
     lora_A: Tensor
@@ -53,12 +56,18 @@ class Update(NamedTuple):
     scaling: float
     dropout_p: float
     seed: Tensor | None
+    bank: Bank | None = None
+
+    @property
+    def chance(self) -> float | Bank:
+        """What a path's `mask` makes a mask of: the probability, or the bank."""
+        return self.dropout_p if self.bank is None else self.bank
 
 
 def drawn(problem: Problem, device: torch.device | str | None = None) -> tuple[Tensor, ...]:
     """x (M, K), weight, lora_A, lora_B, bias (N,) and dy (M, N) of a problem: random, of a trained layer's scale, laid
     out as its layout says; on its device, or on `meta` without memory."""
-    M, N, K, R, dtype, adapter_dtype, own, _, layout, _ = problem
+    M, N, K, R, dtype, adapter_dtype, own, _, layout, *_ = problem
     device = torch.device(device or own)
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
@@ -80,6 +89,17 @@ def drawn(problem: Problem, device: torch.device | str | None = None) -> tuple[T
         normal((N,)),
         normal((M, N)),
     )
+
+
+def drawn_bank(problem: Problem, device: torch.device | str | None = None) -> Bank | None:
+    """The bank of a problem of several adapters: two that share its ranks; the last rows are of neither."""
+    if not problem.bank:
+        return None
+    M, R, third = problem.M, problem.R, -(-problem.M // 3)
+    ranks = (R,) if R == 1 else (R // 2, R - R // 2)
+    owners = [row // third if row // third < len(ranks) else None for row in range(M)]
+    ps = (0.1, 0.25) if problem.dropout else (0.0, 0.0)
+    return Bank.of(ranks, (2.0, 0.5)[: len(ranks)], ps[: len(ranks)], owners, 1, torch.device(device or problem.device))
 
 
 def draw_seed(device: torch.device) -> Tensor:
