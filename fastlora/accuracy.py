@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
+from fastlora.paths.bank import Bank
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call, dy of shape (..., N) for its backward, and the dropout mask to compare with."""
+    """The arguments of one call, dy of shape (..., N) for its backward, and the dropout mask to compare with.
+
+    With a bank x is (M, K), and lora_A and lora_B hold all of its adapters.
+    """
 
     x: Tensor
     weight: Tensor
@@ -29,11 +33,27 @@ class Inputs:
     scaling: float = 1.0
     dropout_p: float = 0.0
     mask: Tensor | None = None
+    bank: Bank | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
         """The same call with `function` applied to each tensor but the mask."""
         tensors = {n: getattr(self, n) for n in ("x", "weight", "lora_A", "lora_B", "bias", "dy")}
         return replace(self, **{n: None if t is None else function(t) for n, t in tensors.items()})
+
+    def alone(self) -> list[tuple[Tensor, slice | None, Inputs]]:
+        """Each adapter of the bank alone: its rows, its ranks, its call. Last the rows of none, without ranks."""
+        bank, found = self.bank, []
+        for i, (start, r) in enumerate(zip(bank.starts, bank.ranks, strict=True)):
+            ranks = slice(start, start + r)
+            own = {"lora_A": self.lora_A[ranks], "lora_B": self.lora_B[:, ranks], "scaling": bank.scalings[i]}
+            found.append((bank.rows == i, ranks, replace(self, dropout_p=bank.ps[i], **own)))
+        nothing = {"lora_A": self.lora_A[:1] * 0, "lora_B": self.lora_B[:, :1] * 0, "scaling": 0.0, "dropout_p": 0.0}
+        found.append((bank.rows == len(bank.ranks), None, replace(self, **nothing)))
+        return [
+            (rows, ranks, replace(one, x=one.x[rows], dy=one.dy[rows], bank=None,
+                                  mask=None if one.mask is None else one.mask[rows]))
+            for rows, ranks, one in found
+        ]  # fmt: skip
 
 
 def draw(
@@ -65,6 +85,8 @@ def run(function: Callable[..., Tensor], inputs: Inputs, **keywords) -> dict[str
         for t in (inputs.x, inputs.lora_A, inputs.lora_B, inputs.bias)
     ]
     x, lora_A, lora_B, bias = leaves
+    if inputs.bank is not None:
+        keywords["bank"] = inputs.bank
     y = function(x, inputs.weight, lora_A, lora_B, bias, inputs.scaling, inputs.dropout_p, **keywords)
     y.backward(inputs.dy.to(y.dtype))
     gradients = {
@@ -77,7 +99,10 @@ Expected = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
 def expected(inputs: Inputs) -> Expected:
-    """The eager reference, the truth, and the expression on absolute values: what `violations` compares with."""
+    """The eager reference, the truth, and the expression on absolute values: what `violations` compares with. Of a
+    bank one such for each adapter alone."""
+    if inputs.bank is not None:
+        return tuple(expected(one) for *_, one in inputs.alone())
     sizes = replace(inputs.map(lambda t: t.double().abs()), scaling=abs(inputs.scaling))
     return tuple(
         run(reference.lora_linear, one, mask=inputs.mask) for one in (inputs, inputs.map(Tensor.double), sizes)
@@ -89,8 +114,11 @@ def violations(got: dict[str, Tensor], inputs: Inputs, units: float = 2.0, known
 
     `known` is `expected(inputs)`, where several results are compared with it. NaN and infinity must stand where the
     eager reference has them, and are left out of the figures. Where eager only overflowed, the truth rounded to its
-    dtype is right as well: a number, or the infinity that it rounds to.
+    dtype is right as well: a number, or the infinity that it rounds to. A bank's adapters are each held against their
+    own rows alone.
     """
+    if inputs.bank is not None:
+        return _of_bank(got, inputs, units, known or expected(inputs))
     eager, truth, absolute = known or expected(inputs)
     infos = [torch.finfo(t.dtype) for t in (inputs.x, inputs.lora_A, inputs.lora_B)]
     unit = max(info.eps for info in infos)
@@ -120,6 +148,17 @@ def violations(got: dict[str, Tensor], inputs: Inputs, units: float = 2.0, known
             limit = 2.0 * size(error_eager) + size(allowed)
             if not size(error) <= limit:
                 found.append(f"{name}: error {size(error):.3g} in its {measure}, over the limit of {limit:.3g}")
+    return found
+
+
+def _of_bank(got: dict[str, Tensor], inputs: Inputs, units: float, known: tuple) -> list[str]:
+    found = []
+    for i, ((rows, ranks, one), truth) in enumerate(zip(inputs.alone(), known, strict=True)):
+        own = {name: got[name][rows] for name in ("Y", "dX") if name in got}
+        if ranks is not None:
+            own |= {"dA": got["dA"][ranks], "dB": got["dB"][:, ranks]}
+        who = f"adapter {i}" if ranks is not None else "no adapter"
+        found += [f"{who}: {what}" for what in violations(own, one, units, truth)]
     return found
 
 

@@ -20,6 +20,7 @@ from fastlora.base_layer import Packed, dense
 from fastlora.gate import why_eager
 from fastlora.node import NODE
 from fastlora.paths import ATEN, PATHS, Path, cpu
+from fastlora.paths.bank import Bank
 from fastlora.paths.problem import Update, draw_seed, rows
 
 
@@ -32,31 +33,32 @@ def run(
     bias: Tensor | None,
     scaling: float,
     dropout_p: float,
+    bank: Bank | None = None,
 ) -> Tensor:
     """y of one call by `path`, differentiable where its arguments ask for it. What eager calls end in."""
-    if NODE is not None and path is not ATEN:
+    if NODE is not None and path is not ATEN and bank is None:
         y = NODE.run(path, x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         if y is not None:
             return y
     if torch.is_grad_enabled() and (
         lora_A.requires_grad or lora_B.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _apply(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path)
+        return _apply(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path, bank)
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    return node.forward(path, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))[0]
+    return node.forward(path, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed, bank))[0]
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, dropout_p, path):
+    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, dropout_p, path, bank):
         seed = draw_seed(x.device) if dropout_p > 0.0 else None
-        y, S = node.forward(path, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))
+        y, S = node.forward(path, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed, bank))
         need_x, _, need_A, need_B, *_ = ctx.needs_input_grad
         kept = x if need_A else _shadow(x) if need_x and need_B else None
         ctx.packed = weight if weight.__class__ is Packed and need_x else None
         plain = weight if weight.__class__ is not Packed and need_x else None
         ctx.save_for_backward(kept, plain, lora_A, lora_B, S, seed)
-        ctx.call = (scaling, dropout_p, path)
+        ctx.call, ctx.bank = (scaling, dropout_p, path), bank
         return y
 
     @staticmethod
@@ -64,8 +66,8 @@ class _LoRALinear(torch.autograd.Function):
         need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         x, weight, *rest = ctx.saved_tensors
         weight = weight if ctx.packed is None else ctx.packed
-        dx, dA, dB, dbias = gradients(dy, x, weight, *rest, *ctx.call, (need_x, need_A, need_B, need_bias))
-        return dx, None, dA, dB, dbias, None, None, None
+        dx, dA, dB, dbias = gradients(dy, x, weight, *rest, *ctx.call, (need_x, need_A, need_B, need_bias), ctx.bank)
+        return dx, None, dA, dB, dbias, None, None, None, None
 
 
 # What torch.autograd.Function.apply ends in. The rest is for function transforms, of which none is active where this is
@@ -90,13 +92,13 @@ def _shadow(x: Tensor) -> Tensor:
         return _Shadow.apply(x)
 
 
-def gradients(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, path, needs):
+def gradients(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, path, needs, bank=None):
     """dx, dA, dB and dbias, each where `needs` asks for it, else None. The node in C++ calls this for what it leaves.
 
     dy (..., N); the next six are what forward kept.
     """
     with torch.autocast(dy.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else _nothing:
-        dy, update = unwrap_if_dead(dy), Update(lora_A, lora_B, scaling, dropout_p, seed)
+        dy, update = unwrap_if_dead(dy), Update(lora_A, lora_B, scaling, dropout_p, seed, bank)
         if torch.is_grad_enabled() or why_eager(dy) is not None:
             return _differentiable(dy, x, weight, S, update, path, needs)
         need_x, need_A, need_B, need_bias = needs
@@ -113,7 +115,7 @@ def gradients(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, path, 
 
 def _differentiable(dy, x, weight, S, update, path, needs):
     """The same gradients in ATen's operations: differentiable, and right for a dy that no kernel can read."""
-    lora_A, lora_B, scaling, p, seed = update
+    lora_A, lora_B, scaling, p, seed, bank = update
     need_x, need_A, need_B, need_bias = needs
     shape, dy = dy.shape, rows(dy)
     wide = torch.promote_types(dy.dtype, lora_A.dtype)
@@ -121,10 +123,10 @@ def _differentiable(dy, x, weight, S, update, path, needs):
     kept = None
     if p > 0.0:
         with torch._C._DisableFuncTorch():
-            kept = path.mask(seed, S.shape[0], lora_A.shape[1], p).to(wide)
-        kept = kept / (1.0 - p) if p < 1.0 else kept
+            kept = path.mask(seed, S.shape[0], lora_A.shape[1], update.chance).to(wide)
+        kept = kept / (1.0 - p) if p < 1.0 and bank is None else kept
     dropped = None if x is None else rows(x).to(wide) if kept is None else rows(x).to(wide) * kept
-    dS = dy_wide @ B * scaling
+    dS = dy_wide @ B * scaling if bank is None else bank.masked(dy_wide @ B)
     dx = dA = dB = None
     if need_x:
         update_of_x = dS @ A if kept is None else dS @ A * kept
@@ -132,9 +134,9 @@ def _differentiable(dy, x, weight, S, update, path, needs):
     if need_A:
         dA = (dS.transpose(-1, -2) @ dropped).to(lora_A.dtype)
     if need_B:
-        scaled = S.detach().to(wide) * path.s_factor(scaling, p, S.device)
+        scaled = S.detach().to(wide) * (path.s_factor(scaling, p, S.device) if bank is None else 1.0)
         if dropped is not None and torch.is_grad_enabled():  # S again, with its history
-            again = dropped @ A.t() * scaling
+            again = dropped @ A.t() * scaling if bank is None else bank.masked(dropped @ A.t())
             scaled = again if need_A else scaled + again  # the latter: x is a shadow, zero everywhere
         dB = (dy_wide.transpose(-1, -2) @ scaled).to(lora_B.dtype)
     return dx, dA, dB, dy.sum(0) if need_bias else None

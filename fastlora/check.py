@@ -24,7 +24,7 @@ from fastlora._version import __version__
 from fastlora.cache import read_json, write_json
 from fastlora.errors import warn_once
 from fastlora.paths import Path
-from fastlora.paths.problem import Problem, drawn
+from fastlora.paths.problem import Problem, drawn, drawn_bank
 
 # (M, N, K, R, dropout_p): no size a multiple of a tile, one aligned case for the TMA kernels, one of a single row
 CASES = ((37, 53, 41, 3, 0.0), (130, 72, 100, 16, 0.25), (64, 128, 256, 8, 0.0), (1, 24, 40, 1, 0.0))
@@ -140,8 +140,9 @@ class Trial:
     def _fault(self, path: Path) -> str | None:
         M = _rows(path, self.problem)
         if M not in self._cases:
-            x, weight, lora_A, lora_B, bias, dy = drawn(self.problem._replace(M=M))
-            inputs = accuracy.Inputs(x, weight, lora_A, lora_B, bias, dy, scaling=2.0)
+            problem = self.problem._replace(M=M)
+            bank = drawn_bank(problem)
+            inputs = accuracy.Inputs(*drawn(problem), scaling=2.0 if bank is None else 1.0, bank=bank)
             inputs = _with_mask(path, inputs, 0.1 if self.problem.dropout else 0.0)
             self._cases[M] = [(one, accuracy.expected(one)) for one in (inputs, replace(inputs, bias=None))]
         return next(filter(None, (_fault(path, *case) for case in self._cases[M])), None)
@@ -253,8 +254,8 @@ def _rows(path: Path, problem: Problem) -> int:
 def _fault(path: Path, inputs: accuracy.Inputs, known: accuracy.Expected) -> str | None:
     """The first way in which `path`, run by the road of eager calls, breaks the rule on `inputs`, or None."""
 
-    def function(x, weight, lora_A, lora_B, bias, scaling, dropout_p):
-        return autograd.run(path, x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    def function(x, weight, lora_A, lora_B, bias, scaling, dropout_p, bank=None):
+        return autograd.run(path, x, weight, lora_A, lora_B, bias, scaling, dropout_p, bank)
 
     torch.manual_seed(0)  # so that the call draws what the mask was made of
     found = accuracy.violations(accuracy.run(function, inputs), inputs, known=known)
@@ -268,7 +269,7 @@ def _with_mask(path: Path, inputs: accuracy.Inputs, dropout_p: float) -> accurac
     if not dropout_p:
         return inputs
     torch.manual_seed(0)
-    mask = path.mask(autograd.draw_seed(inputs.x.device), *inputs.x.shape, dropout_p)
+    mask = path.mask(autograd.draw_seed(inputs.x.device), *inputs.x.shape, inputs.bank or dropout_p)
     return replace(inputs, dropout_p=dropout_p, mask=mask)
 
 

@@ -45,7 +45,13 @@ class Choice:
 
 
 def select(
-    x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, path: str | None, in_backward: bool = False
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    dropout_p: float,
+    path: str | None,
+    in_backward: bool = False,
+    bank: bool = False,
 ) -> Path:
     """The path for one call: `path` where one is named, else the choice. Cheap: this runs every call.
 
@@ -57,12 +63,12 @@ def select(
     """
     N, K = weight.shape
     R, dropout = lora_A.shape[0], dropout_p > 0.0
-    key = path, x.dtype, lora_A.dtype, R, dropout
+    key = path, x.dtype, lora_A.dtype, R, dropout, bank
     if not x.is_cpu or path is not None:  # on a CPU only the rank matters
         key = (*key, x.shape, N, K, x.device, _lies(x), _lies(weight), x.is_cuda and (_nothing_timed(), tf32()))
     chosen = _selected.get(key)
     if chosen is None:
-        problem = _problem(x, weight, R, x.dtype, lora_A.dtype, dropout)
+        problem = _problem(x, weight, R, x.dtype, lora_A.dtype, dropout, bank)
         if path:
             chosen = _forced(problem, path)
         elif in_backward and x.is_cuda:  # autograd's thread may not wait for a timing that needs it
@@ -80,7 +86,7 @@ def select(
         if len(_selected) >= 4096:  # a server with every length under the sun
             forget()
         _selected[key] = chosen
-        if NODE is not None and path is None and isinstance(weight, Tensor):
+        if NODE is not None and path is None and not bank and isinstance(weight, Tensor):
             NODE.choose(chosen, x, weight, lora_A, dropout)
     return chosen
 
@@ -243,10 +249,10 @@ def _forced(problem: Problem, name: str) -> Path:
     return path
 
 
-def _problem(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: bool) -> Problem:
+def _problem(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: bool, bank: bool = False) -> Problem:
     N, K = weight.shape
     if not x.is_cuda:
-        return Problem(x.shape[:-1].numel(), N, K, R, dtype, adapter_dtype, x.device, dropout)
+        return Problem(x.shape[:-1].numel(), N, K, R, dtype, adapter_dtype, x.device, dropout, bank=bank)
     x, plain = rows(x), ((K, 1), 0)
     strides, offset = _lies(x)
     if strides[1] == 1 and strides[0] > K:  # one bucket for rows that lie as far apart, to kernels
@@ -254,7 +260,7 @@ def _problem(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: b
     layout = Layout(strides, offset, *(_lies(weight) or plain))
     device, layout = check.indexed(x.device), None if layout == Layout(*plain, *plain) else layout
     precise = dtype is torch.float32 and tf32()
-    return Problem(x.shape[0], N, K, R, dtype, adapter_dtype, device, dropout, layout, precise)
+    return Problem(x.shape[0], N, K, R, dtype, adapter_dtype, device, dropout, layout, precise, bank)
 
 
 def _lies(t: Tensor) -> tuple | None:

@@ -35,9 +35,9 @@ def _records(path: Path, x: Tensor) -> bool:
 
 def forward(path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:
     """`path.forward`, recorded where the node has use for it."""
-    lora_A, lora_B, scaling, p, seed = update
+    lora_A, lora_B, scaling, p, seed, bank = update
     inputs = (x, weight, lora_A, lora_B, bias, seed)
-    if not _records(path, x) or not NODE.lacks(path, inputs, scaling, p, False):
+    if bank is not None or not _records(path, x) or not NODE.lacks(path, inputs, scaling, p, False):
         return path.forward(x, weight, bias, update)
     found, record, _ = observe(lambda: path.forward(x, weight, bias, update), inputs, (True, True))
     NODE.keep(path, inputs, scaling, p, False, record)
@@ -46,9 +46,9 @@ def forward(path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: 
 
 def backward(path: Path, dy: Tensor, x, weight, S: Tensor, update: Update, need_B: bool, given: Tensor):
     """`path.backward`, recorded where the node has use for it; `given` is dy (..., N) before its rows were counted."""
-    lora_A, lora_B, scaling, p, seed = update
+    lora_A, lora_B, scaling, p, seed, bank = update
     inputs = (given, x, weight, lora_A, lora_B, S, seed)
-    if not _records(path, dy) or not NODE.lacks(path, inputs, scaling, p, need_B):
+    if bank is not None or not _records(path, dy) or not NODE.lacks(path, inputs, scaling, p, need_B):
         return path.backward(dy, x, weight, S, update, need_B)
     wanted = (weight is not None, x is not None, need_B)
     found, record, _ = observe(lambda: path.backward(dy, x, weight, S, update, need_B), inputs, wanted)

@@ -30,9 +30,9 @@ from fastlora.cache import read_json, write_json
 from fastlora.errors import warn_once
 from fastlora.kernels.tiles import Tile
 from fastlora.paths import PATHS, Path
-from fastlora.paths.problem import Problem, drawn
+from fastlora.paths.problem import Problem, drawn, drawn_bank
 
-FIELDS = ("M", "N", "K", "R", "dtype", "adapter_dtype", "dropout", "layout", "tf32")
+FIELDS = ("M", "N", "K", "R", "dtype", "adapter_dtype", "dropout", "layout", "tf32", "bank")
 LOCK_WAIT_S = 120.0  # longer than any one tuning run
 ROUNDS = 7
 SAMPLE_S = 1e-3
@@ -71,8 +71,9 @@ _loaded: set[tuple[str, Problem]] = set()
 
 def bucket(problem: Problem) -> tuple:
     """What one measurement stands for."""
-    M, N, K, R, dtype, adapter_dtype, _, dropout, layout, tf32 = problem
-    return 1 << max(M - 1, 0).bit_length(), N, K, R, _name(dtype), _name(adapter_dtype), dropout, repr(layout), tf32
+    M, N, K, R, dtype, adapter_dtype, _, dropout, layout, tf32, bank = problem
+    names = _name(dtype), _name(adapter_dtype)
+    return 1 << max(M - 1, 0).bit_length(), N, K, R, *names, dropout, repr(layout), tf32, bank
 
 
 def known(problem: Problem) -> Row | None:
@@ -134,7 +135,8 @@ def time_paths(problem: Problem) -> Row:
     device = problem.device
     paths = [pin(path, problem) for path in PATHS.values() if not path.why_not(device, problem)]
     what = f"{problem.M}×{problem.N}×{problem.K} {_SHORT.get(problem.dtype, problem.dtype)} r{problem.R}"
-    line = f"fastlora: timing {len(paths)} paths for {what}{' dropout' * problem.dropout}, once per machine"
+    what += " dropout" * problem.dropout + " of several adapters" * problem.bank
+    line = f"fastlora: timing {len(paths)} paths for {what}, once per machine"
     print(line, file=sys.stderr, flush=True)
     return check.apart(device, _time, paths, problem)
 
@@ -212,10 +214,10 @@ class _Session:
 
     def step(self, path: Path) -> Callable[[], None]:
         x, lora_A, lora_B = self.leaves
-        p = 0.1 if self.problem.dropout else 0.0
+        p, bank = 0.1 if self.problem.dropout else 0.0, drawn_bank(self.problem)
 
         def step() -> None:
-            y = autograd.run(path, x, self.weight, lora_A, lora_B, None, 2.0, p)
+            y = autograd.run(path, x, self.weight, lora_A, lora_B, None, 2.0 if bank is None else 1.0, p, bank)
             torch.autograd.grad(y, self.leaves, self.dy)
 
         return step

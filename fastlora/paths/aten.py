@@ -23,11 +23,16 @@ def forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
         y, S = forward(*_double(x, weight, bias), _double_update(update))
         return y.to(x.dtype), S.to(x.dtype)
     x2, y = rows(x), base_product(x, weight, bias)
-    lora_A, lora_B, scaling, p, seed = update
+    lora_A, lora_B, scaling, p, seed, bank = update
     if p > 0.0:
-        x2 = x2 * keep_mask(seed, *x2.shape, p, x.dtype)
-    left = s_factor(scaling, p, x.device)
-    S = torch.mm(x2, lora_A.to(x.dtype).t()) if x.is_cpu else _product(x2, lora_A.to(x.dtype).t(), _kept(p) * scaling)
+        x2 = x2 * keep_mask(seed, *x2.shape, update.chance, x.dtype)
+    left = 1.0 if bank else s_factor(scaling, p, x.device)
+    if bank:
+        S = bank.masked(torch.mm(x2, lora_A.to(x.dtype).t()))
+    elif x.is_cpu:
+        S = torch.mm(x2, lora_A.to(x.dtype).t())
+    else:
+        S = _product(x2, lora_A.to(x.dtype).t(), _kept(p) * scaling)
     _add_product(y.view(S.shape[0], weight.shape[0]), S, lora_B.to(x.dtype).t(), left)
     return y, S
 
@@ -36,17 +41,18 @@ def backward(dy, x, weight, S, update, need_B):
     if update.lora_A.dtype is torch.float64 and dy.dtype is not torch.float64:
         dx, dA, dB = backward(*_double(dy, x, weight, S), _double_update(update), need_B)
         return None if dx is None else dx.to(dy.dtype), dA, dB
-    lora_A, lora_B, scaling, p, seed = update
+    lora_A, lora_B, scaling, p, seed, bank = update
     if (dy.stride(1) != 1 and dy.stride(0) != 1) or 0 in dy.stride():
         dy = dy.contiguous()  # y.sum().backward() hands out an expanded scalar, and three GEMMs would each copy it
-    keep = keep_mask(seed, dy.shape[0], lora_A.shape[1], p, dy.dtype) if p > 0.0 else None
-    kept = _kept(p)
+    keep = keep_mask(seed, dy.shape[0], lora_A.shape[1], update.chance, dy.dtype) if p > 0.0 else None
+    kept = 1.0 if bank else _kept(p)
     dx = dA = dB = None
     if need_B:
-        dB = _product(S.t(), dy, s_factor(scaling, p, dy.device)).t()
+        dB = _product(S.t(), dy, 1.0 if bank else s_factor(scaling, p, dy.device)).t()
     if weight is None and x is None:
         return dx, dA, dB
     dS = _product(dy, lora_B.to(dy.dtype), scaling)
+    dS = bank.masked(dS) if bank else dS
     if x is not None:
         x = rows(x)
         dA = torch.mm(dS.t(), x) if keep is None else _product(dS.t(), x * keep, kept)

@@ -8,7 +8,7 @@ what its own rows give. What differs from row to row is a factor for each rank, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -47,6 +47,21 @@ class Bank:
             else:
                 runs.append([sample * each, (sample + 1) * each, owner])
         return cls(tuple(ranks), tuple(scalings), tuple(ps), tuple(map(tuple, runs)), len(owners) * each, device)
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """Rows such that each adapter's lie together, int64; None where they do already."""
+        if len(self.runs) == len({adapter for *_, adapter in self.runs}):
+            return None
+        return torch.argsort(self.rows, stable=True)
+
+    @cached_property
+    def grouped(self) -> Bank:
+        """This bank of rows that were brought into `order`."""
+        counts = [sum(stop - start for start, stop, a in self.runs if a == one) for one in range(len(self.ranks))]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        runs = tuple((at, at + n, one) for one, (at, n) in enumerate(zip(starts, counts, strict=True)) if n)
+        return replace(self, runs=runs)
 
     @property
     def drops(self) -> bool:

@@ -22,11 +22,13 @@ from fastlora.paths.problem import Problem, Update, check_saved, rows
 
 
 def why_not(device: torch.device, problem: Problem | None) -> str | None:
+    if problem is not None and problem.bank:
+        return "it takes one adapter at a time"
     return kernels.why_not(device) or (None if problem is None else kernels.unsupported(problem))
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:
-    lora_A, lora_B, _, p, seed = update
+    lora_A, lora_B, _, p, seed, _ = update
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     S = kernels.forward(
         _laid(x2), _laid(weight), None if bias is None else _aligned(bias), lora_A, lora_B, gpu.exact(update), p, seed,
@@ -37,7 +39,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> t
 
 def backward(dy, x, weight, S, update, need_B):
     check_saved(dy, x, weight, S, update)
-    lora_A, lora_B, _, p, seed = update
+    lora_A, lora_B, _, p, seed, _ = update
     return kernels.backward(
         _laid(dy), None if x is None else _laid(rows(x)), None if weight is None else _laid(weight), lora_A, lora_B,
         S.contiguous(), gpu.exact(update), p, seed, need_B,

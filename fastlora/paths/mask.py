@@ -8,9 +8,13 @@ C++ (csrc/cpu_kernels.h, for path `cpu`); on GPUs one function of (seed, row, co
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastlora.paths.bank import Bank
 
 
 def threshold(p: float) -> int:
@@ -18,15 +22,20 @@ def threshold(p: float) -> int:
     return round(p * 65536)
 
 
-def keep_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = torch.bool) -> Tensor:
+def keep_mask(seed: Tensor, M: int, K: int, p: float | Bank, dtype: torch.dtype = torch.bool) -> Tensor:
     """1 where x is kept and 0 where it is dropped, (M, K), on seed's device; bool, or on a CPU `dtype`."""
     if seed.is_cpu:
-        return _of_generator(seed, M, K, threshold(p), dtype)
+        return _of_generator(seed, M, K, _least(p), dtype)
     if _kernel_agrees(seed.device):
-        from fastlora.kernels import dropout
+        from fastlora.paths import gpu
 
-        return dropout.keep_mask(dropout.Dropout(p, seed), M, K)
+        return gpu.mask(seed, M, K, p)
     return philox_mask(seed, M, K, p)
+
+
+def _least(p: float | Bank) -> int | Tensor:
+    """What 16 random bits must reach: for all rows, or (M, 1)."""
+    return threshold(p) if isinstance(p, float) else p.thresholds[p.rows][:, None]
 
 
 class _Private(threading.local):
@@ -39,18 +48,21 @@ class _Private(threading.local):
 _private = _Private()
 
 
-def _of_generator(seed: Tensor, M: int, K: int, least: int, dtype: torch.dtype) -> Tensor:
+def _of_generator(seed: Tensor, M: int, K: int, least: int | Tensor, dtype: torch.dtype) -> Tensor:
     words = (M, K // 4) if K % 4 == 0 else ((M * K + 3) // 4,)
     generator = _private.generator.manual_seed(seed.item())
     bits = torch.empty(words, dtype=torch.int64).random_(-(2**63), None, generator=generator).view(torch.int16)
+    bits = bits if K % 4 == 0 else bits[: M * K].view(M, K)
     keep = torch.empty((M, K), dtype=dtype)
+    if isinstance(least, Tensor):
+        return torch.ge(bits, (least.clamp(max=65535) - 32768).to(torch.int16), out=keep)
     if least > 65535:  # no 16 bits reach it
         return keep.zero_()
     # uniform over [-32768, 32768): ATen compares no unsigned 16-bit integers
-    return torch.ge(bits if K % 4 == 0 else bits[: M * K].view(M, K), least - 32768, out=keep)
+    return torch.ge(bits, least - 32768, out=keep)
 
 
-def philox_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+def philox_mask(seed: Tensor, M: int, K: int, p: float | Bank) -> Tensor:
     """The mask of kernels/dropout.py in ATen's operations, bool (M, K): many passes, and no word from the host."""
     word = 0xFFFFFFFF
     zero = torch.zeros((M, -(-K // 8)), dtype=torch.int64, device=seed.device)
@@ -62,7 +74,7 @@ def philox_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
         c0, c1, c2, c3 = (b >> 32 & word) ^ c1 ^ k0, b & word, (a >> 32 & word) ^ c3 ^ k1, a & word
         k0, k1 = k0 + 0x9E3779B9 & word, k1 + 0xBB67AE85 & word
     halves = [half for c in (c0, c2, c1, c3) for half in (c & 0xFFFF, c >> 16)]
-    return (torch.stack(halves, -1).flatten(1)[:, :K] >= threshold(p)).contiguous()
+    return (torch.stack(halves, -1).flatten(1)[:, :K] >= _least(p)).contiguous()
 
 
 _agrees: dict[torch.device, bool] = {}
