@@ -10,6 +10,7 @@ import importlib
 from fastlora import reference
 from fastlora._version import __version__
 from fastlora.adapters import load_adapter, save_adapter
+from fastlora.bank import route
 from fastlora.choice import explain, paths, selfcheck
 from fastlora.functional import lora_linear
 from fastlora.inject import inject
@@ -25,6 +26,7 @@ __all__ = [
     "paths",
     "peft",
     "reference",
+    "route",
     "save_adapter",
     "selfcheck",
 ]

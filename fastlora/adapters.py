@@ -30,6 +30,7 @@ from fastlora.adapter_files import (
     to_json,
     write_adapter,
 )
+from fastlora.bank import FusedLoRABank, RoutedCopies
 from fastlora.base_layer import form_of, logical_dtype
 from fastlora.errors import warn_once
 from fastlora.inject import attach, tied_modules
@@ -37,7 +38,12 @@ from fastlora.linear import FusedLoRALinear
 from fastlora.targets import AdapterConfig, by_pattern, matched, names, plan, saved_modules
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save: Iterable[str] | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    modules_to_save: Iterable[str] | None = None,
+    adapter: str | None = None,
+) -> None:
     """Write the LoRA layers of `model`, and its modules that are trained in full, as an adapter that PEFT loads.
 
     An adapter already in `directory` is replaced, whole or not at all. Layers put in by hand, without `inject`, are
@@ -50,6 +56,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save
         directory: made when it is not there.
         modules_to_save: ends of names, as for `inject`; None means those given to `inject`. A list says what is to
             be saved, [] the LoRA layers alone, and no warning follows.
+        adapter: which, of a model with several (`inject(adapters=...)`).
 
     Raises:
         ValueError: the model has no LoRA layers, is itself one, or holds a tensor that cannot be written: not finite,
@@ -58,19 +65,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save
         WorkError: writing failed; an older adapter there is untouched.
     """
     model = _inner(model)
-    layers = _lora_layers(model)
+    layers = _lora_layers(model, adapter)
     if not layers or "" in layers:
         what = "has no LoRA layers" if not layers else "is itself a LoRA layer, without a name to save it by"
         raise ValueError(f"model {what}: use fastlora.inject on the model that holds them")
-    config = _config_of(model, layers, modules_to_save)
+    config = _config_of(model, layers, modules_to_save, adapter)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= {f"{PREFIX}{name}.{part}": tensor for part, tensor in _parts(layer).items()}
-    for name, module in saved_modules(model, config).items():
+    for name, module in _saved(model, config, adapter).items():
         if any(isinstance(part, FusedLoRALinear) for part in module.modules()):
             raise ValueError(f"modules_to_save matches {name!r}, which is or holds a LoRA layer")
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
-    if modules_to_save is None:
+    if modules_to_save is None and adapter is None:
         _name_what_is_left_out(model, layers, tensors)
     base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
     fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
@@ -78,12 +85,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, modules_to_save
     write_adapter(directory, settings, tensors)
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+def load_adapter(model: nn.Module, directory: str | os.PathLike, adapter: str | None = None) -> nn.Module:
     """Read an adapter written by `save_adapter` or by PEFT into `model`, and return the model.
 
     A model without LoRA layers gets them first, where the adapter has tensors for them; everything else is frozen, as
     by `inject`. They are kept in float32 if the file has float32, else in the weight's dtype. A model that has LoRA
-    layers must have them where the adapter has, of the same rank; they take over its scaling.
+    layers must have them where the adapter has, of the same rank; they take over its scaling. `adapter` says which, of
+    a model with several.
 
     Layers are found, and ranks and alphas given to them, by PEFT's rules. Everything is checked before anything is
     changed: that both files are whole, that all tensors and no others are there, their shapes and dtypes, and that
@@ -95,12 +103,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """
     outer, model = model, _inner(model)
     where, config = Path(directory), read_config(directory)
-    layers, todo = _lora_layers(model), None
+    layers, todo = _lora_layers(model, adapter), None
     if any(layer.merged for layer in layers.values()):
         raise ValueError("model has merged LoRA layers: call unmerge() on them first")
     try:
         if layers:
-            targets, saved = layers, saved_modules(model, config)
+            targets, saved = layers, _saved(model, config, adapter)
             if tied_modules(model, saved.values()):
                 raise AdapterError(f"{where / CONFIG_NAME}: modules_to_save shares parameters in this model: load into "
                                    "one not yet injected")  # fmt: skip
@@ -139,17 +147,17 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     tensors |= {key: as_held(where / WEIGHTS_NAME, key, tensors[key], tensor) for key, tensor in held.items()}
 
     if todo is not None:
-        attach(model, todo, dtype)
+        attach(model, {None: todo}, dtype)
         layers = {name: model.get_submodule(name) for name in targets}
     with torch.no_grad():
         for name, layer in layers.items():
             for part, tensor in _parts(layer).items():
                 tensor.copy_(tensors[f"{PREFIX}{name}.{part}"])
             layer.set_scaling(alphas[name], config.use_rslora)
-        for name in saved:
-            for key, place in model.get_submodule(name).state_dict().items():
+        for name, module in _saved(model, config, adapter).items():
+            for key, place in module.state_dict().items():
                 place.copy_(tensors[f"{PREFIX}{name}.{key}"])
-    model.fastlora_config = config
+    model.fastlora_config = config if adapter is None else model.fastlora_config | {adapter: config}
     return outer
 
 
@@ -198,15 +206,30 @@ def _inner(model: nn.Module) -> nn.Module:
             return model
 
 
-def _lora_layers(model: nn.Module) -> dict[str, FusedLoRALinear]:
+def _lora_layers(model: nn.Module, adapter: str | None) -> dict[str, FusedLoRALinear]:
+    """The layers of the model's only adapter, or of the one that is named."""
+    banks = {name: layer for name, layer in model.named_modules() if isinstance(layer, FusedLoRABank)}
+    known = sorted({one for bank in banks.values() for one in bank.adapters})
+    if adapter is not None or banks:
+        if adapter not in known:
+            there = f"the model has {', '.join(known)}" if known else "the model has one without a name"
+            raise ValueError(f"adapter is {adapter!r}; {there}")
+        return {name: bank.adapters[adapter] for name, bank in banks.items() if adapter in bank.adapters}
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, FusedLoRALinear)}
 
 
+def _saved(model: nn.Module, config: AdapterConfig, adapter: str | None) -> dict[str, nn.Module]:
+    """The modules trained in full, by name; of several adapters the one's own copies."""
+    found = saved_modules(model, config)
+    return {n: m.copies[adapter] if isinstance(m, RoutedCopies) else m for n, m in found.items()}
+
+
 def _config_of(
-    model: nn.Module, layers: dict[str, FusedLoRALinear], modules_to_save: Iterable[str] | None
+    model: nn.Module, layers: dict[str, FusedLoRALinear], modules_to_save: Iterable[str] | None, adapter: str | None
 ) -> AdapterConfig:
     """The recorded configuration, corrected where the layers say otherwise; they are what is saved."""
     config = getattr(model, "fastlora_config", None)
+    config = config[adapter] if adapter is not None and config is not None else config
     if config is None:
         first = next(iter(layers.values()))
         config = AdapterConfig(
@@ -230,6 +253,7 @@ def _config_of(
             alphas[name] = _alpha_for(layer.scaling, layer.r, config.use_rslora)
     config = _exactly(config, ranks, alphas)
     every, saved = [name for name, _ in model.named_modules()], saved_modules(model, config)
+    every = [name for name in every if name.rpartition(".adapters.")[0] not in layers]
     if matched(config, every, saved) != set(layers):
         config = dataclasses.replace(config, target_modules=tuple(sorted(layers)), exclude_modules=())
     if matched(config, every, saved) != set(layers):  # a name that is also the end of another's

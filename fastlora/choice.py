@@ -199,7 +199,12 @@ def explain(layer, x: Tensor) -> Choice:
     dropout = bool(layer.training and layer.lora_dropout > 0.0 and not dora)
     plain = layer.weight.shape == (N, K) and type(layer.weight) in (Tensor, torch.nn.Parameter)
     weight = layer.weight if plain else torch.empty((N, K), device="meta")  # a quantised one is made dense
-    problem = _problem(x, weight, R, dtype, layer.lora_A.dtype, dropout)
+    return explain_call(x, weight, R, dtype, layer.lora_A.dtype, dropout)
+
+
+def explain_call(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: bool, bank: bool = False) -> Choice:
+    """The choice for one call of x (..., K), computed in `dtype`."""
+    problem = _problem(x, weight, R, dtype, adapter_dtype, dropout, bank)
     forced = env.forced_path()
     return choose(problem) if forced is None else Choice(_forced(problem, forced), "FASTLORA_PATH asks for it")
 

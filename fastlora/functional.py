@@ -16,6 +16,8 @@ from fastlora.choice import select
 from fastlora.errors import warn_once
 from fastlora.gate import through_ops, why_eager
 from fastlora.node import NODE
+from fastlora.paths.bank import Bank
+from fastlora.paths.gpu import MAX_RANK
 
 
 def lora_linear(
@@ -95,6 +97,33 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Ten
     if weight.requires_grad and torch.is_grad_enabled():
         weight = _freeze(weight)
     return autograd.run(select(x, weight, lora_A, dropout_p, path), x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+
+
+def bank_linear(
+    x: Tensor, weight: Tensor | Packed, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, bank: Bank
+) -> Tensor:
+    """`lora_linear` of several adapters: lora_A (ΣR, K) and lora_B (N, ΣR) hold them side by side, and `bank` says
+    which of the rows of x (..., K) are whose."""
+    if torch._C._is_any_autocast_enabled():
+        x, weight, bias = cast_for_autocast(x, weight, bias)
+    p = max(bank.ps) if bank.drops else 0.0
+    check(x, weight, lora_A, lora_B, bias, p)
+    reason = why_eager(x, lora_A, lora_B, *(() if weight.__class__ is Packed else (weight,)))
+    if reason is not None or through_ops():
+        return _eager_bank(x, dense(weight, keep=True), lora_A, lora_B, bias, bank)
+    path = env.forced_path() or ("torch" if max(bank.ranks) > MAX_RANK else None)
+    path = select(x, weight, lora_A, p, path, bank=True)
+    return autograd.run(path, x, weight, lora_A, lora_B, bias, 1.0, p, bank)
+
+
+def _eager_bank(x, weight, lora_A, lora_B, bias, bank: Bank) -> Tensor:
+    """The same in ATen's differentiable operations."""
+    x2 = x.reshape(-1, x.shape[-1]).to(lora_A.dtype)
+    if bank.drops:
+        x2 = x2 * (torch.rand_like(x2) * 65536 >= bank.thresholds[bank.rows][:, None])
+    update = bank.masked(x2 @ lora_A.t()) @ lora_B.t()
+    y = torch.nn.functional.linear(x, weight, bias)
+    return (y + update.view(y.shape)).to(y.dtype)
 
 
 def cast_for_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
+from fastlora.bank import FusedLoRABank, RoutedCopies
 from fastlora.errors import warn_once
 from fastlora.linear import FusedLoRALinear
 from fastlora.targets import TASK_HEADS, AdapterConfig, Plan, names, names_or_pattern, plan
@@ -38,6 +40,7 @@ def inject(
     adapter_dtype: torch.dtype | None = None,
     layer_class: type[FusedLoRALinear] = FusedLoRALinear,
     use_dora: bool = False,
+    adapters: Mapping[str, Mapping] | None = None,
 ) -> nn.Module:
     """Replace layers of `model` by LoRA layers in place, freeze everything else, and return the model.
 
@@ -60,6 +63,10 @@ def inject(
         task_type: PEFT's ("SEQ_CLS", "CAUSAL_LM", ...): written to the adapter's config; "SEQ_CLS" and "TOKEN_CLS" add
             "classifier" and "score" to modules_to_save, "QUESTION_ANS" adds "qa_outputs", as PEFT does.
         layer_class: `FusedLoRALinear` or a subclass of it.
+        adapters: several adapters by name, each with its own `r`, `lora_alpha`, `lora_dropout`, `use_rslora`,
+            `rank_pattern` or `alpha_pattern`, in the place of the arguments. They learn side by side, each from the
+            samples that `fastlora.route` gives it, and each trains a copy of what modules_to_save names. Their
+            parameters are ordinary ones: `layer.adapters[name].parameters()`.
 
     Raises:
         TypeError, ValueError: nothing matches, a named layer is of an unsupported kind, the model already has LoRA
@@ -82,39 +89,73 @@ def inject(
         task_type=task_type,
         use_dora=bool(use_dora),
     )
-    return attach(model, plan(model, config), adapter_dtype, layer_class)
+    if adapters is None:
+        return attach(model, {None: plan(model, config)}, adapter_dtype, layer_class)
+    if use_dora:
+        raise ValueError("use_dora: DoRA scales all rows alike, so several adapters cannot share them")
+    plans = {name: plan(model, _of_one(name, config, own)) for name, own in _checked(adapters).items()}
+    return attach(model, plans, adapter_dtype, layer_class)
+
+
+OWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+def _checked(adapters: Mapping[str, Mapping]) -> Mapping[str, Mapping]:
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise TypeError(f"adapters must be a map of names to settings, got {adapters!r}")
+    taken = dir(nn.ModuleDict)
+    for name in adapters:
+        if not isinstance(name, str) or not name or "." in name or name in taken:
+            raise ValueError(f"adapters holds the name {name!r}; it needs letters, and no dot")
+    return adapters
+
+
+def _of_one(name: str, config: AdapterConfig, own: Mapping) -> AdapterConfig:
+    strange = sorted(set(own) - set(OWN)) if isinstance(own, Mapping) else [own]
+    if strange:
+        raise ValueError(f"adapters[{name!r}] has {strange[0]!r}; an adapter may have {', '.join(OWN)}")
+    return dataclasses.replace(config, **own)
 
 
 def attach(
     model: nn.Module,
-    plan: Plan,
+    plans: Mapping[str | None, Plan],
     adapter_dtype: torch.dtype | None = None,
     layer_class: type[FusedLoRALinear] = FusedLoRALinear,
 ) -> nn.Module:
-    """Carry out a plan. All that can fail comes before the first change to the model."""
+    """Carry out the plan of each adapter, all of the same layers; one without a name is the only one. All that can
+    fail comes before the first change to the model."""
     if not (isinstance(layer_class, type) and issubclass(layer_class, FusedLoRALinear)):
         raise TypeError(f"layer_class must be FusedLoRALinear or a subclass of it, got {layer_class!r}")
-    config = plan.config
+    plan, alone = next(iter(plans.values())), None in plans
     asked = [(p, p.requires_grad) for p in model.parameters()]
     new: dict[nn.Module, nn.Module] = {}
     try:
         for name, module in plan.targets.items():
-            layer = layer_class.from_linear(
-                module,
-                r=plan.ranks[name],
-                lora_alpha=plan.alphas[name],
-                lora_dropout=config.lora_dropout,
-                use_rslora=config.use_rslora,
-                adapter_dtype=adapter_dtype,
-                use_dora=config.use_dora,
-            )
+            made = {
+                adapter: layer_class.from_linear(
+                    module,
+                    r=own.ranks[name],
+                    lora_alpha=own.alphas[name],
+                    lora_dropout=own.config.lora_dropout,
+                    use_rslora=own.config.use_rslora,
+                    adapter_dtype=adapter_dtype,
+                    use_dora=own.config.use_dora,
+                )
+                for adapter, own in plans.items()
+            }
+            layer = made[None] if alone else FusedLoRABank(made).train(module.training)
             for hooks in CALL_HOOKS:
                 if hooks in module.__dict__:
                     layer.__dict__[hooks] = module.__dict__[hooks]  # the same dict: handles can still remove from it
             layer._is_full_backward_hook = module._is_full_backward_hook
             new[module] = layer
-        for module in tied_modules(model, plan.saved.values()):
-            new[module] = copy.deepcopy(module)
+        if alone:
+            new |= {module: copy.deepcopy(module) for module in tied_modules(model, plan.saved.values())}
+        else:
+            for module in plan.saved.values():
+                copies = {adapter: copy.deepcopy(module) for adapter in plans}
+                new[module] = RoutedCopies(module, copies).train(module.training)
     except BaseException:
         for parameter, requires_grad in asked:
             parameter.requires_grad_(requires_grad)
@@ -126,14 +167,15 @@ def attach(
         for name, child in list(parent._modules.items()):
             if child in new:
                 setattr(parent, name, new[child])
-    for name in plan.saved:
-        for parameter in model.get_submodule(name).parameters():
+    for module in map(model.get_submodule, plan.saved):
+        for parameter in (module if alone else module.copies).parameters():
             parameter.requires_grad_(parameter.is_floating_point())
     for layer in new.values():
-        if isinstance(layer, FusedLoRALinear):
-            layer.requires_grad_(True)
+        for part in layer.modules():
+            if isinstance(part, FusedLoRALinear):
+                part.requires_grad_(True)
     _leave_fast_paths(model)
-    model.fastlora_config = config
+    model.fastlora_config = plan.config if alone else {adapter: own.config for adapter, own in plans.items()}
     return model
 
 

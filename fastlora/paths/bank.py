@@ -64,6 +64,10 @@ class Bank:
         return replace(self, runs=runs)
 
     @property
+    def R(self) -> int:
+        return sum(self.ranks)
+
+    @property
     def drops(self) -> bool:
         return any(p > 0.0 for p in self.ps)
 
@@ -84,7 +88,7 @@ class Bank:
     def factors(self) -> Tensor:
         """What S and dS are multiplied by, float32 (adapters + 1, ΣR): s / (1 - p) at an adapter's own ranks, else 0.
         Zero means that the rank is not there: whatever stood there, NaN too, becomes 0."""
-        found = torch.zeros(len(self.ranks) + 1, sum(self.ranks))
+        found = torch.zeros(len(self.ranks) + 1, self.R)
         for i, (start, r, scaling, p) in enumerate(zip(self.starts, self.ranks, self.scalings, self.ps, strict=True)):
             found[i, start : start + r] = scaling / (1.0 - p) if p < 1.0 else 0.0
         return found.to(self.device)
