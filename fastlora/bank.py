@@ -34,6 +34,11 @@ class Route:
         self.used = tuple(dict.fromkeys(name for name in self.names if name is not None))
         self._banks: dict[tuple, Bank] = {}
 
+    @property
+    def for_peft(self) -> list[str]:
+        """The names as PEFT writes them."""
+        return ["__base__" if name is None else name for name in self.names]
+
     def here(self, adapters: Iterable[str]) -> tuple[str, ...]:
         """Those of the batch's adapters that a layer has."""
         return tuple(name for name in self.used if name in adapters)

@@ -108,8 +108,8 @@ def bank_linear(
         x, weight, bias = cast_for_autocast(x, weight, bias)
     p = max(bank.ps) if bank.drops else 0.0
     check(x, weight, lora_A, lora_B, bias, p)
-    reason = why_eager(x, lora_A, lora_B, *(() if weight.__class__ is Packed else (weight,)))
-    if reason is not None or through_ops():
+    tensors = (x, lora_A, lora_B, *(() if weight.__class__ is Packed else (weight,)))
+    if through_ops() or why_eager(*tensors) is not None:
         return _eager_bank(x, dense(weight, keep=True), lora_A, lora_B, bias, bank)
     path = env.forced_path() or ("torch" if max(bank.ranks) > MAX_RANK else None)
     path = select(x, weight, lora_A, p, path, bank=True)

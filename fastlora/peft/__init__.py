@@ -21,5 +21,6 @@ except ImportError as error:
 
 from fastlora.peft.layer import FusedLinear
 from fastlora.peft.patching import KNOWN_VERSIONS, LayerReport, Report, patch, report, unpatch
+from fastlora.peft.routing import route
 
-__all__ = ["KNOWN_VERSIONS", "FusedLinear", "LayerReport", "Report", "patch", "report", "unpatch"]
+__all__ = ["KNOWN_VERSIONS", "FusedLinear", "LayerReport", "Report", "patch", "report", "route", "unpatch"]

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
+from fastlora.bank import Route
 from fastlora.base_layer import form_of, weight_of
-from fastlora.choice import Choice, explain
+from fastlora.choice import Choice, explain, explain_call
 from fastlora.dora import Norms
 from fastlora.dora import fused as dora_fused
 from fastlora.errors import warn_once
-from fastlora.functional import fused
+from fastlora.functional import bank_linear, fused
 from fastlora.peft import reasons
 
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -30,7 +31,7 @@ _any_autocast = torch._C._is_any_autocast_enabled
 class Record:
     """What one patched layer remembers: its counts of calls, and the parts that its last fused call used."""
 
-    __slots__ = ("fallback_calls", "fused_calls", "last", "name", "norms", "parts", "path", "reasons")
+    __slots__ = ("fallback_calls", "fused_calls", "last", "name", "norms", "parts", "path", "reasons", "route")
 
     def __init__(self, name: str = "") -> None:
         self.name = name
@@ -41,6 +42,7 @@ class Record:
         self.parts: _Parts | None = None
         self.path: str | None = None  # of the fused call that was examined last
         self.norms = Norms()  # of the base weight's rows, for DoRA
+        self.route: Route | None = None  # inside fastlora.peft.route, where there are no `parts`
 
 
 class _Parts:
@@ -101,6 +103,9 @@ class Fused:
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if is_compiling():
+            record = self.__dict__.get("_fastlora")
+            if record is not None and record.route is not None:
+                return Fused._routed(self, x, args, kwargs, record)
             if (reasons.of_layer(self) or reasons.of_call(self, x, args, kwargs)) is not None:
                 return Fused._stock(self).forward(self, x, *args, **kwargs)
             return Fused._compute(self, x, None)
@@ -151,6 +156,8 @@ class Fused:
         record = self.__dict__.get("_fastlora")
         if record is None:
             record = self.__dict__["_fastlora"] = Record()
+        if record.route is not None:
+            return Fused._routed(self, x, args, kwargs, record)
         record.parts = parts
         reason = None if parts is not None else reasons.of_layer(self)
         if reason is None:
@@ -165,6 +172,31 @@ class Fused:
                 return y
             reason = y
         return Fused._by_peft(self, record, reason, x, *args, **kwargs)
+
+    def _routed(self, x, args, kwargs, record: Record) -> Tensor:
+        """The call inside `route`: several adapters, each with its own rows."""
+        route = record.route
+        names = route.here(self.lora_A)
+        reason = reasons.of_routed(self, x, args, kwargs, names)
+        if reason is not None:
+            return Fused._by_peft(self, record, reason, x, *args, **kwargs, adapter_names=route.for_peft)
+        own, weight, bias = weight_of(self.base_layer, x)
+        if not names:
+            return self.base_layer(x)
+        drops = [drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+                 for drop in (self.lora_dropout[name] for name in names)]  # fmt: skip
+        kinds = [(self.r[name], float(self.scaling[name]), p) for name, p in zip(names, drops, strict=True)]
+        A = torch.cat([self.lora_A[name].weight for name in names])
+        B = torch.cat([self.lora_B[name].weight for name in names], 1)
+        bank = route.bank(names, kinds, own)
+        y = bank_linear(own, weight, A, B, bias, bank)
+        if not is_compiling():
+            record.fused_calls += 1
+            record.last, record.path = (
+                None,
+                explain_call(own, weight, bank.R, own.dtype, A.dtype, bank.drops, True).path,
+            )
+        return y if own is x else y.to(x.dtype)
 
     def _by_peft(self, record, reason, x, *args, **kwargs) -> Tensor:
         """PEFT's own forward, counted and explained."""

@@ -53,6 +53,21 @@ def of_layer(layer: nn.Module) -> str | None:
     return _of_adapter(layer, present[0])
 
 
+def of_routed(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, names: tuple[str, ...]) -> str | None:
+    """Why a call inside `route`, in which the adapters `names` have rows, is not fused; None if it is."""
+    if layer._disable_adapters:
+        return "adapters are disabled"
+    if layer.merged_adapters:
+        return "adapters are merged into the base weight"
+    for name in names:
+        if name in layer.lora_variant:
+            return f"LoRA variant {type(layer.lora_variant[name]).__name__}"
+        reason = _of_adapter(layer, name) or of_call(layer, x, args, kwargs, name)
+        if reason is not None:
+            return reason
+    return "the adapters differ in dtype" if len({layer.lora_A[name].weight.dtype for name in names}) > 1 else None
+
+
 def _of_adapter(layer: nn.Module, name: str) -> str | None:
     base, down, up, drop = layer.base_layer, layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     form = form_of(base)
@@ -124,8 +139,9 @@ def of_scaling(scaling: float | Tensor) -> str | None:
     return None
 
 
-def of_call(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> str | None:
-    """Why this call of `layer`, to whose state nothing is to be objected, is not fused; None if it is."""
+def of_call(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, name: str | None = None) -> str | None:
+    """Why this call of `layer`, to whose state nothing is to be objected, is not fused; None if it is. `name`: of the
+    adapter that it uses, where that is not the active one."""
     if args or kwargs:
         named = [name for name in kwargs if kwargs[name] is not None] or list(kwargs)
         return "called with " + (", ".join(sorted(named)) if named else f"{len(args)} more positional arguments")
@@ -140,7 +156,7 @@ def of_call(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> str | Non
         return "hooks for all modules are registered"
     elif _decodes(layer, x):
         return "few rows and no gradient: bitsandbytes multiplies them by the 4 bits themselves"
-    return _of_dtypes(layer, x)
+    return _of_dtypes(layer, x, name or active_name(layer))
 
 
 def _decodes(layer: nn.Module, x: Tensor) -> bool:
@@ -149,8 +165,8 @@ def _decodes(layer: nn.Module, x: Tensor) -> bool:
     return few and form_of(layer.base_layer) == "4bit"
 
 
-def _of_dtypes(layer: nn.Module, x: Tensor) -> str | None:
-    name, base = active_name(layer), layer.base_layer
+def _of_dtypes(layer: nn.Module, x: Tensor, name: str) -> str | None:
+    base = layer.base_layer
     adapter, form = layer.lora_A[name].weight, form_of(base)
     if form is not None and why_not_packed(base) is not None:
         return why_not_packed(base)
