@@ -26,7 +26,7 @@ struct Call {
   const void *x, *dy, *lora_A, *lora_B;
   void *S, *y, *dx, *dA, *dB;
   std::int64_t x_stride, dy_stride, M, N, K;
-  int R, threads;
+  int R, rank_stride, threads;  // rows of lora_B, S and dB are rank_stride apart: R, or all ranks of several adapters
   float scaling;
   bool add;  // dx holds dY W already; else it is yet to be added
   Dropout dropout;
@@ -37,6 +37,6 @@ struct Kernels {
   bool (*forward)(bool x16, bool adapter16, const Call&);
   bool (*backward)(bool x16, bool adapter16, const Call&);
 };
-constexpr char KERNELS[] = "fastlora._cpu.kernels 1";  // the capsule's name, and the version of what this file says
+constexpr char KERNELS[] = "fastlora._cpu.kernels 2";  // the capsule's name, and the version of what this file says
 
 }  // namespace fastlora

@@ -259,12 +259,13 @@ class Arguments {
     const std::int64_t* seed = address<const std::int64_t>();
     return PyErr_Occurred() || p <= 0.0 || !seed ? Dropout::none() : Dropout::with(p, *seed);
   }
-  // M, N, K, R, scaling, dropout_p, seed, threads: what ends a call of the layer
+  // M, N, K, R, rank_stride, scaling, dropout_p, seed, threads: what ends a call of the layer
   void rest(Call& call) {
     call.M = integer();
     call.N = integer();
     call.K = integer();
     call.R = small();
+    call.rank_stride = small();
     call.scaling = static_cast<float>(real());
     call.dropout = dropout();
     call.threads = small();
@@ -291,7 +292,7 @@ PyObject* run(const Call& call, bool addresses, const Function& function) {
     PyErr_SetString(PyExc_ValueError, "a tensor has no memory here");
     return nullptr;
   }
-  if (call.R < 1 || call.R > MAX_RANK || call.threads < 0 || std::min({call.M, call.N, call.K}) < 0) {
+  if (call.R < 1 || call.R > MAX_RANK || call.rank_stride < call.R || call.threads < 0 || std::min({call.M, call.N, call.K}) < 0) {
     PyErr_SetString(PyExc_ValueError, "a size is out of range");
     return nullptr;
   }
@@ -303,9 +304,9 @@ PyObject* run(const Call& call, bool addresses, const Function& function) {
   Py_RETURN_NONE;
 }
 
-// forward(y, x_type, adapter_type, x, x_stride, A, B, S, M, N, K, R, scaling, p, seed, threads)
+// forward(y, x_type, adapter_type, x, x_stride, A, B, S, M, N, K, R, rank_stride, scaling, p, seed, threads)
 PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments in(values, count, 16);
+  Arguments in(values, count, 17);
   Call call{};
   call.y = in.address();
   const bool x16 = in.integer(), adapter16 = in.integer();
@@ -319,10 +320,10 @@ PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return run(call, addresses, [&] { library->forward[x16][adapter16](call); });
 }
 
-// backward(dx, add, x_type, adapter_type, dy, dy_stride, x, x_stride, A, B, S, dA, dB, M, N, K, R, scaling, p,
-//          seed, threads)
+// backward(dx, add, x_type, adapter_type, dy, dy_stride, x, x_stride, A, B, S, dA, dB, M, N, K, R, rank_stride,
+//          scaling, p, seed, threads)
 PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  Arguments in(values, count, 21);
+  Arguments in(values, count, 22);
   Call call{};
   call.dx = in.address();
   call.add = in.integer();
@@ -349,7 +350,7 @@ PyObject* mask(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.M = in.integer();
   call.K = in.integer();
   call.dropout = in.dropout();
-  call.N = call.R = 1;
+  call.N = call.R = call.rank_stride = 1;
   return run(call, out, [&] { library->mask(out, call); });
 }
 

@@ -174,14 +174,15 @@ struct FloatEngine {
   static const float* pair_rows(float*, const float* c, int, int) { return c; }
 };
 
-// A tile of p's row r, from lora_A (R, width), or from lora_B (width, R) when `transposed`; zeros outside of them.
+// A tile of p's row r, from lora_A (R, width), or from lora_B (width, R), whose rows are `stride` apart, when that is
+// not 0; zeros outside of them.
 template <typename E, typename P>
-inline void gather(E* tile, const P* from, int r, std::int64_t column, int R, std::int64_t width, bool transposed) {
+inline void gather(E* tile, const P* from, int r, std::int64_t column, int R, std::int64_t width, int stride) {
   const int there = r < R ? static_cast<int>(std::min<std::int64_t>(COLUMNS, width - column)) : 0;
-  if (!transposed && there == COLUMNS)  // a loop of vectors
+  if (!stride && there == COLUMNS)  // a loop of vectors
     for (int j = 0; j < COLUMNS; ++j) put(tile[j], from[r * width + column + j]);
-  else if (transposed)
-    for (int j = 0; j < there; ++j) put(tile[j], from[(column + j) * R + r]);
+  else if (stride)
+    for (int j = 0; j < there; ++j) put(tile[j], from[(column + j) * stride + r]);
   else
     for (int j = 0; j < there; ++j) put(tile[j], from[r * width + column + j]);
   std::fill(tile + there, tile + COLUMNS, E{});
@@ -189,23 +190,23 @@ inline void gather(E* tile, const P* from, int r, std::int64_t column, int R, st
 
 // Part `part` of p as `dot` reads it: a row for each rank.
 template <typename E, typename P>
-inline void pack_rows(E* p, const P* from, int R, std::int64_t width, bool transposed, int part, int parts) {
+inline void pack_rows(E* p, const P* from, int R, std::int64_t width, int stride, int part, int parts) {
   const std::int64_t end = share(width, part + 1, parts);
   for (int r = 0; r < ranks(R); ++r)
     for (std::int64_t j = share(width, part, parts); j < end; j += COLUMNS)
-      gather(p + r * pitch(width) + j, from, r, j, R, width, transposed);
+      gather(p + r * pitch(width) + j, from, r, j, R, width, stride);
 }
 
 // Part `part` of p as `expand` reads it: a row for each PAIR of ranks, in the engine's order.
 template <typename Engine, typename P>
-inline void pack_pairs(typename Engine::Element* p, const P* from, int R, std::int64_t width, bool transposed, int part,
+inline void pack_pairs(typename Engine::Element* p, const P* from, int R, std::int64_t width, int stride, int part,
                        int parts) {
   constexpr int PAIR = Engine::PAIR;
   const std::int64_t end = share(width, part + 1, parts);
   for (int r = 0; r < R; r += PAIR)
     for (std::int64_t j = share(width, part, parts); j < end; j += COLUMNS) {
       typename Engine::Element rows[PAIR * COLUMNS];
-      for (int i = 0; i < PAIR; ++i) gather(rows + i * COLUMNS, from, r + i, j, R, width, transposed);
+      for (int i = 0; i < PAIR; ++i) gather(rows + i * COLUMNS, from, r + i, j, R, width, stride);
       typename Engine::Register tile[TILE];
       Engine::load_rows(tile, rows, COLUMNS, PAIR);
       std::memcpy(p + r * pitch(width) + j * PAIR, tile, sizeof tile);
@@ -461,8 +462,8 @@ struct Kernels {
     arena.allocate();
     const Element* lora_A = packed_A ? static_cast<const Element*>(call.lora_A) : arena[a];
     parallel(parts, [&](int part) {
-      if (!packed_A) pack_rows(arena[a], static_cast<const P*>(call.lora_A), R, K, false, part, parts);
-      pack_pairs<Engine>(arena[b], static_cast<const P*>(call.lora_B), R, N, true, part, parts);
+      if (!packed_A) pack_rows(arena[a], static_cast<const P*>(call.lora_A), R, K, 0, part, parts);
+      pack_pairs<Engine>(arena[b], static_cast<const P*>(call.lora_B), R, N, call.rank_stride, part, parts);
     });
     parallel(parts, [&](int part) {
       float* sums = arena(c, part);
@@ -473,7 +474,11 @@ struct Kernels {
         const Element* x =
             block<Engine>(static_cast<const T*>(call.x), stride, row, rows, K, dropout, arena(x_block, part));
         dot<Engine>(sums, x, stride, rows, lora_A, packed_A ? K : pitch(K), K, R, 1.0f);
-        convert(static_cast<T*>(call.S) + row * R, sums, rows * R);
+        T* S = static_cast<T*>(call.S) + row * call.rank_stride;
+        if (R == call.rank_stride)
+          convert(S, sums, rows * R);
+        else
+          for (int m = 0; m < rows; ++m) convert(S + m * call.rank_stride, sums + m * R, R);
         const Target<T> y{static_cast<T*>(call.y) + row * N, true, N, row, call.scaling, nullptr};
         expand<Engine>(y, rows, sums, arena[b], R);
       }
@@ -499,8 +504,8 @@ struct Kernels {
     const auto gradients = arena.reserve<float>(dA_size + dB_size, parts);
     arena.allocate();
     parallel(parts, [&](int part) {
-      if (call.dx) pack_pairs<Engine>(arena[a], static_cast<const P*>(call.lora_A), R, K, false, part, parts);
-      if (need_dS) pack_rows(arena[b], static_cast<const P*>(call.lora_B), R, N, true, part, parts);
+      if (call.dx) pack_pairs<Engine>(arena[a], static_cast<const P*>(call.lora_A), R, K, 0, part, parts);
+      if (need_dS) pack_rows(arena[b], static_cast<const P*>(call.lora_B), R, N, call.rank_stride, part, parts);
     });
     parallel(parts, [&](int part) {
       float *dA = arena(gradients, part), *dB = dA + dA_size;
@@ -514,7 +519,11 @@ struct Kernels {
             block<Engine>(static_cast<const T*>(call.dy), stride, row, rows, N, nullptr, arena(dy_block, part));
         if (need_dS) dot<Engine>(dS, dy, stride, rows, arena[b], pitch(N), N, R, call.scaling);
         if (call.dB) {
-          convert(S, static_cast<const T*>(call.S) + row * R, rows * R);
+          const T* kept = static_cast<const T*>(call.S) + row * call.rank_stride;
+          if (R == call.rank_stride)
+            convert(S, kept, rows * R);
+          else
+            for (int m = 0; m < rows; ++m) convert(S + m * R, kept + m * call.rank_stride, R);
           outer<Engine>(dB, N, dy, stride, rows, S, R);
         }
         if (call.dA) {
@@ -548,9 +557,9 @@ struct Kernels {
       if (call.dB)
         for (std::int64_t j = share(N, part, parts); j < share(N, part + 1, parts); j += COLUMNS) {
           for (int r = 0; r < R; ++r) total(tile + r * COLUMNS, dA_size + r * pitch(N) + j, call.scaling);
-          P* dB = static_cast<P*>(call.dB) + j * R;
-          for (int i = 0; i < std::min<std::int64_t>(COLUMNS, N - j); ++i)
-            for (int r = 0; r < R; ++r) *dB++ = tile[r * COLUMNS + i];
+          P* dB = static_cast<P*>(call.dB) + j * call.rank_stride;
+          for (int i = 0; i < std::min<std::int64_t>(COLUMNS, N - j); ++i, dB += call.rank_stride)
+            for (int r = 0; r < R; ++r) dB[r] = tile[r * COLUMNS + i];
         }
     });
   }

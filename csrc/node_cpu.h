@@ -35,7 +35,7 @@ inline Result forward(const Layer& layer) {
   call.M = rows.size(0);
   call.K = rows.size(1);
   call.N = B.size(0);
-  call.R = static_cast<int>(B.size(1));
+  call.R = call.rank_stride = static_cast<int>(B.size(1));
   const Tensor S = at::empty({call.M, call.R}, layer.x.options());
   Tensor y;
   if (layer.x.dim() == 2) {
@@ -72,7 +72,7 @@ inline Gradients backward(const Incoming& in) {
   call.M = rows.size(0);
   call.N = rows.size(1);
   call.K = A.size(1);
-  call.R = static_cast<int>(A.size(0));
+  call.R = call.rank_stride = static_cast<int>(A.size(0));
   if (in.x.defined()) {
     x_rows = dense_rows(in.x);
     found.dA = at::empty_like(A);

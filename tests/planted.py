@@ -10,6 +10,7 @@ its region. `tiles.split` gives regions of whole blocks, so that only the last o
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shutil
@@ -64,7 +65,7 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
         ("fastlora/gate.py", "if forward_ad._current_level >= 0", "if forward_ad._current_level > 0"),
     ),
     "tests/paths/test_cpu.py::test_what_runs_on_a_cpu": (
-        ("fastlora/choice.py", "lora_A.dtype, R, dropout\n", "lora_A.dtype, R\n"),
+        ("fastlora/choice.py", "lora_A.dtype, R, dropout, bank\n", "lora_A.dtype, R\n"),
     ),
     "tests/test_choice.py::test_selfcheck_examines_every_dtype_and_the_paths_own_cases": (
         ("fastlora/check.py", "in [*cases, *path.cases]:", "in cases:"),
@@ -77,7 +78,7 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
         ("fastlora/autograd.py",
          "kept = x if need_A else _shadow(x) if need_x and need_B else None",
          "kept = x if need_A else None"),
-        ("fastlora/autograd.py", "kept = kept / (1.0 - p) if p < 1.0 else kept", "kept = kept"),
+        ("fastlora/autograd.py", "kept = kept / (1.0 - p) if p < 1.0 and bank is None else kept", "kept = kept"),
         ("csrc/node.cpp", "? shadow(x)", "? Tensor()"),
         ("csrc/node.cpp", "const bool ours = !at::GradMode::is_enabled() && ", "const bool ours = "),
     ),
@@ -111,7 +112,7 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
     ),
     "tests/paths/test_cpu.py::test_adapters_may_lie_anyhow": (
         ("fastlora/paths/cpu.py", "if dx is not None and not add:", "if dx is not None:"),
-        ("fastlora/paths/cpu.py", "_dense(lora_A), _dense(lora_B)\n    (M, K)", "_dense(lora_A), lora_B\n    (M, K)"),
+        ("fastlora/paths/cpu.py", "_dense(lora_A), _dense(lora_B), seed", "_dense(lora_A), lora_B, seed"),
         ("csrc/node_cpu.h", "A = layer.lora_A.contiguous(), B = layer.lora_B.contiguous();",
          "A = layer.lora_A.contiguous(), B = layer.lora_B;"),
     ),
@@ -121,10 +122,33 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
          "const std::int64_t padded = width / COLUMNS * COLUMNS;"),
         ("csrc/cpu_kernels.h", "if (to.add) Engine::load_tile(there, at);", "Engine::load_tile(there, at);"),
     ),
+    "tests/test_bank.py::test_each_adapter_is_as_if_alone": (
+        ("fastlora/paths/bank.py", "= scaling / (1.0 - p) if p < 1.0 else 0.0", "= scaling"),
+        ("fastlora/paths/bank.py", "        for adapter in sorted(counts):", "        for adapter in counts:"),
+        ("fastlora/paths/cpu.py", "dA *= bank.column", "pass"),
+        ("fastlora/paths/cpu.py", "y2[order], S[order] = mine, kept", "y2[order], S = mine, kept"),
+        ("fastlora/paths/mask.py", "(least.clamp(max=65535) - 32768)", "(least.clamp(max=65535) - 32767)"),
+        ("csrc/cpu_kernels.h", "from[(column + j) * stride + r]", "from[(column + j) * R + r]"),
+        ("csrc/cpu_kernels.h", "convert(S + m * R, kept + m * call.rank_stride, R)", "convert(S + m * R, kept, R)"),
+    ),
+    "tests/test_bank.py::test_second_derivatives": (
+        ("fastlora/autograd.py", "else bank.masked(dropped @ A.t())", "else dropped @ A.t()"),
+        ("fastlora/autograd.py", "else bank.masked(dy_wide @ B)", "else dy_wide @ B"),
+    ),
+    "tests/test_bank.py::test_adapters_drop_apart": (
+        ("fastlora/paths/bank.py", "seed + _STEP * torch", "seed + 0 * torch"),
+    ),
+    "tests/test_bank.py::test_routes_nest_and_end": (
+        ("fastlora/bank.py", 'layer.__dict__["_route"] = old', 'layer.__dict__["_route"] = None'),
+    ),
+    "tests/peft/test_route.py": (
+        ("fastlora/peft/routing.py", "record.route, record.parts = new, None", "record.route = new"),
+        ("fastlora/peft/routing.py", "            handle.remove()", "            handle"),
+    ),
     "tests/paths/test_mask.py": (
         ("fastlora/paths/mask.py", "return round(p * 65536)", "return round(p * 65536) + 1"),
-        ("fastlora/paths/mask.py", "return torch.ge(bits", "return torch.gt(bits"),
-        ("fastlora/paths/mask.py", "[:, :K] >= threshold(p)", "[:, :K] > threshold(p)"),
+        ("fastlora/paths/mask.py", "return torch.ge(bits, least - 32768", "return torch.gt(bits, least - 32768"),
+        ("fastlora/paths/mask.py", "[:, :K] >= _least(p)", "[:, :K] > _least(p)"),
         ("csrc/call.h", "(p * 65536.0 + 0.5)", "(p * 65536.0 + 1.5)"),
         ("csrc/cpu_kernels.h", "(Bits)(random >= dropout.threshold)", "(Bits)(random > dropout.threshold)"),
         ("csrc/cpu_kernels.h", "dropout.seed + 0x9e3779b97f4a7c15u", "(dropout.seed >> 1) + 0x9e3779b97f4a7c15u"),
@@ -227,9 +251,11 @@ def main(words: list[str]) -> int:
                 counts[said.split(",")[0]] = counts.get(said.split(",")[0], 0) + 1
                 shown = f"{name}: {' '.join(old.split())[:60]}"
                 print(f"{said:<9} {time.monotonic() - began:4.0f} s  {shown}  [{test}]", flush=True)
-    print(", ".join(f"{count} {said}" for said, count in counts.items()))
+    print(", ".join(f"{count} {said}" for said, count in counts.items()) or f"no fault holds {' or '.join(words)}")
     return int(counts.keys() != {"caught"})
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only faults whose file or texts hold one of them")
+    sys.exit(main(parser.parse_args().words))

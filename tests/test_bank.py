@@ -111,6 +111,13 @@ def test_second_derivatives(path):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("path", ["torch", "cpu"])
+def test_adapters_drop_apart(path):
+    bank = Bank.of((1, 1), (1.0, 1.0), (0.5, 0.5), [0, 1], 50, torch.device("cpu"))
+    mask = PATHS[path].mask(torch.tensor(5), 100, 64, bank)
+    assert 0.4 < (mask[:50] == mask[50:]).double().mean() < 0.6
+
+
 def test_wide_adapters_and_transforms_take_atens_operations():
     bank = Bank.of((150, 200), (2.0, 0.5), (0.0, 0.0), [0, 1, None], 2, torch.device("cpu"))
     inputs = replace(accuracy.draw(6, 30, 40, 350, torch.float32), scaling=1.0, bank=bank)
@@ -259,12 +266,12 @@ def test_checkpointing_inside_the_route():
 
 
 def test_routes_nest_and_end():
-    model, x = banked(), torch.randn(2, 12)
+    model, x = banked().eval(), torch.randn(2, 12)
     with fastlora.route(model, ["a", "b"]):
         outer = model(x)
         with fastlora.route(model, ["b", "a"]):
-            assert not torch.allclose(model.eval()(x), outer)
-        model.train()
+            assert not torch.allclose(model(x), outer)
+        torch.testing.assert_close(model(x), outer)
     with pytest.raises(RuntimeError, match="several adapters"):
         model(x)
 

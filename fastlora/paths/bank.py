@@ -7,14 +7,17 @@ what its own rows give. What differs from row to row is a factor for each rank, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fastlora.paths.mask import threshold
+
+_STEP = 0x5851F42D4C957  # between the seeds of adapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +59,24 @@ class Bank:
         return torch.argsort(self.rows, stable=True)
 
     @cached_property
-    def grouped(self) -> Bank:
-        """This bank of rows that were brought into `order`."""
-        counts = [sum(stop - start for start, stop, a in self.runs if a == one) for one in range(len(self.ranks))]
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        runs = tuple((at, at + n, one) for one, (at, n) in enumerate(zip(starts, counts, strict=True)) if n)
-        return replace(self, runs=runs)
+    def grouped(self) -> tuple[tuple[int, int, int], ...]:
+        """`runs` of rows in `order`: one of each adapter that has rows."""
+        counts, found, at = Counter(), [], 0
+        for start, stop, adapter in self.runs:
+            counts[adapter] += stop - start
+        for adapter in sorted(counts):
+            found.append((at, at + counts[adapter], adapter))
+            at += counts[adapter]
+        return self.runs if self.order is None else tuple(found)
+
+    @cached_property
+    def column(self) -> Tensor:
+        """The scaling of each rank, float32 (ΣR, 1)."""
+        return torch.tensor(self.scalings).repeat_interleave(torch.tensor(self.ranks))[:, None].to(self.device)
+
+    def seeds(self, seed: Tensor) -> Tensor:
+        """A seed for each adapter, whose masks count rows from 0."""
+        return seed + _STEP * torch.arange(len(self.ranks), device=seed.device)
 
     @property
     def R(self) -> int:

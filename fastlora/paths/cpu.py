@@ -19,7 +19,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import pathlib
-from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -41,7 +40,6 @@ _MISSING = (
 MAX_RANK = 0 if _cpu is None else _cpu.MAX_RANK
 MEASURED = ("avx512bf16", "avx512", "avx2")  # instruction sets on which these kernels were timed against ATen's
 FAST_RANK = 32  # above it ATen's GEMMs make up for the passes that they take, where nothing is dropped
-_NEXT = 0x5851F42D4C957  # between the seeds of a bank's adapters
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 # Sizes that several threads share, rows too long for a whole block, and each mixture of dtypes.
 CASES = (
@@ -98,98 +96,88 @@ def fingerprint() -> str:
 
 
 def forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
-    lora_A, lora_B = update.lora_A, update.lora_B
+    lora_A, lora_B, bank = update.lora_A, update.lora_B, update.bank
     if not (weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and (bias is None or bias.is_cpu)):
         _refuse_devices(weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
     x2, y = _dense_rows(rows(x)), base_product(x, weight, bias)
-    return y, (_add_update if update.bank is None else _add_bank)(y.view(x2.shape[0], weight.shape[0]), x2, update)
+    y2 = y.view(x2.shape[0], weight.shape[0])
+    S = (x.new_empty if bank is None else x.new_zeros)((x2.shape[0], lora_A.shape[0]))
+    order = None if bank is None else bank.order
+    if order is None:
+        _forward(y2, x2, S, update)
+    else:  # each adapter's rows are brought together
+        mine, kept = y2[order], S.clone()
+        _forward(mine, x2[order], kept, update)
+        y2[order], S[order] = mine, kept
+    return y, S
 
 
-def _add_update(y: Tensor, x: Tensor, update: Update) -> Tensor:
-    """y (M, N), dense, += the update of x (M, K); returns S."""
-    lora_A, lora_B, scaling, p, seed, _ = update
-    lora_A, lora_B = _dense(lora_A), _dense(lora_B)
-    (M, K), (N, R) = x.shape, lora_B.shape
-    S = x.new_empty((M, R))
-    _cpu.forward(
-        y.data_ptr(), _CODES[x.dtype], _CODES[lora_A.dtype], x.data_ptr(), x.stride(0), lora_A.data_ptr(),
-        lora_B.data_ptr(), S.data_ptr(), M, N, K, R, scaling, p, _address(seed), torch.get_num_threads(),
-    )  # fmt: skip
-    return S
+def _forward(y: Tensor, x: Tensor, S: Tensor, update: Update) -> None:
+    """y (M, N) += the update of x (M, K), and S (M, R); y and S dense."""
+    lora_A, lora_B, _, parts = _parts(update, x.shape[0])
+    K, (N, R), size, wide = x.shape[1], lora_B.shape, x.element_size(), lora_A.element_size()
+    for row, count, rank, r, scaling, p, seed in parts:
+        _cpu.forward(
+            y.data_ptr() + row * N * size, _CODES[x.dtype], _CODES[lora_A.dtype],
+            x.data_ptr() + row * x.stride(0) * size, x.stride(0), lora_A.data_ptr() + rank * K * wide,
+            lora_B.data_ptr() + rank * wide, S.data_ptr() + (row * R + rank) * size, count, N, K, r, R, scaling, p,
+            seed, torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def backward(dy, x, weight, S, update, need_B):
     check_saved(dy, x, weight, S, update)
-    dy, lora_A, lora_B = _dense_rows(dy), update.lora_A, update.lora_B
+    dy, S, lora_A, lora_B, bank = _dense_rows(dy), _dense(S), update.lora_A, update.lora_B, update.bank
     x = None if x is None else _dense_rows(rows(x))
     add = dy.dtype is torch.bfloat16  # the kernels add to ATen's product; else ATen adds to what they wrote
+    new = torch.empty if bank is None else torch.zeros  # an adapter, or a row, may have no part in it
     shape = dy.shape[0], lora_A.shape[1]
-    dx = None if weight is None else torch.mm(dy, weight) if add else dy.new_empty(shape)
-    dA, dB = None if x is None else _like(lora_A), _like(lora_B) if need_B else None
-    (_gradients if update.bank is None else _gradients_of_bank)(dy, x, S, update, dx, dA, dB)
+    dx = None if weight is None else torch.mm(dy, weight) if add else new(shape, dtype=dy.dtype)
+    dA = None if x is None else new(lora_A.shape, dtype=lora_A.dtype)
+    dB = new(lora_B.shape, dtype=lora_B.dtype) if need_B else None
+    order = None if bank is None else bank.order
+    if order is None:
+        _backward(dx, dy, x, S, dA, dB, update)
+    else:
+        mine = None if dx is None else dx[order]
+        _backward(mine, dy[order], None if x is None else x[order], S[order], dA, dB, update)
+        if dx is not None:
+            dx[order] = mine
+    if bank is not None and dA is not None:
+        dA *= bank.column
     if dx is not None and not add:
         dx.addmm_(dy, weight)
     return dx, dA, dB
 
 
-def _gradients(dy: Tensor, x: Tensor | None, S: Tensor, update: Update, dx, dA, dB) -> None:
-    """What the rank gives to dx (M, K), written or, in bfloat16, added; and dA (R, K), dB (N, R), dense."""
-    lora_A, lora_B, scaling, p, seed, _ = update
-    S, lora_A, lora_B = _dense(S), _dense(lora_A), _dense(lora_B)
-    (M, N), (R, K) = dy.shape, lora_A.shape
-    _cpu.backward(
-        _address(dx), dy.dtype is torch.bfloat16, _CODES[dy.dtype], _CODES[lora_A.dtype], dy.data_ptr(), dy.stride(0),
-        _address(x), 0 if x is None else x.stride(0), lora_A.data_ptr(), lora_B.data_ptr(), S.data_ptr(), _address(dA),
-        _address(dB), M, N, K, R, scaling, p, _address(seed), torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def _add_bank(y: Tensor, x: Tensor, update: Update) -> Tensor:
-    """`_add_update` of several adapters, each with its own rows alone."""
-    order, S = update.bank.order, x.new_zeros((x.shape[0], update.lora_A.shape[0]))
-    if order is not None:
-        mine = y[order]
-        S[order] = _add_bank(mine, x[order], update._replace(bank=update.bank.grouped))
-        y[order] = mine
-        return S
-    for at, ranks, alone in _each(update):
-        S[at, ranks] = _add_update(y[at], x[at], alone)
-    return S
-
-
-def _gradients_of_bank(dy: Tensor, x: Tensor | None, S: Tensor, update: Update, dx, dA, dB) -> None:
-    bank, order = update.bank, update.bank.order
-    if order is not None:
-        mine = None if dx is None else dx[order]
-        alone = update._replace(bank=bank.grouped)
-        _gradients_of_bank(dy[order], None if x is None else x[order], S[order], alone, mine, dA, dB)
-        if dx is not None:
-            dx[order] = mine
-        return
-    if len(bank.runs) < len(bank.ranks):  # some adapter has no row
-        for gradient in (dA, dB):
-            gradient is None or gradient.zero_()
-    if dx is not None and dy.dtype is not torch.bfloat16 and sum(b - a for a, b, _ in bank.runs) < bank.M:
-        dx.zero_()
-    for (at, ranks, alone), (*_, adapter) in zip(_each(update), bank.runs, strict=True):
-        own_A, own_B = (None if t is None else _like(t) for t in (alone.lora_A, alone.lora_B))
-        _gradients(
-            dy[at], None if x is None else x[at], S[at, ranks], alone, None if dx is None else dx[at],
-            None if dA is None else own_A, None if dB is None else own_B,
+def _backward(dx: Tensor | None, dy: Tensor, x: Tensor | None, S: Tensor, dA, dB, update: Update) -> None:
+    """dA (R, K) and dB (N, R), and what the rank gives to dx (M, K): written or, in bfloat16, added."""
+    lora_A, lora_B, _, parts = _parts(update, dy.shape[0])
+    K, (N, R), size, wide = lora_A.shape[1], lora_B.shape, dy.element_size(), lora_A.element_size()
+    stride = 0 if x is None else x.stride(0)
+    for row, count, rank, r, scaling, p, seed in parts:
+        _cpu.backward(
+            _address(dx, row * K * size), dy.dtype is torch.bfloat16, _CODES[dy.dtype], _CODES[lora_A.dtype],
+            dy.data_ptr() + row * dy.stride(0) * size, dy.stride(0), _address(x, row * stride * size), stride,
+            lora_A.data_ptr() + rank * K * wide, lora_B.data_ptr() + rank * wide,
+            S.data_ptr() + (row * R + rank) * size, _address(dA, rank * K * wide), _address(dB, rank * wide),
+            count, N, K, r, R, scaling, p, seed, torch.get_num_threads(),
         )  # fmt: skip
-        if dA is not None:
-            torch.mul(own_A, bank.scalings[adapter], out=dA[ranks])
-        if dB is not None:
-            dB[:, ranks] = own_B
 
 
-def _each(update: Update) -> Iterator[tuple[slice, slice, Update]]:
-    """Of each run: its rows, its ranks, and its adapter alone, whose scaling is in lora_A, so that S holds it."""
-    bank = update.bank
-    for start, stop, i in bank.runs:
-        ranks, seed = slice(bank.starts[i], bank.starts[i] + bank.ranks[i]), update.seed
-        own = update.lora_A[ranks] * bank.scalings[i], update.lora_B[:, ranks]
-        yield slice(start, stop), ranks, Update(*own, 1.0, bank.ps[i], None if seed is None else seed + i * _NEXT)
+def _parts(update: Update, M: int) -> tuple[Tensor, Tensor, Tensor | None, list[tuple]]:
+    """lora_A and lora_B, dense, the seeds, and of each adapter (first row, rows, first rank, ranks, scaling, p, address
+    of its seed). The scalings of a bank are in its lora_A, so that S holds them."""
+    lora_A, lora_B, scaling, p, seed, bank = update
+    if bank is None:
+        parts = [(0, M, 0, lora_A.shape[0], scaling, p, _address(seed))]
+        return _dense(lora_A), _dense(lora_B), seed, parts
+    seeds = None if seed is None else bank.seeds(seed)
+    parts = [
+        (start, stop - start, bank.starts[i], bank.ranks[i], 1.0, bank.ps[i], _address(seeds, 8 * i))
+        for start, stop, i in bank.grouped
+    ]
+    return lora_A * bank.column.to(lora_A.dtype), _dense(lora_B), seeds, parts
 
 
 def s_factor(scaling: float, p: float, device: torch.device) -> float:
@@ -199,12 +187,10 @@ def s_factor(scaling: float, p: float, device: torch.device) -> float:
 
 def mask(seed: Tensor, M: int, K: int, p: float | Bank) -> Tensor:
     if isinstance(p, Bank):
-        found = torch.ones((M, K), dtype=torch.bool, device="cpu")
-        for start, stop, i in (p if p.order is None else p.grouped).runs:
-            found[start:stop] = mask(seed + i * _NEXT, stop - start, K, p.ps[i])
-        if p.order is not None:
-            found[p.order] = found.clone()
-        return found
+        found, seeds = torch.ones((M, K), dtype=torch.bool, device="cpu"), p.seeds(seed)
+        for start, stop, i in p.grouped:
+            found[start:stop] = mask(seeds[i], stop - start, K, p.ps[i])
+        return found if p.order is None else torch.empty_like(found).index_copy_(0, p.order, found)
     factors = torch.empty((M, K), dtype=torch.float32, device="cpu")
     _cpu.mask(factors.data_ptr(), M, K, p, seed.data_ptr())
     return factors != 0
@@ -217,12 +203,8 @@ def _refuse_devices(**tensors: Tensor | None) -> None:
             raise RuntimeError(f"{name} is on {t.device} and x on cpu; they need one device")
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+def _address(t: Tensor | None, offset: int = 0) -> int:
+    return 0 if t is None else t.data_ptr() + offset
 
 
 def _dense(t: Tensor) -> Tensor:

@@ -234,7 +234,7 @@ def test_kernels_broken_on_purpose_are_found_and_not_used(monkeypatch, broken):
     monkeypatch.setattr(check, "_verdicts", {})
     choice.forget()
     if autograd.NODE is None:
-        position, honest = {"forward": 12, "backward": 17}[broken], getattr(cpu._cpu, broken)
+        position, honest = {"forward": 13, "backward": 18}[broken], getattr(cpu._cpu, broken)
         kernels = SimpleNamespace(**{name: getattr(cpu._cpu, name) for name in dir(cpu._cpu)})
         setattr(kernels, broken, lambda *a: honest(*a[:position], a[position] * 1.01, *a[position + 1 :]))
         monkeypatch.setattr(cpu, "_cpu", kernels)
@@ -416,7 +416,7 @@ def test_an_instruction_set_that_nobody_measured_is_not_chosen(monkeypatch):
 
 
 def test_arguments_are_counted_and_typed():
-    with pytest.raises(TypeError, match="16 arguments needed, got 1"):
+    with pytest.raises(TypeError, match="17 arguments needed, got 1"):
         cpu._cpu.forward(1)
     with pytest.raises(TypeError):
         cpu._cpu.mask(0, "a", 2, 0.1, 0)
@@ -424,13 +424,13 @@ def test_arguments_are_counted_and_typed():
         cpu._cpu.mask(0, 2, 2, 0.1, 0)
     at = torch.zeros(9).data_ptr()
     with pytest.raises(ValueError, match="out of range"):
-        cpu._cpu.forward(at, 0, 0, at, 1, at, at, at, 1, 1, 1, cpu._cpu.MAX_RANK + 1, 1.0, 0.0, 0, 1)
+        cpu._cpu.forward(at, 0, 0, at, 1, at, at, at, 1, 1, 1, cpu._cpu.MAX_RANK + 1, 999, 1.0, 0.0, 0, 1)
     with pytest.raises(ValueError, match="abacus"):
         cpu._cpu.use_instructions("abacus")
     with pytest.raises(TypeError, match="needs to be a str"):
         cpu._cpu.use_instructions(5)
     with pytest.raises(ValueError, match="out of range"):  # not 1, which is what is left of it in 32 bits
-        cpu._cpu.forward(at, 0, 0, at, 1, at, at, at, 1, 1, 1, 2**32 + 1, 1.0, 0.0, 0, 1)
+        cpu._cpu.forward(at, 0, 0, at, 1, at, at, at, 1, 1, 1, 2**32 + 1, 1, 1.0, 0.0, 0, 1)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 7, 100])
@@ -438,7 +438,7 @@ def test_any_number_of_threads_gives_the_same_forward(threads):
     x, A, B = torch.randn(700, 90), torch.randn(20, 90), torch.randn(80, 20)
     y, S = torch.ones(700, 80), torch.empty(700, 20)
     addresses = [t.data_ptr() for t in (A, B, S)]
-    cpu._cpu.forward(y.data_ptr(), 0, 0, x.data_ptr(), 90, *addresses, 700, 80, 90, 20, 1.0, 0.0, 0, threads)
+    cpu._cpu.forward(y.data_ptr(), 0, 0, x.data_ptr(), 90, *addresses, 700, 80, 90, 20, 20, 1.0, 0.0, 0, threads)
     torch.testing.assert_close(y, 1 + x @ A.t() @ B.t(), rtol=1e-5, atol=1e-3)
 
 
