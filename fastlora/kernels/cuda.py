@@ -122,7 +122,7 @@ def forward(
         x2: (M, K), float16 or bfloat16; rows at multiples of 16 bytes (`fits`), as weight (N, K) and y2 (M, N).
         bias: (N,) contiguous, x2's dtype, or None.
         lora_A, lora_B: (R, K), (N, R), x2's dtype or float32, any strides; R from 1 to 128.
-        scaling: what kernels are handed (`exact`): they divide what they keep by 1 - round(p * 65536) / 65536.
+        scaling: such that the kernels' own factor fits it: they divide what they keep by 1 - round(p * 65536) / 65536.
         seed: int64, one element, on x2's device; unused where dropout_p is 0.
 
     Returns:

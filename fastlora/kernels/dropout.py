@@ -1,6 +1,8 @@
 """The dropout mask: a pure function of (seed, row, column), made again by every kernel; dA may leave it as bits for dX.
 
-    keep[m, k] = bits[m, k] >= round(p * 65536)          drop(X) = keep * X / (1 - round(p * 65536) / 65536)
+    keep[m, k] = bits[m, k] >= round(p * 65536)          drop(X) = keep * X
+
+Kernels know nothing of the factor 1 / (1 - p): it is in the scaling that they are handed, and so in S and dS.
 
 bits[m, k] are 16 of the 128 bits of Philox-4x32 with 7 rounds (Salmon et al. 2011; 7 is the fewest that pass their
 statistical battery), keyed by the 64-bit seed, with the counter (k // 8, m, 0, 0): eight consecutive columns share one
@@ -106,7 +108,7 @@ def keep_of(signs):
 
 @triton.jit
 def drop(x, signs, DROPOUT: tl.constexpr):
-    """x [BLOCK_M, BLOCK_K] with zeros where it is dropped; what is kept still wants `keep_scale`."""
+    """x [BLOCK_M, BLOCK_K] with zeros where it is dropped."""
     if DROPOUT == PAIRS:
         words = _by_columns(signs)
         halves = tl.reshape(tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16)), x.shape)
@@ -129,12 +131,6 @@ def bits_of(signs):
 @triton.jit
 def _pair(sign):
     return ((sign >> 15) & 1) | ((sign >> 30) & 2)
-
-
-@triton.jit
-def keep_scale(threshold):
-    """1 / (1 - threshold / 65536), the factor of what is kept (finite at p = 1, where nothing is)."""
-    return 65536.0 / tl.maximum(65536 - threshold, 1).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["threshold"])

@@ -1,9 +1,9 @@
 """The heart: a GEMM with the rank-R update inside it, in one accumulator.
 
     forward   y  =  x  Wᵀ + bias + S  Bᵀ
-    dX        dx =  dy W         + keep / (1 - p) * (dS A)
+    dX        dx =  dy W         + keep * (dS A)
 
-Both are one product, `Y = X W + bias + keep_scaled * (S U)`: forward passes the views W = weight.T and U = lora_B.T,
+Both are one product, `Y = X W + bias + keep * (S U)`: forward passes the views W = weight.T and U = lora_B.T,
 dX passes X = dy, W = weight, S = dS, U = lora_A. In the kernels below M, N, K are those of this product: for dX, N is
 the layer's in_features and K its out_features. The update costs R more columns of K: no second pass over Y or store.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.dropout import SELECT, STORED, Dropout, keep_of, keep_scale, keep_signs
+from fastlora.kernels.dropout import SELECT, STORED, Dropout, keep_of, keep_signs
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import Target, Tile
 
@@ -80,7 +80,7 @@ def add_rest(
     acc, start_m, start_n, bias_ptr, stride_bias, update, mask, M, N, R,
     DROPOUT: tl.constexpr, RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + bias and, with dropout, + keep / (1 - p) * (S U): by quarters of a tile, to spare registers."""
+    """acc + bias and, with dropout, + keep * (S U): by quarters of a tile, to spare registers."""
     if DROPOUT:
         s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un = update
         bits_ptr, seed_ptr, threshold = mask
@@ -97,7 +97,7 @@ def add_rest(
             keep = tl.reshape((bits[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1, acc.shape) != 0
         else:
             keep = keep_of(keep_signs(tl.load(seed_ptr), offs_m, start_n, threshold, acc.shape[1]))
-        acc += tl.where(keep, dropped * keep_scale(threshold), 0.0)
+        acc += tl.where(keep, dropped, 0.0)
     if bias_ptr is not None:
         offs_n = (start_n + tl.arange(0, acc.shape[1])).to(tl.int64)
         acc += tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
@@ -242,7 +242,7 @@ def gemm_launch(
     target: Target, x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, u: Tensor, dropout: Dropout | None,
     bits: Tensor | None, y: Tensor, tile: Tile | None = None,
 ) -> Launch:  # fmt: skip
-    """y (M, N) = x (M, K) w (K, N) + bias (N,) + keep_scaled * (s (M, R) u (R, N)); y's rows lie side by side.
+    """y (M, N) = x (M, K) w (K, N) + bias (N,) + keep * (s (M, R) u (R, N)); y's rows lie side by side.
 
     Raises:
         ValueError: `tile` wants tensor descriptors, which cannot show x, w or y.
@@ -311,7 +311,7 @@ def gemm_dx(
     dy: Tensor, weight: Tensor, dS: Tensor, lora_A: Tensor, dropout: Dropout | None = None, out: Tensor | None = None,
     tile: Tile | None = None, bits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """dx = dy W + keep / (1 - p) * (dS A): dy (M, N), weight (N, K), dS (M, R), lora_A (R, K) -> dx (M, K).
+    """dx = dy W + keep * (dS A): dy (M, N), weight (N, K), dS (M, R), lora_A (R, K) -> dx (M, K).
 
     dy, weight and dS share a dtype, which dx has too; lora_A has it or is float32. Any strides; dx is contiguous. The
     mask is the one that forward applied to x: made again from `dropout.seed`, or read from `bits`, which `da` left.

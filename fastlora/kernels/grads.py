@@ -32,8 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.dropout import Dropout, bits_of, drop, how, keep_scale, keep_signs
-from fastlora.kernels.launch import Launch, number, run
+from fastlora.kernels.dropout import Dropout, bits_of, drop, how, keep_signs
+from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch, sum_pair_launch
 from fastlora.kernels.s import s_launches
 from fastlora.kernels.tiles import Target, Tile
@@ -44,7 +44,7 @@ def ds_db_kernel(
     dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, scaling, M, N,
     stride_ym, stride_yn, stride_bn, stride_br, region_m,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    SCALING_POINTER: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): columns i * BLOCK_N .. and rows j * region_m ..; writes dS partial i and dB partial j."""
     part_n = tl.program_id(0)
@@ -57,7 +57,6 @@ def ds_db_kernel(
     b_ptrs = b_ptr + columns[:, None] * stride_bn + offs_r[None, :] * stride_br
     b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
     b = b.to(dy_ptr.dtype.element_ty)
-    factor = tl.load(scaling).to(tl.float32) if SCALING_POINTER else scaling
     db = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     start = part_m * region_m
     end = tl.minimum(start + region_m, M)
@@ -70,7 +69,7 @@ def ds_db_kernel(
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
         s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_mr, other=0.0)  # [BLOCK_M, BLOCK_R]
         db = tl.dot(tl.trans(dy), s, db, input_precision=INPUT_PRECISION)
-        ds = tl.dot(dy, b, input_precision=INPUT_PRECISION) * factor
+        ds = tl.dot(dy, b, input_precision=INPUT_PRECISION) * scaling
         ds_ptrs = ds_ptr + (part_n.to(tl.int64) * M + rows)[:, None] * R + offs_r[None, :]
         tl.store(ds_ptrs, ds.to(ds_ptr.dtype.element_ty), mask=mask_mr)
     db_ptrs = db_ptr + (part_m.to(tl.int64) * N + offs_n)[:, None] * R + offs_r[None, :]
@@ -114,14 +113,12 @@ def da_kernel(
                 bits_ptrs = bits_ptr + rows[:, None] * bytes_k + offs_b[None, :]
                 tl.store(bits_ptrs, bits_of(signs), mask=mask_m[:, None] & (offs_b < bytes_k)[None, :])
         acc = tl.dot(ds, x, acc, input_precision=INPUT_PRECISION)
-    if DROPOUT:
-        acc *= keep_scale(threshold)
     da_ptrs = da_ptr + split.to(tl.int64) * (R * K) + offs_r[:, None] * stride_dr + columns[None, :] * stride_dk
     tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=mask_r & mask_k)
 
 
 def ds_db_launches(
-    target: Target, dy: Tensor, lora_B: Tensor, S: Tensor, scaling: float | Tensor, dS: Tensor, dB: Tensor,
+    target: Target, dy: Tensor, lora_B: Tensor, S: Tensor, scaling: float, dS: Tensor, dB: Tensor,
     tile: Tile | None = None,
 ) -> list[Launch]:  # fmt: skip
     """dS (M, R) and dB (N, R), contiguous. Two reads of dy where the partials of one would move more bytes."""
@@ -138,11 +135,11 @@ def ds_db_launches(
     ds = dS if parts_n == 1 else torch.empty(parts_n, M, R, dtype=torch.float32, device=dy.device)
     db = dB if parts_m == 1 else torch.empty(parts_m, N, R, dtype=torch.float32, device=dy.device)
     args = {
-        "dy_ptr": dy, "b_ptr": lora_B, "s_ptr": S, "ds_ptr": ds, "db_ptr": db, "scaling": number(scaling),
+        "dy_ptr": dy, "b_ptr": lora_B, "s_ptr": S, "ds_ptr": ds, "db_ptr": db, "scaling": float(scaling),
         "M": M, "N": N, "stride_ym": dy.stride(0), "stride_yn": dy.stride(1), "stride_bn": lora_B.stride(0),
         "stride_br": lora_B.stride(1), "region_m": region_m,
         "R": R, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tiles.padded_rank(R),
-        "SCALING_POINTER": isinstance(scaling, Tensor), "INPUT_PRECISION": precision,
+        "INPUT_PRECISION": precision,
     }  # fmt: skip
     launches = [Launch(ds_db_kernel, (parts_n, parts_m), args, tile.options)]
     if parts_n > 1 and parts_m > 1:
@@ -177,16 +174,14 @@ def da_launches(
     return [first] if splits == 1 else [first, sum_launch(partials, dA)]
 
 
-def ds_db(
-    dy: Tensor, lora_B: Tensor, S: Tensor, scaling: float | Tensor, tile: Tile | None = None
-) -> tuple[Tensor, Tensor]:
+def ds_db(dy: Tensor, lora_B: Tensor, S: Tensor, scaling: float, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """dS = scaling * dy @ lora_B and dB = dy.T @ S, accumulated in float32, from one read of dy (two from R = 64 on).
 
     Args:
         dy: (M, N), float16, bfloat16 or float32, any strides.
         lora_B: (N, R), dy's dtype or float32, any strides; R from 1 to 128.
         S: (M, R), dy's dtype, contiguous; it holds `scaling` already.
-        scaling: a number, or a tensor of one element on dy's device, read there.
+        scaling: dropout's factor 1 / (1 - p) is in it.
         tile: instead of the table's.
 
     Returns:

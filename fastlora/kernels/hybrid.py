@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.dropout import Dropout, drop, how, keep_of, keep_scale, keep_signs
+from fastlora.kernels.dropout import Dropout, drop, how, keep_of, keep_signs
 from fastlora.kernels.grads import da_launches
-from fastlora.kernels.launch import Launch, number, run
+from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
 from fastlora.kernels.s import down, s_launches, store_rank
 from fastlora.kernels.tiles import Target, Tile
@@ -48,13 +48,13 @@ def s_y_kernel(
     x_ptr, a_ptr, b_ptr, bias_ptr, s_ptr, y_ptr, seed_ptr, scaling, threshold, M, N, K,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br, stride_bias, stride_ym,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    SCALING_POINTER: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M rows: their S, then their y."""
     start_m = tl.program_id(0) * BLOCK_M
     s = down(
         x_ptr, a_ptr, seed_ptr, scaling, threshold, start_m, 0, K, M, stride_xm, stride_xk, stride_ar, stride_ak,
-        R, BLOCK_M, BLOCK_K, BLOCK_R, SCALING_POINTER, DROPOUT, INPUT_PRECISION,
+        R, BLOCK_M, BLOCK_K, BLOCK_R, DROPOUT, INPUT_PRECISION,
     )  # fmt: skip
     s = s.to(s_ptr.dtype.element_ty)  # as backward will see it
     store_rank(s, s_ptr, tl.program_id(1), start_m, M, R)
@@ -121,7 +121,7 @@ def da_dx_kernel(
         dx = tl.dot(ds, a, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_K]
         if DROPOUT:
             signs = keep_signs(seed, offs_m, start_k, threshold, BLOCK_K)
-            dx = tl.where(keep_of(signs), dx * keep_scale(threshold), 0.0)
+            dx = tl.where(keep_of(signs), dx, 0.0)
         if da_ptr is not None:
             x_ptrs = x_ptr + rows[:, None] * stride_xm + columns[None, :] * stride_xk
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k, other=0.0)
@@ -131,14 +131,12 @@ def da_dx_kernel(
         dx_ptrs = dx_ptr + rows[:, None] * stride_dm + columns[None, :]
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k)
     if da_ptr is not None:
-        if DROPOUT:
-            acc *= keep_scale(threshold)
         da_ptrs = da_ptr + (split.to(tl.int64) * R + ranks)[:, None] * K + columns[None, :]
         tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_k)
 
 
 def s_y_launches(
-    target: Target, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float | Tensor,
+    target: Target, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
     dropout: Dropout | None, S: Tensor, y: Tensor, tile: Tile | None = None,
 ) -> list[Launch]:  # fmt: skip
     """S (M, R), contiguous, and y (M, N), whose rows lie side by side."""
@@ -166,13 +164,13 @@ def s_y_launches(
         ]
     args = {
         "x_ptr": x, "a_ptr": lora_A, "b_ptr": lora_B, "bias_ptr": bias, "s_ptr": S, "y_ptr": y,
-        "seed_ptr": dropout and dropout.seed, "scaling": number(scaling),
+        "seed_ptr": dropout and dropout.seed, "scaling": float(scaling),
         "threshold": dropout.threshold if dropout else 0, "M": M, "N": N, "K": K,
         "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_ar": lora_A.stride(0),
         "stride_ak": lora_A.stride(1),
     } | tail  # fmt: skip
     args |= {
-        "BLOCK_K": tile.block_k, "BLOCK_R": padded, "SCALING_POINTER": isinstance(scaling, Tensor),
+        "BLOCK_K": tile.block_k, "BLOCK_R": padded,
         "DROPOUT": how(target, x.dtype, dropout), "INPUT_PRECISION": precision,
     }  # fmt: skip
     return [Launch(s_y_kernel, (triton.cdiv(M, tile.block_m),), args, tile.options)]
@@ -211,7 +209,7 @@ def da_dx_launches(
 
 
 def s_y(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float | Tensor, dropout: Dropout | None,
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout: Dropout | None,
     out: Tensor, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """S = scaling * drop(x) @ lora_A.T, returned, and S @ lora_B.T + bias, written into `out`; float32 accumulation.
@@ -221,7 +219,7 @@ def s_y(
         lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
         lora_B: (N, R), likewise.
         bias: (N,) or None.
-        scaling: a number, or a tensor of one element on x's device, read there.
+        scaling: dropout's factor 1 / (1 - p) is in it.
         dropout: None for none.
         out: (M, N), x's dtype, columns side by side.
         tile: instead of the table's.

@@ -111,11 +111,6 @@ def _binder(fn: Any, target: Target) -> tuple[Any, Any]:
     return backend, create_function_from_signature(fn.signature, fn.params, backend)
 
 
-def number(scaling: float | torch.Tensor) -> float | torch.Tensor:
-    """`scaling` as an argument: an int would be compiled in."""
-    return scaling if isinstance(scaling, torch.Tensor) else float(scaling)
-
-
 def run(launches: Iterable[Launch]) -> None:
     """Launch them in order."""
     for launch in launches:

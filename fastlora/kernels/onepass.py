@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.dropout import Dropout, drop, how, keep_scale, keep_signs
-from fastlora.kernels.launch import Launch, number
+from fastlora.kernels.dropout import Dropout, drop, how, keep_signs
+from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import Target, Tile
 
 
@@ -26,7 +26,7 @@ def onepass_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, seed_ptr, scaling, threshold, M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_bias, stride_ar, stride_ak, stride_bn, stride_br,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    SCALING_POINTER: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Neighbouring programs take the row tiles of one column tile, so that they share its W in L2."""
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -59,10 +59,7 @@ def onepass_kernel(
             x = drop(x, keep_signs(seed, offs_m, k, threshold, BLOCK_K), DROPOUT)
         acc_s = tl.dot(x, a.to(x.dtype), acc_s, input_precision=INPUT_PRECISION)
 
-    factor = tl.load(scaling).to(tl.float32) if SCALING_POINTER else scaling
-    if DROPOUT:
-        factor *= keep_scale(threshold)
-    s = tl.where(mask_r, acc_s * factor, 0.0)  # an infinity in x has made NaN of the padding's zeros
+    s = tl.where(mask_r, acc_s * scaling, 0.0)  # an infinity in x has made NaN of the padding's zeros
     s = s.to(x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R], rounded as backward will see it
     if tile_n == 0:
         tl.store(s_ptr + rows[:, None] * R + offs_r[None, :], s, mask=mask_m & mask_r)
@@ -77,7 +74,7 @@ def onepass_kernel(
 
 def onepass_launch(
     target: Target, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    scaling: float | Tensor, dropout: Dropout | None, y: Tensor, S: Tensor, tile: Tile | None = None,
+    scaling: float, dropout: Dropout | None, y: Tensor, S: Tensor, tile: Tile | None = None,
 ) -> Launch:  # fmt: skip
     """y (M, N) and S (M, R), both contiguous."""
     M, K = x.shape
@@ -86,14 +83,14 @@ def onepass_launch(
     tile = tile or tiles.rank_tiles("onepass", target, R, tiles.kind_of(x.dtype, precision))[0]
     args = {
         "x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "a_ptr": lora_A, "b_ptr": lora_B, "y_ptr": y, "s_ptr": S,
-        "seed_ptr": dropout and dropout.seed, "scaling": number(scaling),
+        "seed_ptr": dropout and dropout.seed, "scaling": float(scaling),
         "threshold": dropout.threshold if dropout else 0, "M": M, "N": N, "K": K,
         "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_wn": weight.stride(0),
         "stride_wk": weight.stride(1), "stride_bias": 0 if bias is None else bias.stride(0),
         "stride_ar": lora_A.stride(0), "stride_ak": lora_A.stride(1), "stride_bn": lora_B.stride(0),
         "stride_br": lora_B.stride(1),
         "R": R, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        "BLOCK_R": tiles.padded_rank(R), "SCALING_POINTER": isinstance(scaling, Tensor),
+        "BLOCK_R": tiles.padded_rank(R),
         "DROPOUT": how(target, x.dtype, dropout), "INPUT_PRECISION": precision,
     }  # fmt: skip
     grid = (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)
@@ -101,7 +98,7 @@ def onepass_launch(
 
 
 def onepass_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
     dropout: Dropout | None, out: Tensor | None = None, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = x @ weight.T + bias + S @ lora_B.T and S = scaling * drop(x) @ lora_A.T, accumulated in float32.
@@ -112,7 +109,7 @@ def onepass_forward(
         bias: (N,) or None.
         lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
         lora_B: (N, R), likewise.
-        scaling: a number, or a tensor of one element on x's device, read there.
+        scaling: dropout's factor 1 / (1 - p) is in it.
         dropout: None for none.
         out: contiguous (M, N) in x's dtype to write y into, or None for a new tensor.
         tile: instead of the table's.

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.dropout import Dropout, drop, how, keep_scale, keep_signs
-from fastlora.kernels.launch import Launch, number, run
+from fastlora.kernels.dropout import Dropout, drop, how, keep_signs
+from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
 from fastlora.kernels.tiles import Target, Tile
 
@@ -27,7 +27,7 @@ def down(
     x_ptr, a_ptr, seed_ptr, scaling, threshold, start_m, start, end, M,
     stride_xm, stride_xk, stride_ar, stride_ak,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    SCALING_POINTER: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scaling * drop(x) Aᵀ of BLOCK_M rows, summed over columns start .. end - 1: float32 [BLOCK_M, BLOCK_R]."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -50,10 +50,7 @@ def down(
         if DROPOUT:
             x = drop(x, keep_signs(seed, offs_m, k, threshold, BLOCK_K), DROPOUT)
         acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
-    factor = tl.load(scaling).to(tl.float32) if SCALING_POINTER else scaling
-    if DROPOUT:
-        factor *= keep_scale(threshold)
-    return tl.where(mask_r, acc * factor, 0.0)  # an infinity in x has made NaN of the padding's zeros
+    return tl.where(mask_r, acc * scaling, 0.0)  # an infinity in x has made NaN of the padding's zeros
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -61,7 +58,7 @@ def s_kernel(
     x_ptr, a_ptr, out_ptr, seed_ptr, scaling, threshold, M, K,
     stride_xm, stride_xk, stride_ar, stride_ak, split_k,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    SCALING_POINTER: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): rows i * BLOCK_M .. of out[j], summed over k in j * split_k .. (j + 1) * split_k - 1."""
     start_m = tl.program_id(0) * BLOCK_M
@@ -70,7 +67,7 @@ def s_kernel(
     out = down(
         x_ptr, a_ptr, seed_ptr, scaling, threshold, start_m, start, tl.minimum(start + split_k, K), M,
         stride_xm, stride_xk, stride_ar, stride_ak,
-        R, BLOCK_M, BLOCK_K, BLOCK_R, SCALING_POINTER, DROPOUT, INPUT_PRECISION,
+        R, BLOCK_M, BLOCK_K, BLOCK_R, DROPOUT, INPUT_PRECISION,
     )  # fmt: skip
     store_rank(out, out_ptr, split, start_m, M, R)
 
@@ -86,7 +83,7 @@ def store_rank(s, s_ptr, part, start_m, M, R: tl.constexpr):
 
 
 def s_launches(
-    target: Target, x: Tensor, lora_A: Tensor, scaling: float | Tensor, dropout: Dropout | None, S: Tensor,
+    target: Target, x: Tensor, lora_A: Tensor, scaling: float, dropout: Dropout | None, S: Tensor,
     tile: Tile | None = None,
 ) -> list[Launch]:  # fmt: skip
     """S (M, R), contiguous, from x and lora_A."""
@@ -97,27 +94,25 @@ def s_launches(
     splits, split_k = tiles.split_k(target, M, K, tile)
     out = S if splits == 1 else torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
     args = {
-        "x_ptr": x, "a_ptr": lora_A, "out_ptr": out, "seed_ptr": dropout and dropout.seed, "scaling": number(scaling),
+        "x_ptr": x, "a_ptr": lora_A, "out_ptr": out, "seed_ptr": dropout and dropout.seed, "scaling": float(scaling),
         "threshold": dropout.threshold if dropout else 0, "M": M, "K": K,
         "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_ar": lora_A.stride(0),
         "stride_ak": lora_A.stride(1), "split_k": split_k,
         "R": R, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": tiles.padded_rank(R),
-        "SCALING_POINTER": isinstance(scaling, Tensor), "DROPOUT": how(target, x.dtype, dropout),
+        "DROPOUT": how(target, x.dtype, dropout),
         "INPUT_PRECISION": precision,
     }  # fmt: skip
     first = Launch(s_kernel, (triton.cdiv(M, tile.block_m), splits), args, tile.options)
     return [first] if splits == 1 else [first, sum_launch(out, S)]
 
 
-def s_forward(
-    x: Tensor, lora_A: Tensor, scaling: float | Tensor, dropout: Dropout | None, tile: Tile | None = None
-) -> Tensor:
+def s_forward(x: Tensor, lora_A: Tensor, scaling: float, dropout: Dropout | None, tile: Tile | None = None) -> Tensor:
     """S = scaling * drop(x) @ lora_A.T, accumulated in float32.
 
     Args:
         x: (M, K), float16, bfloat16 or float32, any strides.
         lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
-        scaling: a number, or a tensor of one element on x's device, read there.
+        scaling: dropout's factor 1 / (1 - p) is in it.
         dropout: None for none.
         tile: instead of the table's.
 

@@ -31,7 +31,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> t
     lora_A, lora_B, _, p, seed, _ = update
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     S = kernels.forward(
-        _laid(x2), _laid(weight), None if bias is None else _aligned(bias), lora_A, lora_B, gpu.exact(update), p, seed,
+        _laid(x2), _laid(weight), None if bias is None else _aligned(bias), lora_A, lora_B, _exact(update), p, seed,
         y.view(x2.shape[0], weight.shape[0]),
     )  # fmt: skip
     return y, S
@@ -42,8 +42,14 @@ def backward(dy, x, weight, S, update, need_B):
     lora_A, lora_B, _, p, seed, _ = update
     return kernels.backward(
         _laid(dy), None if x is None else _laid(rows(x)), None if weight is None else _laid(weight), lora_A, lora_B,
-        S.contiguous(), gpu.exact(update), p, seed, need_B,
+        S.contiguous(), _exact(update), p, seed, need_B,
     )  # fmt: skip
+
+
+def _exact(update: Update) -> float:
+    """The scaling to hand to kernels, which divide what they keep by 1 - round(p·65536)/65536, so that it is 1 - p."""
+    scaling, p = update.scaling, update.dropout_p
+    return scaling if p in (0.0, 1.0) else scaling * (1.0 - mask.threshold(p) / 65536) / (1.0 - p)
 
 
 def _laid(matrix: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fastlora import env
-from fastlora.paths.mask import threshold
 from fastlora.paths.path import Path
 from fastlora.paths.problem import Problem, Update, check_saved, drawn, rows
 
@@ -68,7 +67,7 @@ def hybrid_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     y2 = y.view(x2.shape[0], weight.shape[0])
     with _on_device_of(x):
-        S = hybrid.s_y(x2, update.lora_A, update.lora_B, bias, exact(update), _dropout(update), y2, cut.get("s_y"))
+        S = hybrid.s_y(x2, update.lora_A, update.lora_B, bias, _factor(update), _dropout(update), y2, cut.get("s_y"))
         y2.addmm_(x2, weight.t())
     return y, S
 
@@ -80,7 +79,7 @@ def hybrid_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
     dy, update = _laid(dy), _laid_update(update)
     lora_A = update.lora_A
     with _on_device_of(dy):
-        dS, dB = grads.ds_db(dy, update.lora_B, S, exact(update), cut.get("ds_db"))
+        dS, dB = grads.ds_db(dy, update.lora_B, S, _factor(update), cut.get("ds_db"))
         dx = None if weight is None else dy.new_empty((dy.shape[0], lora_A.shape[1]))
         dA = None
         if x is not None or dx is not None:
@@ -100,7 +99,7 @@ def onepass_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tenso
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     with _on_device_of(x):
         _, S = onepass.onepass_forward(
-            x2, weight, bias, update.lora_A, update.lora_B, exact(update), _dropout(update),
+            x2, weight, bias, update.lora_A, update.lora_B, _factor(update), _dropout(update),
             out=y.view(x2.shape[0], weight.shape[0]), tile=cut.get("onepass"),
         )  # fmt: skip
     return y, S
@@ -112,7 +111,7 @@ def split_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]
     update = _laid_update(update)
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     with _on_device_of(x):
-        S = s.s_forward(x2, update.lora_A, exact(update), _dropout(update), cut.get("s"))
+        S = s.s_forward(x2, update.lora_A, _factor(update), _dropout(update), cut.get("s"))
         y2 = y.view(x2.shape[0], weight.shape[0])
         gemm.gemm_forward(x2, weight, bias, S, update.lora_B, out=y2, tile=cut.get("gemm"))
     return y, S
@@ -126,7 +125,7 @@ def split_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
     dy, update = _laid(dy), _laid_update(update)
     dropout, lora_A = _dropout(update), update.lora_A
     with _on_device_of(dy):
-        dS, dB = grads.ds_db(dy, update.lora_B, S, exact(update), cut.get("ds_db"))
+        dS, dB = grads.ds_db(dy, update.lora_B, S, _factor(update), cut.get("ds_db"))
         # dA makes the mask; dX reads an eighth of a byte an element instead of making it again
         both = dropout is not None and x is not None and weight is not None
         bits = mask_bits(dy.shape[0], lora_A.shape[1], dy.device) if both else None
@@ -153,10 +152,9 @@ def _dropout(update: Update):
     return Dropout(update.dropout_p, update.seed) if update.dropout_p > 0.0 else None
 
 
-def exact(update: Update) -> float:
-    """The scaling to hand to kernels, which divide what they keep by 1 - round(p·65536)/65536, so that it is 1 - p."""
-    scaling, p = update.scaling, update.dropout_p
-    return scaling if p in (0.0, 1.0) else scaling * (1.0 - threshold(p) / 65536) / (1.0 - p)
+def _factor(update: Update) -> float:
+    """What S and dS are multiplied by: the scaling, and dropout's 1 / (1 - p)."""
+    return update.scaling / (1.0 - update.dropout_p) if update.dropout_p < 1.0 else 0.0
 
 
 def _laid(t: Tensor) -> Tensor:

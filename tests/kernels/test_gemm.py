@@ -35,13 +35,10 @@ def check_forward(x, weight, bias, S, lora_B, **keywords):
 
 def check_dx(dy, weight, dS, lora_A, dropout=None, **keywords):
     M, K = dy.shape[0], weight.shape[1]
-    factor = 1.0
-    if dropout is not None:
-        kept = 65536 - dropout.threshold
-        factor = keep_mask(dropout, M, K) * (65536 / kept if kept else 0.0)
+    keep = torch.ones(1, 1) if dropout is None else keep_mask(dropout, M, K)
 
     def formula(dy, weight, dS, lora_A):
-        return dy @ weight + (dS @ lora_A) * torch.as_tensor(factor, dtype=dy.dtype)
+        return dy @ weight + (dS @ lora_A) * keep.to(dy.dtype)
 
     dx = gemm_dx(dy, weight, dS, lora_A, dropout, **keywords)
     assert dx.dtype == dy.dtype and dx.is_contiguous()

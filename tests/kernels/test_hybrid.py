@@ -30,7 +30,7 @@ def check_s_y(x, lora_A, lora_B, bias, scaling=2.0, p=0.0, tile=None):
     S = hybrid.s_y(x, lora_A, lora_B, bias, scaling, seeded(p), y, tile)
     assert S.dtype is x.dtype and S.is_contiguous()
     assert around[:, :3].isnan().all() and around[:, 3 + N :].isnan().all()
-    judge(S, lambda x, A: float(scaling) * (x * mask / (1 - p)) @ A.T, x, lora_A, dtype=x.dtype)
+    judge(S, lambda x, A: scaling * (x * mask) @ A.T, x, lora_A, dtype=x.dtype)
     judge(y, lambda S, B, bias=0: S @ B.T + bias, S, lora_B, *(() if bias is None else (bias,)), dtype=x.dtype)
     return S, y.clone()
 
@@ -42,9 +42,9 @@ def check_da_dx(dS, x, lora_A, p=0.0, want_dA=True, want_dx=True):
     assert (dA is None) is (not want_dA)
     if want_dA:
         assert dA.dtype is lora_A.dtype and dA.is_contiguous()
-        judge(dA, lambda dS, x: dS.T @ (x * mask / (1 - p)), dS, x, dtype=x.dtype)
+        judge(dA, lambda dS, x: dS.T @ (x * mask), dS, x, dtype=x.dtype)
     if want_dx:
-        judge(dx, lambda dS, A: (dS @ A) * mask / (1 - p), dS, lora_A, dtype=dS.dtype)
+        judge(dx, lambda dS, A: (dS @ A) * mask, dS, lora_A, dtype=dS.dtype)
     return dA, dx
 
 
@@ -93,10 +93,9 @@ def test_strides(layout, R):
 
 
 @pytest.mark.parametrize("R", [5, 40])
-def test_float32_adapters_no_bias_and_scaling_on_the_device(R):
+def test_float32_adapters_and_no_bias(R):
     x, A, B, _ = forward(40, 50, 60, R, torch.float16, torch.float32)
-    first, second = check_s_y(x, A, B, None, 0.5), check_s_y(x, A, B, None, torch.tensor(0.5))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    check_s_y(x, A, B, None, 0.5)
     check_da_dx(*backward(70, 50, R, torch.float16, torch.float32), p=0.25)
 
 

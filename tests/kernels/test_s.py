@@ -14,19 +14,12 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 SEED = 2**33 + 5
 
 
-def product(scaling, mask, p):
-    def s(x, lora_A):
-        return scaling * (x if mask is None else x * mask / (1 - p)) @ lora_A.T
-
-    return s
-
-
 def check(x, lora_A, scaling=2.0, p=0.0):
     dropout = Dropout(p, torch.tensor([SEED])) if p else None
-    mask = keep_mask(dropout, *x.shape) if p else None
+    mask = keep_mask(dropout, *x.shape) if p else 1
     S = s_forward(x, lora_A, scaling, dropout)
     assert S.dtype is x.dtype and S.is_contiguous()
-    judge(S, product(float(scaling), mask, p), x, lora_A, dtype=x.dtype)
+    judge(S, lambda x, A: scaling * (x * mask) @ A.T, x, lora_A, dtype=x.dtype)
     return S
 
 
@@ -49,9 +42,8 @@ def test_strides(layout):
     assert torch.equal(check(strided(x, layout), strided(lora_A, layout), p=0.25), plain)
 
 
-def test_float32_adapter_and_scaling_on_the_device():
-    x, lora_A = draw(37, 70, dtype=torch.float16), draw(4, 70, dtype=torch.float32, seed=1)
-    assert torch.equal(check(x, lora_A, torch.tensor(0.75)), check(x, lora_A, 0.75))
+def test_float32_adapter():
+    check(draw(37, 70, dtype=torch.float16), draw(4, 70, dtype=torch.float32, seed=1), 0.75)
 
 
 def test_repeats_bit_for_bit():
