@@ -9,14 +9,21 @@ statistical battery), keyed by the 64-bit seed, with the counter (k // 8, m, 0, 
 call. Row and column sit in separate 32-bit words, so nothing overflows however large M * K is, and no tile size enters.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels.bank import scale, threshold_of
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import Target
+
+if TYPE_CHECKING:
+    from fastlora.paths.bank import Bank
 
 BITS = 65536
 # DROPOUT of a kernel, 0 for none: the mask from the seed and a select, from the seed on pairs, from stored bits.
@@ -25,18 +32,30 @@ SELECT, PAIRS, STORED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout of one call: `p` in [0, 1] and `seed`, an int64 tensor of one element on the device of x.
+    """Dropout of one call: `p` in [0, 1], or the bank that knows it for each row, and `seed`, int64 of one element.
 
     Kernels read the seed by pointer: no host synchronisation, and a captured CUDA graph sees each new value.
     """
 
-    p: float
+    p: float | Bank
     seed: torch.Tensor
 
     @property
-    def threshold(self) -> int:
+    def rows(self) -> torch.Tensor | None:
+        return None if isinstance(self.p, (int, float)) else self.p.rows
+
+    @property
+    def threshold(self) -> int | torch.Tensor:
         """What the 16 bits of an element must reach for it to be kept."""
-        return round(self.p * BITS)
+        return round(self.p * BITS) if isinstance(self.p, (int, float)) else self.p.thresholds
+
+
+def arguments(dropout: Dropout | None, scaling: float | Bank | None = None) -> dict[str, torch.Tensor | float | None]:
+    """The arguments `rows_ptr`, `seed_ptr`, `scaling`, if it has one, and `threshold` of a kernel."""
+    args = {"rows_ptr": dropout and dropout.rows, "seed_ptr": dropout and dropout.seed}
+    if scaling is not None:
+        args |= scale(scaling)
+    return args | {"threshold": dropout.threshold if dropout else 0}
 
 
 @triton.jit
@@ -64,6 +83,8 @@ def philox(seed, c0, c1, ROUNDS: tl.constexpr):
 @triton.jit
 def keep_signs(seed, offs_m, start_k, threshold, BLOCK_K: tl.constexpr):
     """The mask of rows `offs_m` and columns start_k + (0 .. BLOCK_K - 1): four words uint32 [BLOCK_M, BLOCK_K // 8].
+
+    `threshold`: one number, or [BLOCK_M, 1].
 
     Bits 15 and 31 of a word say whether two neighbouring columns are kept: of 8, words 0 .. 3 hold 0-1, 4-5, 2-3, 6-7.
     `start_k` and BLOCK_K must be multiples of 8. Two halves are compared at once: with the low 15 bits subtracted the
@@ -134,10 +155,13 @@ def _pair(sign):
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def keep_mask_kernel(out_ptr, seed_ptr, threshold, M, K, stride_om, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def keep_mask_kernel(
+    out_ptr, rows_ptr, seed_ptr, threshold, M, K, stride_om, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     start_k = tl.program_id(1) * BLOCK_K
     offs_k = start_k + tl.arange(0, BLOCK_K)
+    threshold = threshold_of(threshold, rows_ptr, offs_m, M)
     keep = keep_of(keep_signs(tl.load(seed_ptr), offs_m, start_k, threshold, BLOCK_K))
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_k[None, :]
     tl.store(out_ptrs, keep.to(tl.int8), mask=(offs_m[:, None] < M) & (offs_k[None, :] < K))
@@ -158,8 +182,8 @@ def mask_bits(M: int, K: int, device: torch.device) -> torch.Tensor:
 def mask_launch(dropout: Dropout, out: torch.Tensor, block_m: int = 32, block_k: int = 128) -> Launch:
     M, K = out.shape
     args = {
-        "out_ptr": out, "seed_ptr": dropout.seed, "threshold": dropout.threshold, "M": M, "K": K,
-        "stride_om": out.stride(0), "BLOCK_M": block_m, "BLOCK_K": block_k,
+        "out_ptr": out, **arguments(dropout), "M": M, "K": K, "stride_om": out.stride(0),
+        "BLOCK_M": block_m, "BLOCK_K": block_k,
     }  # fmt: skip
     return Launch(keep_mask_kernel, (triton.cdiv(M, block_m), triton.cdiv(K, block_k)), args, {"num_warps": 4})
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.dropout import SELECT, STORED, Dropout, keep_of, keep_signs
+from fastlora.kernels.bank import threshold_of
+from fastlora.kernels.dropout import SELECT, STORED, Dropout, arguments, keep_of, keep_signs
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import Target, Tile
 
@@ -83,7 +84,7 @@ def add_rest(
     """acc + bias and, with dropout, + keep * (S U): by quarters of a tile, to spare registers."""
     if DROPOUT:
         s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un = update
-        bits_ptr, seed_ptr, threshold = mask
+        bits_ptr, rows_ptr, seed_ptr, threshold = mask
         dropped = add_update(
             tl.zeros_like(acc), s_ptr, u_ptr, start_m, start_n, M, N, R,
             stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
@@ -96,7 +97,8 @@ def add_rest(
             bits = tl.load(bits_ptrs, mask=(offs_m < M)[:, None] & (offs_b < bytes_n)[None, :], other=0)
             keep = tl.reshape((bits[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1, acc.shape) != 0
         else:
-            keep = keep_of(keep_signs(tl.load(seed_ptr), offs_m, start_n, threshold, acc.shape[1]))
+            least = threshold_of(threshold, rows_ptr, offs_m, M)
+            keep = keep_of(keep_signs(tl.load(seed_ptr), offs_m, start_n, least, acc.shape[1]))
         acc += tl.where(keep, dropped, 0.0)
     if bias_ptr is not None:
         offs_n = (start_n + tl.arange(0, acc.shape[1])).to(tl.int64)
@@ -114,7 +116,7 @@ def store_part(part, y_ptr, start_m, start_n, M, N, stride_ym):
 
 @triton.jit(do_not_specialize=["threshold"])
 def gemm_kernel(
-    x_ptr, w_ptr, y_ptr, bias_ptr, s_ptr, u_ptr, bits_ptr, seed_ptr, threshold, M, N, K, R,
+    x_ptr, w_ptr, y_ptr, bias_ptr, s_ptr, u_ptr, bits_ptr, rows_ptr, seed_ptr, threshold, M, N, K, R,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_bias, stride_sm, stride_sr, stride_ur, stride_un,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -145,7 +147,7 @@ def gemm_kernel(
         w_ptrs += advance * stride_wk
 
     update = (s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un)
-    mask = (bits_ptr, seed_ptr, threshold)
+    mask = (bits_ptr, rows_ptr, seed_ptr, threshold)
     if DROPOUT:
         left, right = halves(acc)
         for half in tl.static_range(2):
@@ -171,7 +173,7 @@ def gemm_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def gemm_tma_kernel(
-    x_desc, w_desc, y_desc, bias_ptr, s_ptr, u_ptr, bits_ptr, seed_ptr, threshold, M, N, K, R,
+    x_desc, w_desc, y_desc, bias_ptr, s_ptr, u_ptr, bits_ptr, rows_ptr, seed_ptr, threshold, M, N, K, R,
     stride_bias, stride_sm, stride_sr, stride_ur, stride_un,
     DROPOUT: tl.constexpr, W_BY_N: tl.constexpr, FLATTEN: tl.constexpr,
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -186,7 +188,7 @@ def gemm_tma_kernel(
     steps = tl.cdiv(K, BLOCK_K)
     tl.assume(steps > 0)
     update = (s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un)
-    mask = (bits_ptr, seed_ptr, threshold)
+    mask = (bits_ptr, rows_ptr, seed_ptr, threshold)
     for tile_id in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         start_m, start_n = tile_origin(tile_id, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -260,9 +262,8 @@ def gemm_launch(
     block_r = min(tiles.padded_rank(R), tiles.rank_block(target, tiles.kind_of(x.dtype, precision)))
     programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     args = {
-        "bias_ptr": bias, "s_ptr": s, "u_ptr": u, "bits_ptr": bits,
-        "seed_ptr": dropout.seed if dropout and bits is None else None,
-        "threshold": dropout.threshold if dropout else 0, "M": M, "N": N, "K": K, "R": R,
+        "bias_ptr": bias, "s_ptr": s, "u_ptr": u, "bits_ptr": bits, **arguments(dropout if bits is None else None),
+        "M": M, "N": N, "K": K, "R": R,
     }  # fmt: skip
     strides = {
         "stride_bias": 0 if bias is None else bias.stride(0), "stride_sm": s.stride(0), "stride_sr": s.stride(1),

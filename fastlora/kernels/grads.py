@@ -26,22 +26,28 @@ Floors at the device's copy bandwidth (an H200: 4.3 TB/s): M * N * itemsize byte
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.dropout import Dropout, bits_of, drop, how, keep_signs
+from fastlora.kernels.bank import scale, scaled, threshold_of
+from fastlora.kernels.dropout import Dropout, arguments, bits_of, drop, how, keep_signs
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch, sum_pair_launch
 from fastlora.kernels.s import s_launches
 from fastlora.kernels.tiles import Target, Tile
 
+if TYPE_CHECKING:
+    from fastlora.paths.bank import Bank
+
 
 @triton.jit
 def ds_db_kernel(
-    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, scaling, M, N,
+    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, rows_ptr, scaling, M, N,
     stride_ym, stride_yn, stride_bn, stride_br, region_m,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -69,7 +75,7 @@ def ds_db_kernel(
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
         s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_mr, other=0.0)  # [BLOCK_M, BLOCK_R]
         db = tl.dot(tl.trans(dy), s, db, input_precision=INPUT_PRECISION)
-        ds = tl.dot(dy, b, input_precision=INPUT_PRECISION) * scaling
+        ds = scaled(tl.dot(dy, b, input_precision=INPUT_PRECISION), scaling, rows_ptr, offs_m, end, R)
         ds_ptrs = ds_ptr + (part_n.to(tl.int64) * M + rows)[:, None] * R + offs_r[None, :]
         tl.store(ds_ptrs, ds.to(ds_ptr.dtype.element_ty), mask=mask_mr)
     db_ptrs = db_ptr + (part_m.to(tl.int64) * N + offs_n)[:, None] * R + offs_r[None, :]
@@ -78,8 +84,8 @@ def ds_db_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def da_kernel(
-    x_ptr, ds_ptr, da_ptr, bits_ptr, seed_ptr, threshold, M, K, stride_sm, stride_sr, stride_xm, stride_xk, split_m,
-    stride_dr, stride_dk,
+    x_ptr, ds_ptr, da_ptr, bits_ptr, rows_ptr, seed_ptr, threshold, M, K,
+    stride_sm, stride_sr, stride_xm, stride_xk, split_m, stride_dr, stride_dk,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, BITS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,7 +111,7 @@ def da_kernel(
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k, other=0.0)
         ds = tl.load(ds_ptrs, mask=mask_r & mask_m[None, :], other=0.0)
         if DROPOUT:
-            signs = keep_signs(seed, offs_m, start_k, threshold, BLOCK_K)
+            signs = keep_signs(seed, offs_m, start_k, threshold_of(threshold, rows_ptr, offs_m, end), BLOCK_K)
             x = drop(x, signs, DROPOUT)
             if BITS:
                 offs_b = (start_k // 8 + tl.arange(0, BLOCK_K // 8)).to(tl.int64)
@@ -118,7 +124,7 @@ def da_kernel(
 
 
 def ds_db_launches(
-    target: Target, dy: Tensor, lora_B: Tensor, S: Tensor, scaling: float, dS: Tensor, dB: Tensor,
+    target: Target, dy: Tensor, lora_B: Tensor, S: Tensor, scaling: float | Bank, dS: Tensor, dB: Tensor,
     tile: Tile | None = None,
 ) -> list[Launch]:  # fmt: skip
     """dS (M, R) and dB (N, R), contiguous. Two reads of dy where the partials of one would move more bytes."""
@@ -135,7 +141,7 @@ def ds_db_launches(
     ds = dS if parts_n == 1 else torch.empty(parts_n, M, R, dtype=torch.float32, device=dy.device)
     db = dB if parts_m == 1 else torch.empty(parts_m, N, R, dtype=torch.float32, device=dy.device)
     args = {
-        "dy_ptr": dy, "b_ptr": lora_B, "s_ptr": S, "ds_ptr": ds, "db_ptr": db, "scaling": float(scaling),
+        "dy_ptr": dy, "b_ptr": lora_B, "s_ptr": S, "ds_ptr": ds, "db_ptr": db, **scale(scaling),
         "M": M, "N": N, "stride_ym": dy.stride(0), "stride_yn": dy.stride(1), "stride_bn": lora_B.stride(0),
         "stride_br": lora_B.stride(1), "region_m": region_m,
         "R": R, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tiles.padded_rank(R),
@@ -163,8 +169,7 @@ def da_launches(
     splits, split_m = tiles.split_m(target, M, K, tile)
     partials = dA if splits == 1 else torch.empty(splits, R * K, dtype=torch.float32, device=x.device)
     args = {
-        "x_ptr": x, "ds_ptr": dS, "da_ptr": partials, "bits_ptr": bits, "seed_ptr": dropout and dropout.seed,
-        "threshold": dropout.threshold if dropout else 0, "M": M, "K": K,
+        "x_ptr": x, "ds_ptr": dS, "da_ptr": partials, "bits_ptr": bits, **arguments(dropout), "M": M, "K": K,
         "stride_sm": dS.stride(0), "stride_sr": dS.stride(1), "stride_xm": x.stride(0), "stride_xk": x.stride(1),
         "split_m": split_m, "stride_dr": dA.stride(0), "stride_dk": dA.stride(1),
         "R": R, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": tiles.padded_rank(R),
@@ -174,14 +179,16 @@ def da_launches(
     return [first] if splits == 1 else [first, sum_launch(partials, dA)]
 
 
-def ds_db(dy: Tensor, lora_B: Tensor, S: Tensor, scaling: float, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+def ds_db(
+    dy: Tensor, lora_B: Tensor, S: Tensor, scaling: float | Bank, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
     """dS = scaling * dy @ lora_B and dB = dy.T @ S, accumulated in float32, from one read of dy (two from R = 64 on).
 
     Args:
         dy: (M, N), float16, bfloat16 or float32, any strides.
         lora_B: (N, R), dy's dtype or float32, any strides; R from 1 to 128.
         S: (M, R), dy's dtype, contiguous; it holds `scaling` already.
-        scaling: dropout's factor 1 / (1 - p) is in it.
+        scaling: dropout's factor 1 / (1 - p) is in it; or the bank that knows it for each row.
         tile: instead of the table's.
 
     Returns:

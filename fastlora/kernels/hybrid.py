@@ -10,18 +10,24 @@ float32 partials of S, and the programs of a second kernel, one for each tile of
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.dropout import Dropout, drop, how, keep_of, keep_signs
+from fastlora.kernels.bank import threshold_of
+from fastlora.kernels.dropout import Dropout, arguments, drop, how, keep_of, keep_signs
 from fastlora.kernels.grads import da_launches
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
 from fastlora.kernels.s import down, s_launches, store_rank
 from fastlora.kernels.tiles import Target, Tile
+
+if TYPE_CHECKING:
+    from fastlora.paths.bank import Bank
 
 
 @triton.jit
@@ -45,7 +51,7 @@ def store_y(
 
 @triton.jit(do_not_specialize=["threshold"])
 def s_y_kernel(
-    x_ptr, a_ptr, b_ptr, bias_ptr, s_ptr, y_ptr, seed_ptr, scaling, threshold, M, N, K,
+    x_ptr, a_ptr, b_ptr, bias_ptr, s_ptr, y_ptr, rows_ptr, seed_ptr, scaling, threshold, M, N, K,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br, stride_bias, stride_ym,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -53,7 +59,8 @@ def s_y_kernel(
     """A program owns BLOCK_M rows: their S, then their y."""
     start_m = tl.program_id(0) * BLOCK_M
     s = down(
-        x_ptr, a_ptr, seed_ptr, scaling, threshold, start_m, 0, K, M, stride_xm, stride_xk, stride_ar, stride_ak,
+        x_ptr, a_ptr, rows_ptr, seed_ptr, scaling, threshold, start_m, 0, K, M,
+        stride_xm, stride_xk, stride_ar, stride_ak,
         R, BLOCK_M, BLOCK_K, BLOCK_R, DROPOUT, INPUT_PRECISION,
     )  # fmt: skip
     s = s.to(s_ptr.dtype.element_ty)  # as backward will see it
@@ -91,7 +98,7 @@ def y_kernel(
 
 @triton.jit(do_not_specialize=["threshold"])
 def da_dx_kernel(
-    x_ptr, ds_ptr, a_ptr, da_ptr, dx_ptr, seed_ptr, threshold, M, K,
+    x_ptr, ds_ptr, a_ptr, da_ptr, dx_ptr, rows_ptr, seed_ptr, threshold, M, K,
     stride_xm, stride_xk, stride_sm, stride_sr, stride_ar, stride_ak, stride_dm, split_m,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -120,7 +127,7 @@ def da_dx_kernel(
         ds = tl.load(ds_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         dx = tl.dot(ds, a, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_K]
         if DROPOUT:
-            signs = keep_signs(seed, offs_m, start_k, threshold, BLOCK_K)
+            signs = keep_signs(seed, offs_m, start_k, threshold_of(threshold, rows_ptr, offs_m, end), BLOCK_K)
             dx = tl.where(keep_of(signs), dx, 0.0)
         if da_ptr is not None:
             x_ptrs = x_ptr + rows[:, None] * stride_xm + columns[None, :] * stride_xk
@@ -136,7 +143,7 @@ def da_dx_kernel(
 
 
 def s_y_launches(
-    target: Target, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float,
+    target: Target, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float | Bank,
     dropout: Dropout | None, S: Tensor, y: Tensor, tile: Tile | None = None,
 ) -> list[Launch]:  # fmt: skip
     """S (M, R), contiguous, and y (M, N), whose rows lie side by side."""
@@ -164,8 +171,7 @@ def s_y_launches(
         ]
     args = {
         "x_ptr": x, "a_ptr": lora_A, "b_ptr": lora_B, "bias_ptr": bias, "s_ptr": S, "y_ptr": y,
-        "seed_ptr": dropout and dropout.seed, "scaling": float(scaling),
-        "threshold": dropout.threshold if dropout else 0, "M": M, "N": N, "K": K,
+        **arguments(dropout, scaling), "M": M, "N": N, "K": K,
         "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_ar": lora_A.stride(0),
         "stride_ak": lora_A.stride(1),
     } | tail  # fmt: skip
@@ -198,7 +204,7 @@ def da_dx_launches(
     stride_xm, stride_xk = (0, 0) if dA is None else x.stride()
     args = {
         "x_ptr": None if dA is None else x, "ds_ptr": dS, "a_ptr": lora_A, "da_ptr": partials, "dx_ptr": dx,
-        "seed_ptr": dropout and dropout.seed, "threshold": dropout.threshold if dropout else 0, "M": M, "K": K,
+        **arguments(dropout), "M": M, "K": K,
         "stride_xm": stride_xm, "stride_xk": stride_xk, "stride_sm": dS.stride(0), "stride_sr": dS.stride(1),
         "stride_ar": lora_A.stride(0), "stride_ak": lora_A.stride(1), "stride_dm": dx.stride(0), "split_m": split_m,
         "R": R, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": tiles.padded_rank(R),
@@ -209,7 +215,7 @@ def da_dx_launches(
 
 
 def s_y(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dropout: Dropout | None,
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float | Bank, dropout: Dropout | None,
     out: Tensor, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """S = scaling * drop(x) @ lora_A.T, returned, and S @ lora_B.T + bias, written into `out`; float32 accumulation.
@@ -219,7 +225,7 @@ def s_y(
         lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
         lora_B: (N, R), likewise.
         bias: (N,) or None.
-        scaling: dropout's factor 1 / (1 - p) is in it.
+        scaling: dropout's factor 1 / (1 - p) is in it; or the bank that knows it for each row.
         dropout: None for none.
         out: (M, N), x's dtype, columns side by side.
         tile: instead of the table's.

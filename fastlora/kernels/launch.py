@@ -95,6 +95,7 @@ class Launch:
         words.append(("aligned" if args.get("EVEN_K", True) else "uneven") if aligned else "ragged")
         words += [n.lower() for n, v in args.items() if n.isupper() and v and type(v) is bool and n != "EVEN_K"]
         words += [[], ["dropout"], ["dropout"], ["dropout", "bits"]][args.get("DROPOUT", 0)]
+        words += ["bank"] * (args.get("rows_ptr") is not None)
         words += ["tf32"] * (args.get("INPUT_PRECISION") == "tf32")
         tile = "x".join(str(args[f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in args)
         return " ".join(["/".join(words), *([tile] * bool(tile)), *(f"{n[4]}{v}" for n, v in self.options.items())])

@@ -10,20 +10,26 @@ the shapes this is for, a launch and the latency of cdiv(K, BLOCK_K) dependent s
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.dropout import Dropout, drop, how, keep_signs
+from fastlora.kernels.bank import scaled, threshold_of
+from fastlora.kernels.dropout import Dropout, arguments, drop, how, keep_signs
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import Target, Tile
+
+if TYPE_CHECKING:
+    from fastlora.paths.bank import Bank
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def onepass_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, seed_ptr, scaling, threshold, M, N, K,
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, rows_ptr, seed_ptr, scaling, threshold, M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_bias, stride_ar, stride_ak, stride_bn, stride_br,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -46,6 +52,7 @@ def onepass_kernel(
     a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
     if DROPOUT:
         seed = tl.load(seed_ptr)
+        threshold = threshold_of(threshold, rows_ptr, offs_m, M)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in range(0, K, BLOCK_K):
@@ -59,7 +66,8 @@ def onepass_kernel(
             x = drop(x, keep_signs(seed, offs_m, k, threshold, BLOCK_K), DROPOUT)
         acc_s = tl.dot(x, a.to(x.dtype), acc_s, input_precision=INPUT_PRECISION)
 
-    s = tl.where(mask_r, acc_s * scaling, 0.0)  # an infinity in x has made NaN of the padding's zeros
+    s = scaled(acc_s, scaling, rows_ptr, offs_m, M, R)
+    s = tl.where(mask_r, s, 0.0)  # an infinity in x has made NaN of the padding's zeros
     s = s.to(x_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R], rounded as backward will see it
     if tile_n == 0:
         tl.store(s_ptr + rows[:, None] * R + offs_r[None, :], s, mask=mask_m & mask_r)
@@ -74,7 +82,7 @@ def onepass_kernel(
 
 def onepass_launch(
     target: Target, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
-    scaling: float, dropout: Dropout | None, y: Tensor, S: Tensor, tile: Tile | None = None,
+    scaling: float | Bank, dropout: Dropout | None, y: Tensor, S: Tensor, tile: Tile | None = None,
 ) -> Launch:  # fmt: skip
     """y (M, N) and S (M, R), both contiguous."""
     M, K = x.shape
@@ -83,8 +91,7 @@ def onepass_launch(
     tile = tile or tiles.rank_tiles("onepass", target, R, tiles.kind_of(x.dtype, precision))[0]
     args = {
         "x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "a_ptr": lora_A, "b_ptr": lora_B, "y_ptr": y, "s_ptr": S,
-        "seed_ptr": dropout and dropout.seed, "scaling": float(scaling),
-        "threshold": dropout.threshold if dropout else 0, "M": M, "N": N, "K": K,
+        **arguments(dropout, scaling), "M": M, "N": N, "K": K,
         "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_wn": weight.stride(0),
         "stride_wk": weight.stride(1), "stride_bias": 0 if bias is None else bias.stride(0),
         "stride_ar": lora_A.stride(0), "stride_ak": lora_A.stride(1), "stride_bn": lora_B.stride(0),
@@ -98,7 +105,7 @@ def onepass_launch(
 
 
 def onepass_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float | Bank,
     dropout: Dropout | None, out: Tensor | None = None, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y = x @ weight.T + bias + S @ lora_B.T and S = scaling * drop(x) @ lora_A.T, accumulated in float32.
@@ -109,7 +116,7 @@ def onepass_forward(
         bias: (N,) or None.
         lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
         lora_B: (N, R), likewise.
-        scaling: dropout's factor 1 / (1 - p) is in it.
+        scaling: dropout's factor 1 / (1 - p) is in it; or the bank that knows it for each row.
         dropout: None for none.
         out: contiguous (M, N) in x's dtype to write y into, or None for a new tensor.
         tile: instead of the table's.

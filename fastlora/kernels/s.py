@@ -10,21 +10,27 @@ partial of S, splits * M * R * 4 bytes written and read again, and a second kern
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.dropout import Dropout, drop, how, keep_signs
+from fastlora.kernels.bank import scaled, threshold_of
+from fastlora.kernels.dropout import Dropout, arguments, drop, how, keep_signs
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
 from fastlora.kernels.tiles import Target, Tile
 
+if TYPE_CHECKING:
+    from fastlora.paths.bank import Bank
+
 
 @triton.jit
 def down(
-    x_ptr, a_ptr, seed_ptr, scaling, threshold, start_m, start, end, M,
+    x_ptr, a_ptr, rows_ptr, seed_ptr, scaling, threshold, start_m, start, end, M,
     stride_xm, stride_xk, stride_ar, stride_ak,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -39,6 +45,7 @@ def down(
     a_rows = a_ptr + offs_r.to(tl.int64)[None, :] * stride_ar
     if DROPOUT:
         seed = tl.load(seed_ptr)
+        threshold = threshold_of(threshold, rows_ptr, offs_m, M)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in range(start, end, BLOCK_K):
         mask_k = offs_k < end - k
@@ -50,12 +57,13 @@ def down(
         if DROPOUT:
             x = drop(x, keep_signs(seed, offs_m, k, threshold, BLOCK_K), DROPOUT)
         acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
-    return tl.where(mask_r, acc * scaling, 0.0)  # an infinity in x has made NaN of the padding's zeros
+    s = scaled(acc, scaling, rows_ptr, offs_m, M, R)
+    return tl.where(mask_r, s, 0.0)  # an infinity in x has made NaN of the padding's zeros
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def s_kernel(
-    x_ptr, a_ptr, out_ptr, seed_ptr, scaling, threshold, M, K,
+    x_ptr, a_ptr, out_ptr, rows_ptr, seed_ptr, scaling, threshold, M, K,
     stride_xm, stride_xk, stride_ar, stride_ak, split_k,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -65,7 +73,7 @@ def s_kernel(
     split = tl.program_id(1)
     start = split * split_k
     out = down(
-        x_ptr, a_ptr, seed_ptr, scaling, threshold, start_m, start, tl.minimum(start + split_k, K), M,
+        x_ptr, a_ptr, rows_ptr, seed_ptr, scaling, threshold, start_m, start, tl.minimum(start + split_k, K), M,
         stride_xm, stride_xk, stride_ar, stride_ak,
         R, BLOCK_M, BLOCK_K, BLOCK_R, DROPOUT, INPUT_PRECISION,
     )  # fmt: skip
@@ -83,7 +91,7 @@ def store_rank(s, s_ptr, part, start_m, M, R: tl.constexpr):
 
 
 def s_launches(
-    target: Target, x: Tensor, lora_A: Tensor, scaling: float, dropout: Dropout | None, S: Tensor,
+    target: Target, x: Tensor, lora_A: Tensor, scaling: float | Bank, dropout: Dropout | None, S: Tensor,
     tile: Tile | None = None,
 ) -> list[Launch]:  # fmt: skip
     """S (M, R), contiguous, from x and lora_A."""
@@ -94,8 +102,7 @@ def s_launches(
     splits, split_k = tiles.split_k(target, M, K, tile)
     out = S if splits == 1 else torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
     args = {
-        "x_ptr": x, "a_ptr": lora_A, "out_ptr": out, "seed_ptr": dropout and dropout.seed, "scaling": float(scaling),
-        "threshold": dropout.threshold if dropout else 0, "M": M, "K": K,
+        "x_ptr": x, "a_ptr": lora_A, "out_ptr": out, **arguments(dropout, scaling), "M": M, "K": K,
         "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_ar": lora_A.stride(0),
         "stride_ak": lora_A.stride(1), "split_k": split_k,
         "R": R, "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_R": tiles.padded_rank(R),
@@ -106,13 +113,15 @@ def s_launches(
     return [first] if splits == 1 else [first, sum_launch(out, S)]
 
 
-def s_forward(x: Tensor, lora_A: Tensor, scaling: float, dropout: Dropout | None, tile: Tile | None = None) -> Tensor:
+def s_forward(
+    x: Tensor, lora_A: Tensor, scaling: float | Bank, dropout: Dropout | None, tile: Tile | None = None
+) -> Tensor:
     """S = scaling * drop(x) @ lora_A.T, accumulated in float32.
 
     Args:
         x: (M, K), float16, bfloat16 or float32, any strides.
         lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
-        scaling: dropout's factor 1 / (1 - p) is in it.
+        scaling: dropout's factor 1 / (1 - p) is in it; or the bank that knows it for each row.
         dropout: None for none.
         tile: instead of the table's.
 

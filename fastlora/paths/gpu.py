@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fastlora import env
+from fastlora.paths.bank import Bank
 from fastlora.paths.path import Path
-from fastlora.paths.problem import Problem, Update, check_saved, drawn, rows
+from fastlora.paths.problem import Problem, Update, check_saved, drawn, drawn_bank, rows
 
 MAX_RANK = 128
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -134,7 +135,7 @@ def split_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
     return dx, dA, dB
 
 
-def mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+def mask(seed: Tensor, M: int, K: int, p: float | Bank) -> Tensor:
     from fastlora.kernels.dropout import Dropout, keep_mask
 
     return keep_mask(Dropout(p, seed), M, K)
@@ -149,11 +150,13 @@ def _dropout(update: Update):
     """The kernels' `Dropout`, or None when nothing is dropped."""
     from fastlora.kernels.dropout import Dropout
 
-    return Dropout(update.dropout_p, update.seed) if update.dropout_p > 0.0 else None
+    return Dropout(update.chance, update.seed) if update.dropout_p > 0.0 else None
 
 
-def _factor(update: Update) -> float:
+def _factor(update: Update) -> float | Bank:
     """What S and dS are multiplied by: the scaling, and dropout's 1 / (1 - p)."""
+    if update.bank is not None:
+        return update.bank
     return update.scaling / (1.0 - update.dropout_p) if update.dropout_p < 1.0 else 0.0
 
 
@@ -208,7 +211,8 @@ def launches(path: Path, problem: Problem) -> list:
 
     x, weight, lora_A, lora_B, bias, dy = drawn(problem, "meta")
     seed = torch.empty((), dtype=torch.int64, device="meta") if problem.dropout else None
-    update = Update(lora_A, lora_B, 2.0, 0.1 if problem.dropout else 0.0, seed)
+    p = 0.1 if problem.dropout else 0.0
+    update = Update(lora_A, lora_B, 1.0 if problem.bank else 2.0, p, seed, drawn_bank(problem, "meta"))
     with planning(target_of(problem.device)) as planned:
         path.forward(x, weight, None, update)
         _, S = path.forward(x, weight, bias, update)
