@@ -30,6 +30,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ from fastlora.kernels import gemm, grads, hybrid, onepass, s, tiles
 from fastlora.kernels.dropout import Dropout, mask_bits, mask_launch
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import TARGETS, Target
+from fastlora.paths.bank import Bank
+from fastlora.paths.problem import Problem, drawn_bank
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
@@ -74,22 +77,32 @@ def _tensor(rows: int, columns: int, dtype: torch.dtype, aligned: bool = True) -
     return torch.empty(rows * columns + start, dtype=dtype, device="meta")[start:].view(rows, columns)
 
 
+@cache
+def _bank(rows: int, R: int) -> Bank:
+    """Two adapters and rows of none."""
+    half = torch.float16
+    return drawn_bank(Problem(rows, 1, 1, R, half, half, SEED.device, True, bank=True))
+
+
 def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
-    """Every tile of the rank-R kernels, with dropout and without, whole and split."""
+    """Every tile of the rank-R kernels, with dropout and without, whole and split, of one adapter and of a bank."""
     n = 4096 if aligned else 4097
     kind = tiles.kind_of(dtype, tiles.input_precision(dtype, target))
     bias = _tensor(1, n, dtype, aligned)[0]
-    drawn = Dropout(0.1, SEED)
-    for R, dropout, m in itertools.product((16, 32, 128), (drawn, None), (M, FEW)):
-        if (m == FEW or adapter != dtype) and (dropout is None or R != 32):
+    for R, several, drops, m in itertools.product((16, 32, 128, 256), (False, True), (True, False), (M, FEW)):
+        if (m == FEW or adapter != dtype) and (not drops or R != 32):
             continue  # partials differ by their dtype, float32 adapters by their load
+        if (several and (adapter != dtype or not (drops or R in (32, 256)))) or (R == 256 and not several):
+            continue
+        scaling = _bank(m, R) if several else 2.0
+        dropout = Dropout(scaling if several else 0.1, SEED) if drops else None
         x, y, W = _tensor(m, n, dtype, aligned), _tensor(m, n, dtype, aligned), _tensor(n, n, dtype, aligned)
         S, A, B = _tensor(m, R, dtype), _tensor(R, n, adapter, aligned), _tensor(n, R, adapter, aligned)
         if R != 16:  # the tables' cuts are for 32 and 128, but for ds_db
             for tile in tiles.rank_tiles("s", target, R, kind):
-                yield from s.s_launches(target, x, A, 2.0, dropout, S, tile)
+                yield from s.s_launches(target, x, A, scaling, dropout, S, tile)
             for tile in tiles.rank_tiles("s_y", target, R, kind):
-                yield from hybrid.s_y_launches(target, x, A, B, bias, 2.0, dropout, S, y, tile)
+                yield from hybrid.s_y_launches(target, x, A, B, bias, scaling, dropout, S, y, tile)
             for tile in tiles.rank_tiles("da", target, R, kind):
                 for bits in [None] if dropout is None else [None, mask_bits(m, n, x.device)]:
                     yield from grads.da_launches(target, S, x, dropout, A, tile, bits)
@@ -97,21 +110,22 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
                 for dA in (A, None):
                     yield from hybrid.da_dx_launches(target, S, x, A, dropout, dA, y, tile)
             for tile in tiles.rank_tiles("onepass", target, R, kind):
-                yield onepass.onepass_launch(target, x, W, bias, A, B, 2.0, dropout, y, S, tile)
-        if dropout is None or m == FEW or adapter != dtype:
+                yield onepass.onepass_launch(target, x, W, bias, A, B, scaling, dropout, y, S, tile)
+        if dropout is None or several or m == FEW or adapter != dtype:
             for tile in tiles.rank_tiles("ds_db", target, R, kind):
                 narrow, dS = _tensor(m, 16 if aligned else 17, dtype, aligned), torch.empty_like(S)
-                yield from grads.ds_db_launches(target, y, B, S, 2.0, dS, torch.empty_like(B), tile)
+                yield from grads.ds_db_launches(target, y, B, S, scaling, dS, torch.empty_like(B), tile)
                 if m == M:  # one region wide
                     few = _tensor(narrow.shape[1], R, adapter, aligned)
-                    yield from grads.ds_db_launches(target, narrow, few, S, 2.0, dS, torch.empty_like(few), tile)
-    yield mask_launch(drawn, torch.empty(n, n, dtype=torch.int8, device="meta"))
+                    yield from grads.ds_db_launches(target, narrow, few, S, scaling, dS, torch.empty_like(few), tile)
+    for p in (0.1, _bank(n, 32)):
+        yield mask_launch(Dropout(p, SEED), torch.empty(n, n, dtype=torch.int8, device="meta"))
 
 
 def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
-    """Every tile of the GEMM: forward, dX with the mask from bits or from the seed, or with none."""
+    """Every tile of the GEMM: forward, dX with the mask from bits, from the seed, of several adapters, or with none."""
     kind = tiles.kind_of(dtype, tiles.input_precision(dtype, target))
-    for R, tma in itertools.product((32, 128), (True, False) if target.has_tma else (False,)):
+    for R, tma in itertools.product((32, 128, 256), (True, False) if target.has_tma else (False,)):
         if adapter != dtype and R != 32:
             continue
         # whole tiles, and a K that ends within one; whole 16-byte rows and no more; nothing of the sort
@@ -119,13 +133,13 @@ def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
             whole = aligned or tma
             x, y, W = _tensor(2 * n, n, dtype, whole), _tensor(2 * n, n, dtype, whole), _tensor(n, n, dtype, whole)
             S, A, B = _tensor(2 * n, R, dtype), _tensor(R, n, adapter, whole), _tensor(n, R, adapter, whole)
-            bias, drawn = _tensor(1, n, dtype, whole)[0], Dropout(0.1, SEED)
+            bias, bank = _tensor(1, n, dtype, whole)[0], _bank(2 * n, R)
             for tile in tiles.gemm_row(target, kind, R, aligned, False, tma):
                 yield gemm.gemm_launch(target, x, W.t(), bias, S, B.t(), None, None, y, tile)
                 yield gemm.gemm_launch(target, x, W, None, S, A, None, None, y, tile)
             for tile in tiles.gemm_row(target, kind, R, aligned, True, tma):
-                for bits in (mask_bits(2 * n, n, x.device), None):
-                    yield gemm.gemm_launch(target, x, W, None, S, A, drawn, bits, y, tile)
+                for p, bits in ((0.1, mask_bits(2 * n, n, x.device)), *[(0.1, None)] * (R <= 128), (bank, None)):
+                    yield gemm.gemm_launch(target, x, W, None, S, A, Dropout(p, SEED), bits, y, tile)
 
 
 def launches(targets: Iterable[Target] = TARGETS, quick: bool = False) -> Iterator[tuple[Target, Launch]]:
