@@ -246,3 +246,29 @@ def test_a_read_only_cache(monkeypatch, tmp_path, capfd):
     assert LINE.fullmatch(capfd.readouterr().err)
     refuse(monkeypatch)
     step(layer, x)
+
+
+def test_a_bank_of_adapters(capsys):
+    """Timed once, chosen, explained; captured with the same route."""
+    model = torch.nn.Sequential(torch.nn.Linear(128, 96, device=DEVICE, dtype=torch.bfloat16))
+    fastlora.inject(model, adapters={"a": {"r": 8}, "b": {"r": 4, "lora_dropout": 0.1}})
+    x = torch.randn(4, 16, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    capsys.readouterr()
+    with fastlora.route(model, ["a", "b", None, "b"]):
+
+        def one():
+            y = model(x)
+            torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+        for _ in range(3):
+            one()
+        assert (
+            len(re.findall(r"timing \d paths for 64×96×128 bf16 r12 dropout of several", capsys.readouterr().err)) == 1
+        )
+        found = fastlora.explain(model[0], x)
+        assert found.path in PATHS and "plain" in found.table
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            one()
+        graph.replay()
