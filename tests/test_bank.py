@@ -19,7 +19,7 @@ from fastlora.paths.bank import Bank
 ADAPTERS = {"a": {"r": 2, "lora_alpha": 8}, "b": {"r": 5, "lora_dropout": 0.5}, "c": {"r": 3, "use_rslora": True}}
 OWNERS = {
     "groups": [0, 0, 1, 1, 2, None],
-    "any order": [0, 1, 0, None, 2, 1, 0],
+    "any order": [2, 1, 0, None, 2, 1, 0],
     "one": [1, 1, 1],
     "none": [None, None],
     "one idle": [2, None, 0],
