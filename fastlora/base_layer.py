@@ -15,6 +15,7 @@ from fastlora.packed import Packed, dense
 
 __all__ = ["DTYPES", "Packed", "base_parameters", "compute_dtype", "dense", "form_of", "is_conv1d", "logical_dtype"]
 __all__ += ["packed_of", "weight_of", "why_not_packed"]
+_OF_X = ("act_quant_kwargs", "activation_quantization", "act_pre_scale")  # what torchao's weights do to x
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -64,12 +65,16 @@ def why_not_packed(module: nn.Module) -> str | None:
     """Why a quantised layer's weight cannot show itself as (N, K) now; None if it can."""
     form, state, weight = form_of(module), _statistics(module), module.weight
     if form == "torchao":
-        plain = type(module).forward is nn.Linear.forward and hasattr(weight, "dequantize")
-        return None if plain else f"a {type(weight).__name__} cannot be dequantised"
+        if type(module).forward is not nn.Linear.forward or type(weight).dequantize is Tensor.dequantize:
+            return f"torchao does not dequantise a {type(weight).__name__}"
+        changed = next((name for name in _OF_X if getattr(weight, name, None) is not None), None)
+        return changed and f"torchao changes x too, by the weight's {changed}: that is not weight-only"
     if form == "8bit" and module.state.has_fp16_weights:
         return "the base weight is kept in 16 bits, and quantised at each call"
     if state is None:
-        return "the base weight is quantised when it is moved to its device, and was not yet"
+        return (
+            "the base weight is quantised when it is moved to its device, and was not yet; call model.to(device) first"
+        )
     if getattr(state, "packing_format_for_cpu", False):
         return "bitsandbytes has packed the base weight for inference on a CPU"
     N, K = module.out_features, module.in_features

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlora import check, env, roofline, tuning
+from fastlora.base_layer import compute_dtype
 from fastlora.errors import warn_once
 from fastlora.kernels.tiles import tf32
 from fastlora.node import NODE
@@ -191,7 +192,8 @@ def explain(layer, x: Tensor) -> Choice:
         raise TypeError(f"layer is {type(layer).__name__}; it needs to be a FusedLoRALinear or a patched PEFT layer")
     if getattr(layer, "merged", False):
         return Choice(ATEN, "the layer is merged: one plain linear layer")
-    dtype = x.dtype
+    quantised = getattr(layer, "_quantised", None)
+    dtype = x.dtype if quantised is None else compute_dtype(quantised, x)
     if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     (N, R), K = layer.lora_B.shape, layer.lora_A.shape[1]

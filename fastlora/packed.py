@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,8 @@ class Packed:
 
     def dense(self, keep: bool = False) -> Tensor:
         """The weight (N, K). On a CPU a large one lies in a buffer of the thread, until the next call: fresh memory
-        costs several times what dequantising does there. `keep` asks for memory of its own."""
+        costs several times what dequantising does there. It is as large as the largest weight that it has held, and
+        freed with that one. `keep` asks for memory of its own."""
         (N, K), rows = self.shape, self._rows()
         if self.form == "4bit" and (not self.weight.is_cpu or env.interpreting()) and not is_compiling():
             from fastlora.paths import gpu
@@ -44,9 +46,9 @@ class Packed:
                 return four_bits(self.weight.data, self.statistics, self.shape, self.dtype, lambda: rows(0, N))
         step = self.statistics.blocksize if self.form == "4bit" else 1  # so that blocks begin where chunks do
         step *= max(1, _CHUNK // max(1, K * step * self.dtype.itemsize))
-        if step >= N or self.form == "torchao" or not self.weight.is_cpu:
+        if step >= N or self.form == "torchao" or not self.weight.is_cpu or is_compiling():
             return rows(0, N)
-        out = torch.empty((N, K), dtype=self.dtype) if keep else _buffer(N * K, self.dtype).view(N, K)
+        out = torch.empty((N, K), dtype=self.dtype) if keep else self._buffer(N * K).view(N, K)
         for start in range(0, N, step):
             out[start : start + step] = rows(start, min(start + step, N))
         return out
@@ -71,15 +73,26 @@ class Packed:
 
         return rows
 
+    def _buffer(self, size: int) -> Tensor:
+        held = _reused.__dict__.setdefault("held", _Buffers())
+        out = held.get(self.dtype)
+        if out is None or out.numel() < size:
+            with torch.inference_mode(False):  # else training could not write into it later
+                out = held[self.dtype] = torch.empty(size, dtype=self.dtype)
+            weakref.finalize(self.weight, _free, weakref.ref(held), self.dtype, size).atexit = False
+        return out[:size]
+
+
+class _Buffers(dict):
+    """{dtype: buffer} of a thread, gone with it."""
+
+
+def _free(held: weakref.ref, dtype: torch.dtype, size: int) -> None:
+    buffers = held() or {}
+    if dtype in buffers and buffers[dtype].numel() == size:  # it has not grown for another
+        del buffers[dtype]
+
 
 def dense(weight: Tensor | Packed, keep: bool = False) -> Tensor:
     """A base weight as (N, K) in memory, for the length of one product: whence every path takes its weight."""
     return weight.dense(keep) if weight.__class__ is Packed else weight
-
-
-def _buffer(size: int, dtype: torch.dtype) -> Tensor:
-    held = _reused.__dict__.get(dtype)
-    if held is None or held.numel() < size:
-        with torch.inference_mode(False):  # else training could not write into it later
-            held = _reused.__dict__[dtype] = torch.empty(size, dtype=dtype)
-    return held[:size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import accuracy
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import fastlora
+from fastlora import choice, packed
 from fastlora.base_layer import dense, packed_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -32,11 +34,16 @@ def eight_bit(K, N, dtype, bias=True):
     return layer
 
 
-def torchao(K, N, dtype, kind="Int8WeightOnlyConfig", bias=True):
+def torchao(K, N, dtype, kind="Int8WeightOnlyConfig", **config):
     quantization = pytest.importorskip("torchao.quantization")
-    layer = torch.nn.Linear(K, N, bias, dtype=dtype)
-    quantization.quantize_(layer, getattr(quantization, kind)())
+    layer = torch.nn.Linear(K, N, dtype=dtype)
+    quantization.quantize_(layer, getattr(quantization, kind)(**config))
     return layer
+
+
+def torchao_int4(K, N, dtype):
+    granularity = pytest.importorskip("torchao.quantization").PerGroup(32)
+    return torchao(K, N, dtype, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=granularity)
 
 
 def of_package(layer, dtype):
@@ -59,6 +66,7 @@ BASES = {
     "fp4": lambda K, N, dtype: four_bit(K, N, dtype, "fp4", False),
     "int8": eight_bit,
     "torchao int8": torchao,
+    "torchao int4": torchao_int4,
     "torchao float8": lambda K, N, dtype: torchao(K, N, dtype, "Float8WeightOnlyConfig"),
 }
 
@@ -68,13 +76,13 @@ BASES = {
 @pytest.mark.parametrize("K, N, blocksize", [(64, 48, 64), (2048, 1500, 64), (1000, 1300, 64), (1026, 1100, 4096)])
 def test_four_bits_are_dequantised_as_bitsandbytes_does(quant_type, double, dtype, K, N, blocksize):
     layer = four_bit(K, N, dtype, quant_type, double, blocksize=blocksize)
-    packed, want = packed_of(layer, dtype), of_package(layer, dtype)
-    assert torch.equal(dense(packed), want) and torch.equal(dense(packed, keep=True), want)
+    weight, want = packed_of(layer, dtype), of_package(layer, dtype)
+    assert torch.equal(dense(weight), want) and torch.equal(dense(weight, keep=True), want)
 
 
-@pytest.mark.parametrize("kind", ["int8", "torchao int8", "torchao float8"])
+@pytest.mark.parametrize("kind", ["int8", "torchao int8", "torchao int4", "torchao float8"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_eight_bits_are_dequantised_as_their_package_does(kind, dtype):
+def test_others_are_dequantised_as_their_package_does(kind, dtype):
     layer = BASES[kind](1024, 1100, dtype)
     assert torch.equal(dense(packed_of(layer, dtype)), of_package(layer, dtype))
 
@@ -86,6 +94,21 @@ def test_large_weights_share_one_buffer_of_the_thread_and_kept_ones_do_not():
         shared = dense(first)
     assert dense(second).data_ptr() == shared.data_ptr() != kept.data_ptr()
     assert torch.equal(kept, dense(first))
+
+
+def test_the_buffer_is_freed_with_the_weight_for_which_it_grew():
+    packed._reused.__dict__.clear()
+    small, large = (four_bit(2048, N, torch.float32) for N in (1500, 1600))
+    for layer in (small, large, small):
+        assert dense(packed_of(layer, torch.float32)).shape == layer.weight.quant_state.shape
+    held = packed._reused.held[torch.float32]
+    assert held.numel() == 2048 * 1600
+    del small, layer
+    gc.collect()
+    assert packed._reused.held[torch.float32] is held
+    del large
+    gc.collect()
+    assert not packed._reused.held
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -123,11 +146,11 @@ def test_a_layer_over_a_quantised_base(kind, use_dora):
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
-    packed = layer.state_dict()["weight"]
+    stored = layer.state_dict()["weight"]
     layer.merge(), twin.merge()
     torch.testing.assert_close(layer(x), twin(x))
     if "torchao" not in kind:  # whose tensors know no equality
-        assert torch.equal(layer.state_dict()["weight"], packed)
+        assert torch.equal(layer.state_dict()["weight"], stored)
     layer.unmerge()
     assert layer.weight is base.weight
     torch.testing.assert_close(layer(x), y)
@@ -137,9 +160,9 @@ def test_a_layer_over_a_quantised_base(kind, use_dora):
 
 def test_inject_over_four_bits_and_the_adapter_of_a_base_that_computes_in_16_bits():
     model = torch.nn.Sequential(four_bit(64, 64, torch.bfloat16), torch.nn.Tanh(), four_bit(64, 32, torch.bfloat16))
-    packed = model[0].weight
+    weight = model[0].weight
     fastlora.inject(model, r=2, adapter_dtype=torch.float32)
-    assert model[0].weight is packed and model[2].lora_A.dtype is torch.float32
+    assert model[0].weight is weight and model[2].lora_A.dtype is torch.float32
     y = model(torch.randn(3, 64))
     assert y.dtype is torch.float32
     y.sum().backward()
@@ -149,7 +172,7 @@ def test_inject_over_four_bits_and_the_adapter_of_a_base_that_computes_in_16_bit
 
 def test_reasons_for_which_a_base_is_refused():
     fresh = bnb.nn.Linear4bit(64, 64)
-    with pytest.raises(TypeError, match="quantised when it is moved"):
+    with pytest.raises(TypeError, match=r"quantised when it is moved .* call model.to\(device\) first$"):
         fastlora.FusedLoRALinear.from_linear(fresh)
     with pytest.raises(TypeError, match="kept in 16 bits"):
         fastlora.FusedLoRALinear.from_linear(bnb.nn.Linear8bitLt(64, 64).to("cpu"))
@@ -158,6 +181,27 @@ def test_reasons_for_which_a_base_is_refused():
         layer(torch.randn(3, 65))
     with pytest.raises(TypeError, match="drawn anew"):
         layer.reset_parameters()
+
+
+def test_what_torchao_does_not_dequantise_or_does_to_x_is_refused():
+    quantization = pytest.importorskip("torchao.quantization")
+    layer = torchao(64, 32, torch.bfloat16, "Int8DynamicActivationInt8WeightConfig")
+    with pytest.raises(TypeError, match="torchao changes x too, by the weight's act_quant_kwargs"):
+        fastlora.FusedLoRALinear.from_linear(layer)
+    # its packages are for GPUs, where alone it is made otherwise
+    q, scale = torch.zeros(32, 32, dtype=torch.int8), torch.ones(2, 32, dtype=torch.bfloat16)
+    weight = quantization.Int4Tensor(q, scale, scale, [1, 32], torch.Size((32, 64)))
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(TypeError, match="torchao does not dequantise a Int4Tensor"):
+        fastlora.FusedLoRALinear.from_linear(layer)
+
+
+def test_explain_names_the_dtype_that_the_base_computes_in(monkeypatch):
+    asked = []
+    monkeypatch.setattr(choice, "choose", asked.append)
+    layer = fastlora.FusedLoRALinear.from_linear(four_bit(64, 32, torch.bfloat16))
+    fastlora.explain(layer, torch.randn(3, 64))
+    assert asked[0].dtype is torch.bfloat16
 
 
 def test_nothing_is_imported_until_it_is_needed():

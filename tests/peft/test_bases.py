@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora.peft
 
 bnb = pytest.importorskip("bitsandbytes")
-KINDS = ("nf4", "fp4", "int8", "torchao")
+KINDS = ("nf4", "fp4", "int8", "torchao", "torchao int4")
 WIDTH, OUT = 128, 96
 
 
@@ -32,9 +32,11 @@ def quantised(kind: str, dtype=torch.float32, compute=None) -> nn.Module:
                 packed = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False)
                 packed.load_state_dict(linear.state_dict())
                 model.set_submodule(name, packed.to("cpu"))
-            elif kind == "torchao":
+            elif "torchao" in kind:
                 quantization = pytest.importorskip("torchao.quantization")
-                quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
+                int4 = {"weight_dtype": torch.int4, "granularity": quantization.PerGroup(32)}
+                config = quantization.IntxWeightOnlyConfig(**int4) if "int4" in kind else None
+                quantization.quantize_(linear, config or quantization.Int8WeightOnlyConfig())
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind in ("nf4", "fp4"), kind == "int8"
     return model
 
@@ -113,10 +115,10 @@ def test_a_base_that_computes_in_another_dtype(x_dtype):
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_autocast(kind, x_dtype, dora):
-    dtype = torch.bfloat16 if kind == "torchao" else torch.float32
+    dtype = torch.bfloat16 if "torchao" in kind else torch.float32
     stock, model = (build(kind, dtype, torch.bfloat16, use_dora=dora) for _ in range(2))
     fastlora.peft.patch(model)
-    x = X.to(dtype if kind == "torchao" else x_dtype)
+    x = X.to(dtype if "torchao" in kind else x_dtype)
     with torch.autocast("cpu", torch.bfloat16):
         alike(step(model, x), step(stock, x), 3e-2)
     assert fused_only(model) == 2
