@@ -11,10 +11,10 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from fastlora.packed import Packed, dense
+from fastlora.packed import Packed, dense, recomputed
 
 __all__ = ["DTYPES", "Packed", "base_parameters", "compute_dtype", "dense", "form_of", "is_conv1d", "logical_dtype"]
-__all__ += ["packed_of", "weight_of", "why_not_packed"]
+__all__ += ["packed_of", "recomputed", "weight_of", "why_not_packed"]
 _OF_X = ("act_quant_kwargs", "activation_quantization", "act_pre_scale")  # what torchao's weights do to x
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

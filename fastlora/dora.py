@@ -15,9 +15,10 @@ import weakref
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastlora import functional, reference
-from fastlora.base_layer import Packed, dense
+from fastlora.base_layer import Packed, dense, recomputed
 from fastlora.errors import warn_once
 from fastlora.gate import through_ops, why_eager
 from fastlora.paths.problem import base_product, rows
@@ -58,7 +59,8 @@ def row_norms(weight: Tensor | Packed, lora_A, lora_B, scaling: float, norms: No
         for part in _parts(W):
             torch.mm(W[part].to(wide), A.t(), out=cross[part])
         squares = _squares(W, wide) if norms is None else norms.squares(weight, W, wide)
-        cross = cross.mul_(2.0).add_(B @ (A @ A.t()), alpha=scaling).mul_(B).sum(1)
+        # `add_` of a product with an alpha would be wrong in compiled code: inductor of torch 2.13 loses the alpha
+        cross = cross.addmm_(B, A @ A.t(), beta=2.0, alpha=scaling).mul_(B).sum(1)
         return cross.mul_(scaling).add_(squares).clamp_(min=0.0).sqrt_()
 
 
@@ -81,6 +83,8 @@ def fused(
     magnitude (N,) gets a gradient; `norms` is kept by the layer; the rest are as for `lora_linear`.
     """
     compiling = through_ops()
+    if compiling:
+        weight = recomputed(weight)  # once, for the norms and the products
     g = magnitude / row_norms(weight, lora_A, lora_B, scaling, None if compiling else norms)
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = functional.cast_for_autocast(x, weight, bias)
@@ -168,6 +172,8 @@ def _squares(W: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _parts(t: Tensor) -> list[slice]:
-    """Slices of the rows of t (M, N), each of at most a chunk's elements."""
+    """Slices of the rows of t (M, N), each of at most a chunk's elements; in a graph one."""
+    if is_compiling():
+        return [slice(None)]
     step = max(1, _CHUNK.get(t.device.type, _CHUNK_ELSEWHERE) // max(1, t.shape[1]))
     return [slice(start, start + step) for start in range(0, t.shape[0], step)]

@@ -11,7 +11,7 @@ from torch._C._functorch import unwrap_if_dead
 
 from fastlora import autograd, env, ops, reference
 from fastlora.arguments import check
-from fastlora.base_layer import Packed, dense
+from fastlora.base_layer import Packed, dense, recomputed
 from fastlora.choice import select
 from fastlora.errors import warn_once
 from fastlora.gate import through_ops, why_eager
@@ -85,7 +85,7 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Ten
         scaling = float(scaling)
     packed = weight.__class__ is Packed
     if compiling:
-        return ops.call(x, dense(weight, keep=True), lora_A, lora_B, bias, scaling, dropout_p, path)
+        return ops.call(x, recomputed(weight), lora_A, lora_B, bias, scaling, dropout_p, path)
     reason = why_eager(x, lora_A, lora_B, *(() if packed else (weight,)))
     if reason is not None:
         return reason

@@ -1,6 +1,6 @@
 """`Packed`: a quantised weight in the place of a dense one; `dense` is whence every path takes its weight.
 
-What is dequantised lives for one product and is not kept for backward, but in compiled code, where a graph keeps it.
+What is dequantised lives for one product and is not kept for backward, in compiled code neither.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
+from torch.utils.checkpoint import checkpoint
 
 from fastlora import env
 
@@ -96,3 +97,10 @@ def _free(held: weakref.ref, dtype: torch.dtype, size: int) -> None:
 def dense(weight: Tensor | Packed, keep: bool = False) -> Tensor:
     """A base weight as (N, K) in memory, for the length of one product: whence every path takes its weight."""
     return weight.dense(keep) if weight.__class__ is Packed else weight
+
+
+def recomputed(weight: Tensor | Packed) -> Tensor:
+    """`dense` for a graph, which keeps its inputs: a compiler keeps the packed weight and dequantises in backward."""
+    if weight.__class__ is Packed and is_compiling() and not is_exporting():
+        return checkpoint(lambda: weight.dense(keep=True), use_reentrant=False)
+    return dense(weight, keep=True)

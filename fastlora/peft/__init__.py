@@ -7,8 +7,8 @@ Every module that is exactly a `peft.tuners.lora.Linear`, or PEFT's layer over a
 bits) or torchao, with DoRA or without, becomes, in place, an instance of a subclass that overrides `forward`: same
 object, state dict, repr, config and hooks. Where the fused function would not compute what PEFT computes, PEFT's own
 forward runs, and `report(model)` says why. So it does for GPTQ, AWQ and HQQ, whose kernels read their own packing; for
-experts (`target_parameters`), whose update goes into a parameter that the experts' code reads itself; for quantised
-bases in compiled code, which would keep them dequantised for backward; and for decoding from 4 bits on a GPU.
+experts (`target_parameters`), whose update goes into a parameter that the experts' code reads itself; and for decoding
+from 4 bits on a GPU.
 bitsandbytes' 8-bit layers round x to 8 bits as well, on a GPU and in eval mode; here x stays as it is.
 """
 

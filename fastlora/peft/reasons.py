@@ -150,11 +150,9 @@ def of_call(layer: nn.Module, x: Tensor, args: tuple, kwargs: dict, name: str | 
     if is_compiling():
         if torch.compiler.is_exporting():
             return "the model is being exported"
-        if form_of(layer.base_layer) is not None:
-            return "the base is quantised, and compiled code would keep it dequantised for backward"
     elif any(len(hooks) for hooks in GLOBAL_HOOKS):
         return "hooks for all modules are registered"
-    elif _decodes(layer, x):
+    if _decodes(layer, x):
         return "few rows and no gradient: bitsandbytes multiplies them by the 4 bits themselves"
     return _of_dtypes(layer, x, name or active_name(layer))
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora.peft
+from fastlora.dora import row_norms
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = ("nf4", "fp4", "int8", "torchao", "torchao int4")
@@ -195,8 +196,25 @@ def test_checkpointing(kind, reentrant):
 def test_compiled(kind, dora):
     torch._dynamo.reset()
     stock, model = (build(kind, use_dora=dora) for _ in range(2))
-    compiled = torch.compile(fastlora.peft.patch(model), backend="aot_eager")
-    alike(step(model, X, compiled), step(stock, X), 1e-5)
+    compiled = torch.compile(fastlora.peft.patch(model), backend="aot_eager", fullgraph=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(t):
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        found = step(model, X, compiled)
+    alike(found, step(stock, X), 1e-5)
+    dense = [t for t in kept if t.is_floating_point() and t.itemsize > 1 and t.numel() == WIDTH * OUT]
+    assert len(dense) == (2 if kind == "plain" else 0)  # a quantised base is not kept dequantised
+
+
+def test_doras_norms_by_inductor():
+    torch._dynamo.reset()
+    weight, A, B = torch.randn(OUT, WIDTH), torch.randn(4, WIDTH), torch.randn(OUT, 4)
+    compiled = torch.compile(row_norms, fullgraph=True)
+    torch.testing.assert_close(compiled(weight, A, B, 3.0), row_norms(weight, A, B, 3.0))
 
 
 def test_double_backward_through_dora():
