@@ -6,6 +6,8 @@
 
 #include <optional>
 
+struct _object;  // Python's PyObject
+
 namespace fastlora {
 
 using at::Tensor;
@@ -17,6 +19,7 @@ struct Layer {
   const Optional& bias;
   double scaling, p;
   Tensor seed;
+  _object* packed = nullptr;  // what weight was dequantised from: kept for backward in its place
 };
 
 struct Result {

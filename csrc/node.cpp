@@ -201,10 +201,17 @@ typedef std::unique_ptr<PyObject, Decrease> Owned;
 
 Owned wrapped(const Tensor& t) { return Owned(t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None)); }
 
+// Python's error as a C++ exception, which may be caught in another thread.
+[[noreturn]] void raise() {
+  python_error error;
+  error.persist();
+  throw error;
+}
+
 // The tensors of a tuple, undefined for None.
 template <std::size_t COUNT>
 std::array<Tensor, COUNT> unwrapped(const Owned& tuple) {
-  if (!tuple) throw python_error();
+  if (!tuple) raise();
   std::array<Tensor, COUNT> found;
   for (std::size_t i = 0; i < COUNT; ++i) {
     PyObject* one = PyTuple_GetItem(tuple.get(), i);
@@ -218,16 +225,37 @@ struct Needs {
   bool x, A, B, bias;
 };
 
-variable_list backward_in_python(const Tensor& dy, const variable_list& saved, double scaling, double p, int path,
-                                 const Needs& needs) {
+variable_list backward_in_python(const Tensor& dy, const variable_list& saved, PyObject* packed, double scaling,
+                                 double p, int path, const Needs& needs) {
   HoldsGIL gil;
-  const Owned held[7] = {wrapped(dy),       wrapped(saved[0]), wrapped(saved[1]), wrapped(saved[2]),
-                         wrapped(saved[3]), wrapped(saved[4]), wrapped(saved[5])};
+  const Owned held[7] = {wrapped(dy),       wrapped(saved[0]), packed ? Owned(Py_NewRef(packed)) : wrapped(saved[1]),
+                         wrapped(saved[2]), wrapped(saved[3]), wrapped(saved[4]), wrapped(saved[5])};
   const Owned tuple(PyObject_CallFunction(python_gradients, "OOOOOOOddO(iiii)", held[0].get(), held[1].get(),
                                           held[2].get(), held[3].get(), held[4].get(), held[5].get(), held[6].get(),
                                           scaling, p, paths[path], needs.x, needs.A, needs.B, needs.bias));
   const auto found = unwrapped<4>(tuple);
   return {found.begin(), found.end()};
+}
+
+// A fastlora.packed.Packed for as long as a node lives.
+struct Kept : torch::CustomClassHolder {
+  PyObject* object;
+  explicit Kept(PyObject* packed) : object(packed) {
+    HoldsGIL gil;
+    Py_INCREF(object);
+  }
+  ~Kept() override {
+    if (!Py_IsInitialized()) return;
+    HoldsGIL gil;
+    Py_DECREF(object);
+  }
+};
+
+Tensor dense(PyObject* packed) {
+  HoldsGIL gil;
+  const Owned made(PyObject_CallMethod(packed, "dense", nullptr));
+  if (!made) raise();
+  return THPVariable_Unpack(made.get());
 }
 
 // ---- the node ----
@@ -248,7 +276,11 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     const Tensor kept = lora_A.requires_grad()                        ? x
                         : x.requires_grad() && lora_B.requires_grad() ? shadow(x)
                                                                       : Tensor();
-    ctx->save_for_backward({kept, x.requires_grad() ? layer.weight : Tensor(), lora_A, lora_B, result.S, layer.seed});
+    const bool need_weight = x.requires_grad();
+    const Tensor weight = need_weight && !layer.packed ? layer.weight : Tensor();
+    if (need_weight && layer.packed)
+      ctx->saved_data["packed"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(layer.packed));
+    ctx->save_for_backward({kept, weight, lora_A, lora_B, result.S, layer.seed});
     ctx->saved_data["scaling"] = layer.scaling;
     ctx->saved_data["p"] = layer.p;
     ctx->saved_data["path, bias"] = int64_t{plan.path} << 1 | bias.has_value();
@@ -264,11 +296,17 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     const int path = static_cast<int>(path_and_bias >> 1);
     const Needs needs{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
                       (path_and_bias & 1) && ctx->needs_input_grad(3)};
-    const Incoming in{dy, needs.A ? saved[0] : Tensor(), needs.x ? saved[1] : Tensor(), saved[2], saved[3], saved[4],
-                      saved[5], scaling, p, needs.B};
-    const bool ours = !at::GradMode::is_enabled() && nobody_watches() && fits(in);
-    const MaybePlan plan = ours ? ::plan(path, in) : std::nullopt;
-    variable_list g = plan ? gradients(*plan, in, needs) : backward_in_python(dy, saved, scaling, p, path, needs);
+    const auto found = ctx->saved_data.find("packed");
+    const auto kept = found == ctx->saved_data.end() ? nullptr : found->second.toCapsule();
+    PyObject* packed = kept ? static_cast<Kept*>(kept.get())->object : nullptr;
+    const bool plain = !at::GradMode::is_enabled() && nobody_watches();
+    Tensor weight = needs.x ? saved[1] : Tensor();
+    if (needs.x && packed && plain) weight = dense(packed);
+    const Incoming in{dy, needs.A ? saved[0] : Tensor(), weight, saved[2], saved[3], saved[4], saved[5], scaling, p,
+                      needs.B};
+    const MaybePlan plan = plain && fits(in) ? ::plan(path, in) : std::nullopt;
+    variable_list g = plan ? gradients(*plan, in, needs)
+                           : backward_in_python(dy, saved, needs.x ? packed : nullptr, scaling, p, path, needs);
     return {g[0], g[1], g[2], g[3], Tensor(), Tensor()};
   }
 
@@ -300,16 +338,17 @@ bool parsed(PyObject* const* values, Optional& bias, double& scaling, double& p)
   return false;
 }
 
-// y, or None for what is left to Python; `path` is negative for the chosen one.
+// y, or None for what is left to Python; `path` is negative for the chosen one. The eighth value is what the weight was
+// dequantised from, or None.
 PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 7) return PyErr_Format(PyExc_TypeError, "7 arguments needed, got %zd", count);
+  if (count != 7 && count != 8) return PyErr_Format(PyExc_TypeError, "7 or 8 arguments needed, got %zd", count);
   Optional bias;
   double scaling, p;
   if (!parsed(values, bias, scaling, p)) Py_RETURN_NONE;
   const Tensor &x = THPVariable_Unpack(values[0]), &weight = THPVariable_Unpack(values[1]);
   const Tensor &A = THPVariable_Unpack(values[2]), &B = THPVariable_Unpack(values[3]);
-  Layer layer{x, weight, A, B, bias, scaling, p, Tensor()};
+  Layer layer{x, weight, A, B, bias, scaling, p, Tensor(), count == 8 && values[7] != Py_None ? values[7] : nullptr};
   if (!fits(layer) || weight.requires_grad() || !nobody_watches()) Py_RETURN_NONE;
   const MaybePlan plan = path < 0 ? chosen_plan(x, weight, layer) : ::plan(path, layer);
   if (!plan) Py_RETURN_NONE;

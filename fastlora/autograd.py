@@ -37,7 +37,8 @@ def run(
 ) -> Tensor:
     """y of one call by `path`, differentiable where its arguments ask for it. What eager calls end in."""
     if NODE is not None and path is not ATEN and bank is None:
-        y = NODE.run(path, x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+        packed = weight if weight.__class__ is Packed else None  # kept for backward in the place of what it makes
+        y = NODE.run(path, x, dense(weight), lora_A, lora_B, bias, scaling, dropout_p, packed)
         if y is not None:
             return y
     if torch.is_grad_enabled() and (

@@ -37,28 +37,39 @@ class Packed:
         """The weight (N, K). On a CPU a large one lies in a buffer of the thread, until the next call: fresh memory
         costs several times what dequantising does there. It is as large as the largest weight that it has held, and
         freed with that one. `keep` asks for memory of its own."""
-        (N, K), rows = self.shape, self._rows()
+        N, K = self.shape
         if self.form == "4bit" and (not self.weight.is_cpu or env.interpreting()) and not is_compiling():
             from fastlora.paths import gpu
 
             if gpu.why_not(self.weight.device, None) is None:
                 from fastlora.kernels.dequantise import four_bits
 
-                return four_bits(self.weight.data, self.statistics, self.shape, self.dtype, lambda: rows(0, N))
+                return four_bits(self.weight.data, self.statistics, self.shape, self.dtype, self._whole)
         step = self.statistics.blocksize if self.form == "4bit" else 1  # so that blocks begin where chunks do
         step *= max(1, _CHUNK // max(1, K * step * self.dtype.itemsize))
         if step >= N or self.form == "torchao" or not self.weight.is_cpu or is_compiling():
-            return rows(0, N)
-        out = torch.empty((N, K), dtype=self.dtype) if keep else self._buffer(N * K).view(N, K)
+            return self._whole()
+        out, rows = torch.empty((N, K), dtype=self.dtype) if keep else self._buffer(N * K).view(N, K), self._rows()
         for start in range(0, N, step):
             out[start : start + step] = rows(start, min(start + step, N))
         return out
 
-    def _rows(self) -> Callable[[int, int], Tensor]:
-        """What makes rows `start` to `stop` of the weight, by the package's own function."""
-        data, state, K, dtype = self.weight.data, self.statistics, self.shape[1], self.dtype
+    def _whole(self) -> Tensor:
+        """The weight by its package's own function, at once."""
+        data, state, dtype = self.weight.data, self.statistics, self.dtype
         if self.form == "torchao":
-            return lambda start, stop: self.weight.dequantize().to(dtype)
+            return self.weight.dequantize().to(dtype)
+        bnb = sys.modules["bitsandbytes.functional"]
+        if self.form == "8bit":
+            return bnb.int8_vectorwise_dequant(data, state).to(dtype)
+        if state.dtype is not dtype:
+            kind = state.blocksize, state.quant_type, dtype
+            state = bnb.QuantState(state.absmax, self.shape, state.code, *kind, state.offset, state.state2)
+        return bnb.dequantize_4bit(data, state)
+
+    def _rows(self) -> Callable[[int, int], Tensor]:
+        """The same for rows `start` to `stop`."""
+        data, state, K, dtype = self.weight.data, self.statistics, self.shape[1], self.dtype
         bnb = sys.modules["bitsandbytes.functional"]
         if self.form == "8bit":
             return lambda start, stop: bnb.int8_vectorwise_dequant(data[start:stop], state[start:stop]).to(dtype)
