@@ -1,6 +1,6 @@
 """The layers that LoRA can be put on, and their base weights: whatever can show itself as (N, K) for one product.
 
-A plain weight is a Tensor and shows itself; a quantised one is a `Packed`. To add a form: `form_of`, `_statistics`,
+A plain weight is a Tensor and shows itself; a quantised one is a `Packed`. To add a form: `form_of`, `statistics_of`,
 `why_not_packed` and `Packed`. No package is imported here: its layers can only be met once it has been.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastlora.packed import Packed, dense, recomputed
 
 __all__ = ["DTYPES", "Packed", "base_parameters", "compute_dtype", "dense", "form_of", "is_conv1d", "logical_dtype"]
-__all__ += ["packed_of", "recomputed", "weight_of", "why_not_packed"]
+__all__ += ["packed_of", "recomputed", "statistics_of", "weight_of", "why_not_packed"]
 _OF_X = ("act_quant_kwargs", "activation_quantization", "act_pre_scale")  # what torchao's weights do to x
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -63,7 +63,7 @@ def form_of(module: nn.Module) -> str | None:
 
 def why_not_packed(module: nn.Module) -> str | None:
     """Why a quantised layer's weight cannot show itself as (N, K) now; None if it can."""
-    form, state, weight = form_of(module), _statistics(module), module.weight
+    form, state, weight = form_of(module), statistics_of(module), module.weight
     if form == "torchao":
         if type(module).forward is not nn.Linear.forward or type(weight).dequantize is Tensor.dequantize:
             return f"torchao does not dequantise a {type(weight).__name__}"
@@ -84,7 +84,7 @@ def why_not_packed(module: nn.Module) -> str | None:
     return f"sharded, or another's: the base weight is {weight.nbytes} bytes of {tuple(shape)}, not {size} of {(N, K)}"
 
 
-def _statistics(module: nn.Module) -> object:
+def statistics_of(module: nn.Module) -> object:
     """What stands beside a quantised weight to make numbers of it. bitsandbytes moves it about."""
     form, weight = form_of(module), module.weight
     if form == "4bit":
@@ -98,7 +98,7 @@ def logical_dtype(module: nn.Module) -> torch.dtype:
     form, bias = form_of(module), module.bias
     if form == "8bit":
         return torch.get_default_dtype() if bias is None else bias.dtype
-    return _statistics(module).dtype if form == "4bit" else module.weight.dtype
+    return statistics_of(module).dtype if form == "4bit" else module.weight.dtype
 
 
 def compute_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
@@ -114,7 +114,7 @@ def compute_dtype(module: nn.Module, x: Tensor) -> torch.dtype:
 def packed_of(module: nn.Module, dtype: torch.dtype) -> Packed:
     """The weight of a quantised layer, to be dequantised to `dtype`."""
     shape = torch.Size((module.out_features, module.in_features))
-    return Packed(module.weight, form_of(module), _statistics(module), shape, dtype)
+    return Packed(module.weight, form_of(module), statistics_of(module), shape, dtype)
 
 
 def weight_of(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | Packed, Tensor | None]:

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from fastlora.bank import Route
-from fastlora.base_layer import form_of, weight_of
+from fastlora.base_layer import Packed, compute_dtype, form_of, packed_of, statistics_of, weight_of
 from fastlora.choice import Choice, explain, explain_call
 from fastlora.dora import Norms
 from fastlora.dora import fused as dora_fused
@@ -49,8 +49,8 @@ class _Parts:
     """A layer that was found fit for fusing: what `reasons.of_layer` read of it, to be compared by identity."""
 
     __slots__ = (
-        "active", "base", "base_type", "down", "drop", "drop_type", "hooks", "name", "namespaces", "special", "up",
-        "variant", "weight_type",
+        "active", "base", "base_type", "down", "drop", "drop_type", "hooks", "name", "namespaces", "packed", "special",
+        "up", "variant", "weight_type",
     )  # fmt: skip
 
     def __init__(self, layer: Fused) -> None:
@@ -62,10 +62,19 @@ class _Parts:
         self.base_type, self.drop_type = type(self.base), type(self.drop)
         self.variant, self.weight_type = layer.lora_variant.get(name), type(self.base.weight)
         self.special = self.variant is not None or form_of(self.base) is not None
+        self.packed: tuple | None = None  # a quantised weight, x's dtype and the bytes, as the last call found them
         dora = () if self.variant is None else (layer.lora_magnitude_vector[name],)
         used = (self.base, self.down, self.up, self.drop, *dora)
         self.hooks = tuple(hooks for module in used for hooks in reasons.hooks_of(module)) + reasons.GLOBAL_HOOKS
         self.namespaces = tuple(module.__dict__ for module in used[:4])
+
+    def quantised(self, x: Tensor, weight: Tensor) -> Packed | None:
+        """The weight, where a call was found fit that differs from this one in no more than x's numbers and shape."""
+        if self.packed is None or _any_autocast() or not (x.is_cpu or torch.is_grad_enabled()):
+            return None
+        packed, dtype, size = self.packed
+        same = packed.weight is weight and statistics_of(self.base) is packed.statistics and weight.nbytes == size
+        return packed if same and x.dtype is dtype else None
 
     def hold(self, layer: Fused) -> bool:
         """Whether `layer` is still as it was, its tensors and scaling left aside."""
@@ -133,21 +142,20 @@ class Fused:
             or lora_A.dtype is not lora_B.dtype
         ):
             return Fused._examine(self, x, args, kwargs)
+        own = x
         if parts.special:
-            return Fused._examine(self, x, args, kwargs, parts)
-        y = fused(
-            x,
-            weight if parts.base_type is nn.Linear else weight.t(),
-            lora_A,
-            lora_B,
-            bias,
-            scaling,
-            drop.p if parts.drop_type is nn.Dropout and drop.training else 0.0,
-        )
+            weight = parts.quantised(x, weight)
+            if weight is None:
+                return Fused._examine(self, x, args, kwargs, parts)
+            own, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
+        elif parts.base_type is not nn.Linear:
+            weight = weight.t()
+        p = drop.p if parts.drop_type is nn.Dropout and drop.training else 0.0
+        y = fused(own, weight, lora_A, lora_B, bias, scaling, p)
         if y.__class__ is str:  # a function transform, tracing: see fastlora/gate.py
             return Fused._by_peft(self, record, y, x)
         record.fused_calls += 1
-        return y
+        return y if own is x else y.to(x_dtype)
 
     def _examine(self, x, args, kwargs, parts: _Parts | None = None) -> Tensor:
         """The slow road: find out whether this call can be fused, and remember what the next ones may rely on.
@@ -167,6 +175,10 @@ class Fused:
             y = Fused._compute(self, x, record)
             if y.__class__ is not str:
                 record.fused_calls += 1
+                parts = record.parts
+                if parts.special and parts.variant is None and not _any_autocast():
+                    base = parts.base
+                    parts.packed = packed_of(base, compute_dtype(base, x)), x.dtype, base.weight.nbytes
                 if record.path is None or record.last is not None or not record.parts.special:
                     record.last, record.path = None, Fused.explain(self, x).path
                 return y
