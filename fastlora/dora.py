@@ -83,8 +83,8 @@ def fused(
     magnitude (N,) gets a gradient; `norms` is kept by the layer; the rest are as for `lora_linear`.
     """
     compiling = through_ops()
-    if compiling:
-        weight = recomputed(weight)  # once, for the norms and the products
+    if weight.__class__ is Packed:  # dequantised once, for the norms and the products
+        weight = recomputed(weight) if compiling else weight.once()
     g = magnitude / row_norms(weight, lora_A, lora_B, scaling, None if compiling else norms)
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = functional.cast_for_autocast(x, weight, bias)
@@ -94,6 +94,8 @@ def fused(
         product = _Frozen.apply if weight.__class__ is Packed else F.linear
         more = product(x - dropped, weight, bias)
     u = functional.fused(dropped, weight, lora_A, lora_B, None, scaling, 0.0)
+    if weight.__class__ is Packed:
+        weight.made = None  # not kept for backward
     if u.__class__ is str:
         return u
     if compiling:

@@ -24,19 +24,28 @@ _reused = threading.local()
 class Packed:
     """A quantised weight, frozen, in the place of a Tensor (N, K) of `dtype`, which `dense` makes of it."""
 
-    __slots__ = ("dtype", "form", "shape", "statistics", "weight")
+    __slots__ = ("dtype", "form", "made", "shape", "statistics", "weight")
     requires_grad = False
 
     def __init__(self, weight: Tensor, form: str, statistics: object, shape: torch.Size, dtype: torch.dtype) -> None:
         self.weight, self.form, self.statistics, self.shape, self.dtype = weight, form, statistics, shape, dtype
+        self.made: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Packed:
         return self if dtype is self.dtype else Packed(self.weight, self.form, self.statistics, self.shape, dtype)
+
+    def once(self) -> Packed:
+        """The same, dequantised for all that follows until its `made` is None again."""
+        other = Packed(self.weight, self.form, self.statistics, self.shape, self.dtype)
+        other.made = self.dense()
+        return other
 
     def dense(self, keep: bool = False) -> Tensor:
         """The weight (N, K). On a CPU a large one lies in a buffer of the thread, until the next call: fresh memory
         costs several times what dequantising does there. It is as large as the largest weight that it has held, and
         freed with that one. `keep` asks for memory of its own."""
+        if self.made is not None and not keep:
+            return self.made
         N, K = self.shape
         if self.form == "4bit" and (not self.weight.is_cpu or env.interpreting()) and not is_compiling():
             from fastlora.paths import gpu
