@@ -74,7 +74,7 @@ class Packed:
         if state.dtype is not dtype:
             kind = state.blocksize, state.quant_type, dtype
             state = bnb.QuantState(state.absmax, self.shape, state.code, *kind, state.offset, state.state2)
-        return bnb.dequantize_4bit(data, state)
+        return bnb.dequantize_4bit(data, state).view(self.shape)  # one byte comes back transposed
 
     def _rows(self) -> Callable[[int, int], Tensor]:
         """The same for rows `start` to `stop`."""

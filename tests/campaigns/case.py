@@ -57,7 +57,9 @@ class Case:
     dy: str = "plain"
     size: tuple[str, float] | None = None  # a tensor, and what it is multiplied by
     special: tuple[tuple[str, str], ...] = ()  # tensors, and what stands in one of their elements
-    wants: str = "XABb"  # who asks for a gradient
+    wants: str = "XABb"  # who asks for a gradient; with DoRA m does, the magnitude
+    base: str | None = None  # bitsandbytes' form of the weight: nf4, nf4 double, fp4, fp4 double, int8
+    dora: bool = False
 
     def __str__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]

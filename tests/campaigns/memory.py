@@ -25,7 +25,7 @@ KINDS = ("function", "layer", "peft")
 def kept_bytes(case: Case) -> tuple[int, int]:
     """(bytes kept for backward beside x and the parameters, bytes of S and of dropout's seed) of one forward."""
     inputs = replace(tensors(case), dropout_p=case.dropout)
-    face = Face(case, inputs)
+    face = Face(case, inputs, None)
     storages: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def steps(count: int, kind: str, warm: int = 500) -> tuple[int, int]:
     The allocator's own pools, some MiB, fill within the first hundreds."""
     case = Case(face=kind, lead=(64, 4), N=256, K=192, R=8, bias=True, dropout=0.1, scaling=2.0)
     inputs = replace(tensors(case), dropout_p=case.dropout)
-    face = Face(case, inputs)
+    face = Face(case, inputs, None)
     optimiser = torch.optim.AdamW([face.leaves["A"], face.leaves["B"]], lr=1e-4)
 
     def step():
@@ -95,7 +95,7 @@ def broken_steps(count: int, seed: int) -> int:
     """Tensors more after `count` steps that end in an error: a wrong shape, or a hook that raises on the way."""
     rng = random.Random(seed)
     case = Case(lead=(64, 4), N=256, K=192, R=8, bias=True, dropout=0.1)
-    face = Face(case, replace(tensors(case), dropout_p=case.dropout))
+    face = Face(case, replace(tensors(case), dropout_p=case.dropout), None)
 
     def refuse(_):
         raise _Refused

@@ -22,6 +22,7 @@ from typing import TextIO
 
 import torch
 
+from .bases import vary
 from .case import KERNELS, Case, draw, simpler
 from .observe import faults, near
 
@@ -38,11 +39,12 @@ def campaign(
     ran, failed, modes = 0, [], Counter()
     end = time.monotonic() + seconds
     while ran < count and time.monotonic() < end and len(failed) < most:
-        case = draw(rng, paths)
+        case = vary(draw(rng, paths), rng, bool(set(KERNELS) & set(paths)))
         ran += 1
         if ran % 5000 == 0:
             print(f"{ran} calls", file=sys.stderr, flush=True)
         modes[f"{case.face} {case.mode}"] += 1
+        modes.update([f"over {case.base}"] * bool(case.base) + ["with DoRA"] * case.dora)
         if current is not None:
             current.seek(0)
             current.truncate()

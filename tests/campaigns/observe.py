@@ -10,21 +10,24 @@ from dataclasses import replace
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
 import fastlora.peft
-from fastlora import accuracy, autograd, functional
+from fastlora import accuracy, autograd, functional, packed
 from fastlora.accuracy import Inputs
+from fastlora.base_layer import packed_of
 from fastlora.choice import select
 from fastlora.errors import FastLoRAWarning
 from fastlora.paths import cpu
 from fastlora.paths.problem import draw_seed
 
+from .bases import COLUMNS, dequantised, dora_known, magnitude_of, quantise
 from .case import INSTRUCTIONS, KERNELS, LAID, TRANSFORMS, Case, tensors
 
-GRADIENTS = {"X": "dX", "A": "dA", "B": "dB", "b": "dbias"}
+GRADIENTS = {"X": "dX", "A": "dA", "B": "dB", "b": "dbias", "m": "dm"}
 
 near: list[Case] = []  # beyond the rule, but within the roundings of sums in another order; see `_judged`
 
@@ -47,10 +50,15 @@ def faults(case: Case) -> list[str]:
 
 
 def _faults(case: Case) -> list[str]:
-    inputs = tensors(case)
+    if case.dora and case.K < COLUMNS:
+        return []
+    inputs, base = tensors(case), None
+    if case.base:
+        base = quantise(case.base, inputs.weight)
+        inputs = replace(inputs, weight=dequantised(base, inputs.weight.dtype))
     if case.dropout:
         inputs = replace(inputs, dropout_p=case.dropout, mask=_mask(case, inputs))
-    face = Face(case, inputs)
+    face = Face(case, inputs, base)
     if case.mode in TRANSFORMS:
         return _transformed(case, inputs, face)
     torch.manual_seed(case.seed)
@@ -78,7 +86,8 @@ def _judged(case: Case, got: dict[str, Tensor], inputs: Inputs, known: accuracy.
     float64 has no finer truth to tell, and the roundings of equal terms, where two tensors repeat one number, do not
     average out.
     """
-    known = known or accuracy.expected(inputs)
+    if known is None:
+        known = dora_known(inputs, magnitude_of(case, inputs)) if case.dora else accuracy.expected(inputs)
     found = accuracy.violations(got, inputs, known=known)
     if found and case.dtype in ("f32", "f64"):
         equal = sum(getattr(case, name) in ("expanded", "broadcast") for name in LAID) > 1
@@ -95,6 +104,9 @@ def _mask(case: Case, inputs: Inputs) -> Tensor:
     x, weight = inputs.x, inputs.weight
     if x.numel() == 0:
         return torch.ones(x.shape, dtype=torch.bool)
+    if case.dora:  # which drops elements of x itself
+        torch.manual_seed(case.seed)
+        return F.dropout(torch.ones_like(x), case.dropout) != 0
     if case.mode == "autocast" and case.dtype != "f64":
         x, weight = x.to(_low(case)), weight.to(_low(case))
     path = select(x, weight, inputs.lora_A, case.dropout, case.path)
@@ -105,9 +117,10 @@ def _mask(case: Case, inputs: Inputs) -> Tensor:
 class Face:
     """The public face under test: `face(x)`, with `leaves` X, A, B, b that ask for gradients as the case wants."""
 
-    def __init__(self, case: Case, inputs: Inputs, leaves: dict[str, Tensor] | None = None):
-        self.case, self.inputs, self.module = case, inputs, None
+    def __init__(self, case: Case, inputs: Inputs, base: nn.Module | None, leaves: dict[str, Tensor] | None = None):
+        self.case, self.inputs, self.base, self.module = case, inputs, base, None
         sources = {"X": inputs.x, "A": inputs.lora_A, "B": inputs.lora_B, "b": inputs.bias}
+        sources["m"] = magnitude_of(case, inputs) if case.dora else None
         self.leaves = leaves or {
             name: t.detach().requires_grad_(name in case.wants) if name == "X" else nn.Parameter(t, name in case.wants)
             for name, t in sources.items()
@@ -124,7 +137,8 @@ class Face:
             return self.module(x)
 
     def function(self, x, lora_A, lora_B, bias) -> Tensor:
-        arguments = (x, self.inputs.weight, lora_A, lora_B, bias, self.scaling, self.inputs.dropout_p)
+        weight = self.inputs.weight if self.base is None else packed_of(self.base, self.inputs.weight.dtype)
+        arguments = (x, weight, lora_A, lora_B, bias, self.scaling, self.inputs.dropout_p)
         return fastlora.lora_linear(*arguments, path=self.case.path)
 
     def _base(self, module: nn.Module, weight: Tensor) -> nn.Module:
@@ -133,13 +147,18 @@ class Face:
         return module
 
     def _linear(self) -> nn.Module:
+        if self.base is not None:
+            self.base.bias = self.leaves.get("b")
+            return self.base
         return self._base(nn.Linear(self.case.K, self.case.N, device="meta"), self.inputs.weight)
 
     def layer(self) -> nn.Module:
         case, A, B = self.case, self.leaves["A"], self.leaves["B"]
         layer = fastlora.FusedLoRALinear.from_linear(
-            self._linear(), r=case.R, scaling=case.scaling, adapter_dtype=A.dtype
+            self._linear(), r=case.R, scaling=case.scaling, adapter_dtype=A.dtype, use_dora=case.dora
         )
+        if case.dora:
+            layer.lora_magnitude_vector = self.leaves["m"]
         layer.lora_dropout, layer.lora_A, layer.lora_B = self.inputs.dropout_p, A, B
         if "b" in self.leaves:
             layer.bias.requires_grad_("b" in case.wants)
@@ -147,14 +166,17 @@ class Face:
 
     def peft(self, base: nn.Module | None = None) -> nn.Module:
         from peft import LoraConfig
-        from peft.tuners.lora import Linear
+        from peft.tuners import lora
 
         case = self.case
-        config = LoraConfig(r=case.R, lora_dropout=self.inputs.dropout_p, init_lora_weights=False)
+        config = LoraConfig(r=case.R, lora_dropout=self.inputs.dropout_p, init_lora_weights=False, use_dora=case.dora)
         conv = {"is_target_conv_1d_layer": True, "fan_in_fan_out": True} if base is not None else {}
         config.fan_in_fan_out = base is not None
-        layer = Linear(base or self._linear(), "default", config, r=case.R, lora_alpha=1, **conv)
+        kind = {None: lora.Linear, "int8": lora.Linear8bitLt}.get(case.base) or lora.Linear4bit
+        layer = kind(base or self._linear(), "default", config, r=case.R, lora_alpha=1, **conv)
         layer.scaling["default"] = self.scaling
+        if case.dora:
+            layer.lora_magnitude_vector["default"].weight = self.leaves["m"]
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = self.leaves["A"], self.leaves["B"]
         if "b" in self.leaves:
             layer.base_layer.bias.requires_grad_("b" in case.wants)
@@ -211,7 +233,7 @@ class _Modes:
     @staticmethod
     def shared(case, inputs, face):
         """One adapter in two layers: twice the gradient, to the bit."""
-        other = Face(case, inputs, face.leaves)
+        other = Face(case, inputs, face.base, face.leaves)
         torch.manual_seed(case.seed)  # which making it has moved on
         y = face(face.leaves["X"])
         torch.manual_seed(case.seed)
@@ -371,7 +393,12 @@ def forced(path: str | None):
 def _arranged(case: Case):
     """The node, the threads and the instruction set that the case names, for a while."""
     node, threads = functional.NODE if case.node else None, torch.get_num_threads()
-    with mock.patch.object(functional, "NODE", node), mock.patch.object(autograd, "NODE", node):
+    chunk = 1 << (case.seed % 12 + 4) if case.base else packed._CHUNK  # so that small weights are made in parts too
+    with (
+        mock.patch.object(functional, "NODE", node),
+        mock.patch.object(autograd, "NODE", node),
+        mock.patch.object(packed, "_CHUNK", chunk),
+    ):
         torch.set_num_threads(case.threads)
         if case.instructions:
             cpu._cpu.use_instructions(case.instructions)
