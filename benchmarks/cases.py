@@ -42,11 +42,18 @@ class Case:
     R: int
     dtype: str
     dropout: float
+    base: str = ""  # "nf4": the weight is bitsandbytes' NF4 with double quantisation
+    dora: bool = False
 
     @property
     def name(self) -> str:
         drop = f"-p{self.dropout:g}" if self.dropout else ""
-        return f"{self.family}-{self.M}x{self.K}x{self.N}-r{self.R}-{SHORT[self.dtype]}{drop}"
+        kind = f"-{self.base}" * bool(self.base) + "-dora" * self.dora
+        return f"{self.family}-{self.M}x{self.K}x{self.N}-r{self.R}-{SHORT[self.dtype]}{drop}{kind}"
+
+    @property
+    def plain(self) -> bool:
+        return not self.base and not self.dora
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -89,6 +96,11 @@ def ranks() -> list[Case]:
     return [Case("rank", *RANK_SHAPE, R, "bfloat16", 0.1) for R in RANKS]
 
 
+def variants(case: Case) -> list[Case]:
+    """`case` as QLoRA, DoRA and both."""
+    return [replace(case, base="nf4"), replace(case, dora=True), replace(case, base="nf4", dora=True)]
+
+
 def cpu_jobs() -> list[Job]:
     """What two cores measure in about ten minutes. float16 has no fast product there: training steps only, last."""
     jobs = []
@@ -98,6 +110,9 @@ def cpu_jobs() -> list[Job]:
                 compiled = case.M == 960 and case.N == case.K and (dtype == "float32") == (dropout > 0)
                 jobs.append(Job(case, TRAIN, rank, (PLAIN, COMPILED) if compiled else (PLAIN,)))
                 jobs.append(Job(case, FORWARD, 2))
+    for dtype in ("bfloat16", "float32"):
+        for sizes in ((64, 100, 128, 2), (960, 768, 768, 16), (512, 1024, 4096, 16)):
+            jobs += [Job(case, TRAIN, 2) for case in variants(Case("variant", *sizes, dtype, 0.0))]
     jobs += [Job(case, FORWARD, 3) for case in llama("llama3-8b", 0.0, (1, 16))]
     jobs += [Job(Case("llama3-8b-qo", 512, 4096, 4096, 16, "bfloat16", 0.1), TRAIN, 3)]
     jobs += [Job(case, TRAIN, 4) for case in classifier("float16", 0.0)]
@@ -119,6 +134,8 @@ def gpu_jobs() -> list[Job]:
         jobs += [Job(case, TRAIN, 8, captured) for case in classifier("float16", dropout)]
     jobs += [Job(case, FORWARD, 3, captured) for case in llama("llama3-8b", 0.0, (1, 16))]
     jobs += [Job(case, TRAIN, 3, captured) for case in ranks()]
+    jobs += [Job(case, TRAIN, 3) for one in headline for case in variants(one)]
+    jobs += [Job(case, TRAIN, 4) for one in llama("llama3-8b", 0.0, (512, 8192)) for case in variants(one)]
     jobs += [Job(case, FORWARD, 5, captured) for case in headline]
     jobs += [Job(case, TRAIN, 5, captured) for case in lorafusion("float16")[:3] + lorafusion("float32")[:1]]
     jobs += [Job(case, FORWARD, 6, captured) for case in llama("llama3-70b", 0.0, (1, 16))]

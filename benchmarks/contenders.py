@@ -16,7 +16,7 @@ import logging
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from benchmarks.cases import COMPILED, GRAPH, PLAIN, Case
 from benchmarks.measure import ROOT
 from fastlora import lora_linear, reference
 from fastlora.choice import choose
+from fastlora.linear import EagerLoRALinear
 from fastlora.paths import PATHS
 from fastlora.paths.problem import Problem
 
@@ -85,7 +86,8 @@ def draw(case: Case, count: int, device: torch.device, seed: int = 0) -> list[In
 @dataclass(frozen=True)
 class Contender:
     """Who is measured. `calls`: (case, sets of inputs, whether compiled) -> a call for each set, or `Unavailable`;
-    `where`: on which cases and devices; `colour`: a rival's in the figure, else None; `ours`: fastlora's."""
+    `where`: on which cases and devices; `colour`: a rival's in the figure, else None; `ours`: fastlora's; `variants`:
+    also over a quantised base and with DoRA."""
 
     name: str
     calls: Callable[[Case, list[Inputs], bool], list[Call]]
@@ -93,17 +95,19 @@ class Contender:
     modes: tuple[str, ...] = (PLAIN,)
     colour: str | None = None
     ours: bool = False
+    variants: bool = False
 
 
 def names(case: Case, device: torch.device) -> list[str]:
     """The contenders of a case on a device, the floor first; those that cannot run say so when they are built."""
-    return [name for name, one in CONTENDERS.items() if one.where(case, device)]
+    return [name for name, one in CONTENDERS.items() if (case.plain or one.variants) and one.where(case, device)]
 
 
 def chosen_path(case: Case, device: torch.device) -> str:
     """The path that `fastlora` takes for a case when none is forced."""
     M, N, K, R, dtype = case.M, case.N, case.K, case.R, case.torch_dtype
-    return choose(Problem(M, N, K, R, dtype, dtype, device, case.dropout > 0)).path
+    dropout = case.dropout > 0 and not case.dora  # which drops elements of x itself
+    return choose(Problem(M, N, K, R, dtype, dtype, device, dropout)).path
 
 
 def _layer(function: Callable, float32: bool = False) -> Callable[[Case, list[Inputs], bool], list[Call]]:
@@ -123,33 +127,83 @@ def _layer(function: Callable, float32: bool = False) -> Callable[[Case, list[In
 
 
 def _bare(case: Case, sets: list[Inputs], compiled: bool) -> list[Call]:
+    if case.base:
+        return [Call(functools.partial(_base(case, t), t.x), (t.x,), t.dy) for t in sets]
     run = torch.compile(F.linear, dynamic=False) if compiled else F.linear
     return [Call(functools.partial(run, t.x, t.weight, t.bias), (t.x,), t.dy) for t in sets]
 
 
-def _peft(case: Case, sets: list[Inputs], compiled: bool, float32: bool = False) -> list[Call]:
-    """PEFT's own `lora.Linear`, put by PEFT itself around a frozen `nn.Linear`."""
+def _base(case: Case, t: Inputs) -> torch.nn.Module:
+    """The frozen layer: an `nn.Linear`, or bitsandbytes' layer that computes in the case's dtype."""
+    if case.base:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise Unavailable(f"bitsandbytes: {error}") from None
+        layer = bitsandbytes.nn.Linear4bit(case.K, case.N, True, case.torch_dtype, True, case.base)
+        layer = layer.to(case.torch_dtype)
+        layer.load_state_dict({"weight": t.weight, "bias": t.bias})
+        return layer.requires_grad_(False).to(t.x.device)
+    layer = torch.nn.Linear(case.K, case.N, device="meta", dtype=case.torch_dtype)
+    layer.weight = torch.nn.Parameter(t.weight, requires_grad=False)
+    layer.bias = torch.nn.Parameter(t.bias, requires_grad=False)
+    return layer
+
+
+def _eager(case: Case, sets: list[Inputs], compiled: bool) -> list[Call]:
+    """The reference; over a quantised base with a weight that is dequantised for each call, and kept for backward."""
+    if case.plain:
+        return _layer(reference.lora_linear)(case, sets, compiled)
+    made = []
+    for t in sets:
+        layer = EagerLoRALinear.from_linear(_base(case, t), r=case.R, scaling=SCALING, use_dora=case.dora)
+        layer.lora_dropout = case.dropout
+        leaves = (t.x, layer.lora_A, layer.lora_B, *([layer.lora_magnitude_vector] if case.dora else ()))
+        made.append(_trained(layer, t, leaves))
+    return made
+
+
+def _trained(layer: torch.nn.Module, t: Inputs, leaves: tuple[Tensor, ...]) -> Call:
+    with torch.no_grad():
+        leaves[1].copy_(t.lora_A)
+        leaves[2].copy_(t.lora_B)
+    return Call(functools.partial(layer.train(), t.x), leaves, t.dy)
+
+
+def _peft(case: Case, sets: list[Inputs], compiled: bool, float32: bool = False, patched: bool = False) -> list[Call]:
+    """PEFT's own layer, put by PEFT itself around the frozen one; `patched` by fastlora."""
     try:
         from peft import LoraConfig, get_peft_model
+
+        from fastlora.peft import patch
     except ImportError as error:
         raise Unavailable(f"peft: {error}") from None
     config = LoraConfig(
-        r=case.R, lora_alpha=SCALING * case.R, lora_dropout=case.dropout, target_modules=["linear"], bias="none"
-    )
+        r=case.R, lora_alpha=SCALING * case.R, lora_dropout=case.dropout, target_modules=["linear"], bias="none",
+        use_dora=case.dora,
+    )  # fmt: skip
     made = []
     for t in sets:
         holder = torch.nn.Module()
-        holder.linear = torch.nn.Linear(case.K, case.N, device="meta", dtype=case.torch_dtype)
-        holder.linear.weight = torch.nn.Parameter(t.weight, requires_grad=False)
-        holder.linear.bias = torch.nn.Parameter(t.bias, requires_grad=False)
+        holder.linear, holder.is_loaded_in_4bit = _base(case, t), bool(case.base)
         layer = get_peft_model(holder, config, autocast_adapter_dtype=float32).base_model.model.linear
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        with torch.no_grad():
-            A.copy_(t.lora_A)
-            B.copy_(t.lora_B)
-        layer.train()
-        made.append(Call(functools.partial(layer, t.x), (t.x, A, B), t.dy))
+        if patched:
+            patch(layer)
+        leaves = (t.x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        if case.dora:
+            leaves += (layer.lora_magnitude_vector["default"].weight,)
+        made.append(_trained(layer, t, leaves))
     return made
+
+
+def _fastlora(case: Case, sets: list[Inputs], compiled: bool) -> list[Call]:
+    """Our function; a variant as PEFT's users have it, by `fastlora.peft.patch`."""
+    return _layer(lora_linear)(case, sets, compiled) if case.plain else _peft(case, sets, compiled, patched=True)
+
+
+def _without_dora(case: Case, sets: list[Inputs], compiled: bool, patched: bool = False) -> list[Call]:
+    """Plain LoRA beside DoRA: what DoRA's own share is measured against."""
+    return _peft(replace(case, dora=False), sets, compiled, patched=patched)
 
 
 class _Optimised(torch.autograd.Function):
@@ -207,6 +261,10 @@ def _narrow(case: Case, device: torch.device) -> bool:
     return case.dtype != "float32"
 
 
+def _dora(case: Case, device: torch.device) -> bool:
+    return case.dora
+
+
 def _path(name: str) -> Contender:
     def where(case: Case, device: torch.device) -> bool:
         return name == "torch" or (name == "cpu") == (device.type == "cpu")
@@ -218,9 +276,10 @@ _ALL = (PLAIN, COMPILED, GRAPH)
 CONTENDERS: dict[str, Contender] = {
     one.name: one
     for one in (
-        Contender("bare", _bare, modes=_ALL),
-        Contender("eager", _layer(reference.lora_linear), modes=_ALL, colour="#d1495b"),
-        Contender("peft", _peft, colour="#edae49"),
+        Contender("bare", _bare, modes=_ALL, variants=True),
+        Contender("eager", _eager, modes=_ALL, colour="#d1495b", variants=True),
+        Contender("peft", _peft, colour="#edae49", variants=True),
+        Contender("peft-lora", _without_dora, _dora, variants=True),
         Contender("peft-float32", functools.partial(_peft, float32=True), _narrow, colour="#c98b2b"),
         Contender("optimised", _layer(_Optimised.call), modes=(PLAIN, GRAPH), colour="#66a182"),
         Contender(
@@ -231,7 +290,8 @@ CONTENDERS: dict[str, Contender] = {
         ),
         *map(_path, PATHS),
         Contender("fastlora-float32", _layer(lora_linear, float32=True), _narrow, ours=True),
-        Contender("fastlora", _layer(lora_linear), modes=_ALL, ours=True),
+        Contender("fastlora-lora", functools.partial(_without_dora, patched=True), _dora, ours=True, variants=True),
+        Contender("fastlora", _fastlora, modes=_ALL, ours=True, variants=True),
     )
 }
 RIVALS = tuple(name for name, one in CONTENDERS.items() if one.colour)

@@ -22,7 +22,7 @@ from fastlora.node import NODE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-VERSIONS = ("torch", "triton", "peft", "transformers", "numpy")
+VERSIONS = ("torch", "triton", "peft", "transformers", "bitsandbytes", "numpy")
 CPU_SAMPLE_S = 2e-4  # one sample is as many calls as last this long: far above the clock's grain
 CUDA_SAMPLE_S = 2e-3  # and above the cost of a synchronisation
 HIDE_LAUNCH_CYCLES = 200_000  # about 0.1 ms in which the host runs ahead of a sample of a few long calls

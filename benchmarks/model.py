@@ -29,7 +29,14 @@ def passes(case: Case, contender: str, direction: str) -> list[Pass]:
     """The passes of `contender` (a contender or path; `+compiled` behind it), forward or forward and backward."""
     name = contender.removesuffix("+compiled")
     work = Work(case.M, case.N, case.K, case.R, SIZE[case.dtype], case.dropout > 0)
-    forward, backward = _PLANS["eager+compiled" if name == "eager" != contender else name](work)
+    plan = _PLANS["eager+compiled" if name == "eager" != contender else name]
+    forward, backward = plan(replace(work, dropout=work.dropout and not case.dora))  # DoRA drops elements of x itself
+    if case.dora and name != "bare":
+        more = _dora(work, name)
+        forward, backward = forward + more[0], backward + more[1]
+    if case.base:  # half a byte and a 64th for each number of the weight, which is written for the product
+        dequantise = Pass(work.N * work.K * (0.5 + 1 / 64 + work.size), triton=True)
+        forward, backward = [dequantise, *forward], [dequantise, *backward]
     return forward + backward if direction == TRAIN else forward
 
 
@@ -89,6 +96,18 @@ def _eager(work: Work, adapter_size: int = 0, fused: bool = False) -> Passes:
         product(wide, M, R, K),
         Pass(3 * M * K * e),
     ]
+    return forward, backward
+
+
+def _dora(work: Work, path: str) -> Passes:
+    """What DoRA adds to a path of ours: the norms' read of the weight, and the magnitude's passes."""
+    if path not in PATHS:
+        raise KeyError(path)
+    M, N, K, e = work.M, work.N, work.K, work.size
+    forward, backward = [product(work, N, K, work.R), Pass(2 * M * N * e)], [Pass(3 * M * N * e)]
+    if work.dropout:  # of x itself; the base's product of the rest is apart
+        forward += [Pass(M * K * (2 * e + 1)), Pass(3 * M * K * e), *base(work)[0], Pass(3 * M * N * e)]
+        backward += [*base(work)[1], Pass(M * K * (2 * e + 1)), Pass(3 * M * K * e)]
     return forward, backward
 
 

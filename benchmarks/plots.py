@@ -7,14 +7,14 @@ from pathlib import Path
 
 from benchmarks.cases import PLAIN, TRAIN
 from benchmarks.contenders import CONTENDERS, RIVALS
-from benchmarks.report import Group, grouped
+from benchmarks.report import Group, grouped, kinds
 
 COLOURS = {"bare": "#888888", **{name: CONTENDERS[name].colour for name in RIVALS}, "fastlora": "#00798c"}
 
 
 def draw(payload: dict, path: Path) -> Path | None:
     """The figure: roofline, overhead against M, speed-up over eager. None without matplotlib or without a figure."""
-    groups = grouped(payload["rows"], TRAIN, PLAIN)
+    groups = kinds(grouped(payload["rows"], TRAIN, PLAIN)).get("", {})
     try:
         import matplotlib
     except ImportError:

@@ -14,13 +14,14 @@ from benchmarks.measure import RESULTS, ROOT
 from fastlora.errors import UserError
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+VARIANTS = ", over NF4 with double quantisation or with DoRA"
 LEVEL = 1.03  # nearer than this two times are level: no loss, no regression
 Row = dict
 Group = dict[str, Row]  # by contender
 
 
-def load(path: Path) -> dict:
-    """The content of a suite's result file.
+def load(path: Path, kind: str = "suite") -> dict:
+    """The content of a result file of the suite, or of another kind.
 
     Raises:
         UserError: it cannot be read, or is not one.
@@ -29,8 +30,8 @@ def load(path: Path) -> dict:
         payload = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
-    if not isinstance(payload, dict) or payload.get("kind") != "suite":
-        raise UserError(f"{path}: not a result file of the suite")
+    if not isinstance(payload, dict) or payload.get("kind") != kind:
+        raise UserError(f"{path}: not a result file of the {kind}")
     return payload
 
 
@@ -47,7 +48,8 @@ def tables(payload: dict, path: Path) -> str:
     """Everything in a result file as Markdown: tables by direction and mode, means, and the shapes that are lost."""
     parts = [provenance(payload, path)]
     for direction, mode, groups in _sections(payload["rows"]):
-        parts.append(f"**{direction}, {mode}** (times over the bare linear)\n\n{table(groups)}")
+        for kind, some in kinds(groups).items():
+            parts.append(f"**{direction}, {mode}{kind}** (times over the bare linear)\n\n{table(some)}")
         if mode == PLAIN:
             parts.append(costs(groups))
     return "\n\n".join([*parts, means(payload["rows"]), lost(payload["rows"])])
@@ -67,7 +69,7 @@ def provenance(payload: dict, path: Path) -> str:
     said += [f"commit {(data['commit'] or 'unknown')[:10]}{changed}", data["date"][:10], f"raw: `{_in_tree(path)}`"]
     if "choosing_s" in payload:
         said.append(f"choosing a path takes {payload['choosing_s'] * 1e6:.1f} µs a call")
-    if payload["left_out"]:
+    if payload.get("left_out"):
         said.append(f"{len(payload['left_out'])} jobs left out for want of time")
     if payload.get("failed"):
         said.append(f"{len(payload['failed'])} jobs failed")
@@ -81,6 +83,14 @@ def grouped(rows: list[Row], direction: str, mode: str) -> dict[str, Group]:
         if row["direction"] == direction and row["mode"] == mode and "median" in row:
             groups.setdefault(row["case"], {})[row["contender"]] = row
     return {case: group for case, group in groups.items() if "bare" in group and len(group) > 1}
+
+
+def kinds(groups: dict[str, Group]) -> dict[str, dict[str, Group]]:
+    """The cases of plain LoRA, and those over a quantised base or with DoRA, each where there are some."""
+    found: dict[str, dict[str, Group]] = {}
+    for case, group in groups.items():
+        found.setdefault(VARIANTS if _variant(group["bare"]) else "", {})[case] = group
+    return found
 
 
 def table(groups: dict[str, Group]) -> str:
@@ -118,7 +128,8 @@ def means(rows: list[Row]) -> str:
     found: dict[tuple, list[float]] = {}
     for row in rows:
         if row["contender"] == "fastlora" and "over_eager" in row:
-            found.setdefault((row["direction"], row["mode"], row["dtype"]), []).append(1 / row["over_eager"]["median"])
+            what = row["dtype"] + _variant(row)
+            found.setdefault((row["direction"], row["mode"], what), []).append(1 / row["over_eager"]["median"])
     return _markdown(
         ["direction", "calls", "dtype", "cases", "eager ÷ fastlora, geometric mean", "worst"],
         [[*key, str(len(gains)), f"{statistics.geometric_mean(gains):.2f}", f"{min(gains):.2f}"]
@@ -150,6 +161,21 @@ def lost(rows: list[Row]) -> str:
     return "\n".join([f"Shapes at which a rival is more than {LEVEL - 1:.0%} faster:", "", *lines])
 
 
+def training(payload: dict, path: Path) -> str:
+    """A small Llama's training steps by stock PEFT and by the same patched, as Markdown."""
+    heads = ["a small Llama trained with", "PEFT, ms", "fastlora, ms", "PEFT ÷ fastlora", "20–80 %", "losses apart"]
+    heads += ["PEFT's from float32's", "calls by PEFT's own forward"]
+    lines = []
+    for case in payload["cases"]:
+        times = [f"{case[name]['median'] * 1e3:.0f}" for name in ("peft", "fastlora")]
+        gain, distances = case["peft_over_fastlora"], [f"{case[n]:.1g}" for n in ("apart", "stock_from_float32")]
+        calls = f"{case['fallback_calls']} of {case['fallback_calls'] + case['fused_calls']}"
+        spread = "{p20:.2f}–{p80:.2f}".format(**gain)
+        lines.append([case["case"], *times, f"**{gain['median']:.2f}**", spread, *distances, calls])
+    sizes = ", ".join(f"{name} {payload['arguments'][name]}" for name in ("hidden", "layers", "tokens", "dtype"))
+    return f"{_markdown(heads, lines)}\n\n{sizes}; {provenance(payload, path)}"
+
+
 def write_readme(path: Path, loaded: list[tuple[Path, dict]]) -> None:
     """Put each device's training steps, means and lost shapes between the two markers of the file `path`.
 
@@ -172,9 +198,11 @@ def write_readme(path: Path, loaded: list[tuple[Path, dict]]) -> None:
             parts.append(f"![roofline, overhead and speed-up]({figure.relative_to(path.resolve().parent).as_posix()})")
         groups = grouped(payload["rows"], TRAIN, PLAIN)
         shown = {case: group for case, group in groups.items() if group["bare"]["dtype"] != "float16"}
-        if shown:
-            parts.append("Forward and backward, times over the bare frozen linear; less is better:\n\n" + table(shown))
+        for kind, some in kinds(shown).items():
+            what = f"Forward and backward{kind}, times over the bare frozen linear; less is better:"
+            parts.append(f"{what}\n\n{table(some)}")
         parts += [means(payload["rows"]), lost(payload["rows"])]
+        parts += [training(load(one, "llama-step"), one) for one in sorted(file.parent.glob("*-llama-step.json"))[-1:]]
     path.write_text("\n\n".join([head + BEGIN, *parts, END + tail]), encoding="utf-8")
 
 
@@ -215,6 +243,11 @@ def _sections(rows: list[Row]) -> Iterator[tuple[str, str, dict[str, Group]]]:
         groups = grouped(rows, direction, mode)
         if groups:
             yield direction, mode, groups
+
+
+def _variant(row: Row) -> str:
+    base, dora = row.get("base"), row.get("dora")  # which older files lack
+    return (f", {base}" if base else "") + (", DoRA" if dora else "")
 
 
 def _markdown(heads: list[str], lines: list[list[str]]) -> str:

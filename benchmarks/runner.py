@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -133,18 +133,20 @@ def _rates(job: Job, entry: Entry, path: str, seconds: float, ceilings: model.Ce
 
     No bytes and no prediction for a contender that the model does not know.
     """
-    worker = path if entry.name.startswith("fastlora") else entry.name
+    case, worker = job.case, path if entry.name.startswith("fastlora") else entry.name
+    if entry.name.endswith("-lora"):
+        case, worker = replace(case, dora=False), worker.removesuffix("-lora")
     worker = f"{worker}+{entry.mode}" if entry.mode == COMPILED else worker
     flops = model.useful_flops(job.case, job.direction, lora=entry.name != "bare")
     rates = {"tflops": flops / seconds / 1e12}
     try:
-        moved = sum(one.bytes for one in model.passes(job.case, worker, job.direction))
+        moved = sum(one.bytes for one in model.passes(case, worker, job.direction))
     except KeyError:
         return rates
     rates |= {"model_bytes": moved, "bytes_per_s": moved / seconds}
     if ceilings is not None:
         captured = entry.mode == GRAPH
-        predicted, floor = (model.predict(job.case, who, job.direction, ceilings, captured) for who in (worker, "bare"))
+        predicted, floor = (model.predict(case, who, job.direction, ceilings, captured) for who in (worker, "bare"))
         rates["predicted"], rates["predicted_launches"] = predicted.seconds, predicted.launches
         rates["predicted_over_bare"] = predicted.seconds / floor.seconds
     return rates

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks import model
@@ -36,6 +38,16 @@ def test_units_and_launches(contender, dropout, units, launches):
     found = model.passes(one, contender, TRAIN)
     assert sum(p.bytes for p in found) / unit == pytest.approx(units, abs=0.25)
     assert len(found) == launches
+
+
+def test_a_quantised_base_costs_passes_of_n_times_k_and_dora_of_m_times_n():
+    one = case(0.0, rows=1024)
+    plain, nf4, dora = (
+        sum(p.bytes for p in model.passes(one, "cpu", TRAIN))
+        for one in (one, replace(one, base="nf4"), replace(one, dora=True))
+    )
+    assert nf4 - plain == pytest.approx(2 * one.N * one.K * (0.5 + 1 / 64 + 2))
+    assert dora - plain == pytest.approx(5 * one.M * one.N * 2 + one.N * one.K * 2, rel=0.01)
 
 
 def test_prediction_at_the_designs_own_example():

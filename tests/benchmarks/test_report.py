@@ -63,6 +63,28 @@ def test_the_readmes_section_is_replaced_and_the_rest_is_kept(rows, suite_payloa
     assert text.count(report.BEGIN) == 1
 
 
+def test_variants_have_a_table_of_their_own(rows, row, suite_payload, tmp_path):
+    variant = [r | {"base": "nf4", "dora": True} for r in rows_of(row, "two", eager=2.0, peft=3.0, fastlora=1.0)]
+    text = report.tables(suite_payload([*rows, *variant]), tmp_path / "2026.json")
+    _, apart = text.split(f"plain{report.VARIANTS}**")
+    assert "| two |" in apart and "| won |" in text.split(report.VARIANTS)[0]
+    assert "float32, nf4, DoRA | 1 | 2.00 | 2.00 |" in report.means([*rows, *variant])
+
+
+def test_a_small_llamas_training_stands_below_the_newest_suite(rows, suite_payload, tmp_path):
+    gain = {"median": 1.25, "p20": 1.2, "p80": 1.3}
+    case = {"case": "QLoRA", "peft": {"median": 0.5}, "fastlora": {"median": 0.4}, "peft_over_fastlora": gain}
+    case |= {"apart": 1e-4, "stock_from_float32": 2e-4, "fused_calls": 70, "fallback_calls": 0}
+    sizes = {"hidden": 8, "layers": 1, "tokens": 4, "dtype": "bfloat16"}
+    payload = {"kind": "llama-step", "metadata": suite_payload([])["metadata"], "arguments": sizes, "cases": [case]}
+    readme, result = tmp_path / "README.md", tmp_path / "2026-01-01-000000.json"
+    write_json(tmp_path / "2026-01-01-000001-llama-step.json", payload)
+    write_json(result, suite_payload(rows))
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.write_readme(readme, [(result, report.load(result))])
+    assert "| QLoRA | 500 | 400 | **1.25** | 1.20–1.30 | 0.0001 | 0.0002 | 0 of 70 |" in readme.read_text()
+
+
 def test_a_readme_without_markers_is_the_users_mistake(tmp_path):
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(UserError, match="<!-- benchmarks -->"):

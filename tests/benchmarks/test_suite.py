@@ -18,6 +18,7 @@ from fastlora import reference
 from fastlora.paths import PATHS
 
 CPU = torch.device("cpu")
+OF_DORA = ("peft-lora", "fastlora-lora")
 TINY = Case("tiny", 8, 12, 16, 2, "float32", 0.0)
 
 
@@ -53,7 +54,7 @@ def test_patterns_select_by_case_or_job():
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize(
-    "name", [name for name in CONTENDERS if name not in {"bare", "lorafusion", *PATHS} - {"torch"}]
+    "name", [name for name in CONTENDERS if name not in {"bare", "lorafusion", *PATHS, *OF_DORA} - {"torch"}]
 )
 def test_every_contender_computes_the_same_step(name, dtype):
     if name.startswith("peft"):
@@ -68,6 +69,28 @@ def test_every_contender_computes_the_same_step(name, dtype):
         assert torch.linalg.vector_norm(got.double() - true) <= 8 * torch.finfo(case.torch_dtype).eps * (
             torch.linalg.vector_norm(true)
         )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("variant", range(3), ids=["nf4", "dora", "nf4-dora"])
+def test_a_variants_contenders_compute_the_same_and_are_predicted(variant, dropout):
+    pytest.importorskip("bitsandbytes")
+    case = cases.variants(replace(TINY, K=64, dropout=dropout))[variant]
+    names = contenders.names(case, CPU)
+    assert set(names) == {"bare", "eager", "peft", "fastlora", *(["peft-lora", "fastlora-lora"] if case.dora else [])}
+    made = {}
+    for name in names:
+        (call,) = CONTENDERS[name].calls(replace(case, dropout=0.0), contenders.draw(case, 1, CPU), False)
+        made[name] = [call.forward(), *call.train()]
+    assert len(made["peft"]) == len(made["fastlora"]) == 4 + case.dora
+    for mine, theirs in [("fastlora", "peft"), ("fastlora", "eager")] + [("fastlora-lora", "peft-lora")] * case.dora:
+        for got, want in zip(made[mine], made[theirs], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert case.dora != torch.allclose(made["fastlora"][1], made.get("fastlora-lora", made["fastlora"])[1])
+    ceilings = model.Ceilings(1e10, {"float32": 1e11})
+    rows = {row["contender"]: row for row in runner.run_job(Job(case, TRAIN, 0), CPU, 0.0, ceilings)}
+    assert not any("skipped" in row for row in rows.values())
+    assert rows["fastlora"]["predicted_over_bare"] > 1 and ("predicted" in rows["peft"]) != case.dora
 
 
 @pytest.mark.parametrize("name", ["eager", "peft", "optimised", "torch", "fastlora"])
