@@ -1,4 +1,5 @@
-"""The dropout mask: a pure function of (seed, row, column), made again by every kernel; dA may leave it as bits for dX.
+"""The dropout mask: a pure function of (seed, row, column), made again by every kernel but dX's GEMM, for which it
+is left as bits.
 
     keep[m, k] = bits[m, k] >= round(p * 65536)          drop(X) = keep * X
 
@@ -156,15 +157,21 @@ def _pair(sign):
 
 @triton.jit(do_not_specialize=["threshold"])
 def keep_mask_kernel(
-    out_ptr, rows_ptr, seed_ptr, threshold, M, K, stride_om, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):
+    out_ptr, rows_ptr, seed_ptr, threshold, M, K, stride_om,
+    BITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (M, K): an element in each byte or, with BITS, eight of them: K is the number of bytes then."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     start_k = tl.program_id(1) * BLOCK_K
-    offs_k = start_k + tl.arange(0, BLOCK_K)
-    threshold = threshold_of(threshold, rows_ptr, offs_m, M)
-    keep = keep_of(keep_signs(tl.load(seed_ptr), offs_m, start_k, threshold, BLOCK_K))
+    signs = keep_signs(tl.load(seed_ptr), offs_m, start_k, threshold_of(threshold, rows_ptr, offs_m, M), BLOCK_K)
+    if BITS:
+        offs_k = start_k // 8 + tl.arange(0, BLOCK_K // 8)
+        keep = bits_of(signs)
+    else:
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        keep = keep_of(signs).to(tl.int8)
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om + offs_k[None, :]
-    tl.store(out_ptrs, keep.to(tl.int8), mask=(offs_m[:, None] < M) & (offs_k[None, :] < K))
+    tl.store(out_ptrs, keep, mask=(offs_m[:, None] < M) & (offs_k[None, :] < K))
 
 
 def how(target: Target, dtype: torch.dtype, dropout: Dropout | None) -> int:
@@ -180,12 +187,15 @@ def mask_bits(M: int, K: int, device: torch.device) -> torch.Tensor:
 
 
 def mask_launch(dropout: Dropout, out: torch.Tensor, block_m: int = 32, block_k: int = 128) -> Launch:
+    """The mask into `out`: int8 (M, K), or `mask_bits`, uint8."""
     M, K = out.shape
+    bits = out.dtype is torch.uint8
     args = {
         "out_ptr": out, **arguments(dropout), "M": M, "K": K, "stride_om": out.stride(0),
-        "BLOCK_M": block_m, "BLOCK_K": block_k,
+        "BITS": bits, "BLOCK_M": block_m, "BLOCK_K": block_k,
     }  # fmt: skip
-    return Launch(keep_mask_kernel, (triton.cdiv(M, block_m), triton.cdiv(K, block_k)), args, {"num_warps": 4})
+    grid = triton.cdiv(M, block_m), triton.cdiv(8 * K if bits else K, block_k)
+    return Launch(keep_mask_kernel, grid, args, {"num_warps": 4})
 
 
 def keep_mask(dropout: Dropout, M: int, K: int, block_m: int = 32, block_k: int = 128) -> torch.Tensor:

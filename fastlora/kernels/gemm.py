@@ -17,8 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.bank import threshold_of
-from fastlora.kernels.dropout import SELECT, STORED, Dropout, arguments, keep_of, keep_signs
+from fastlora.kernels.dropout import STORED
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import Target, Tile
 
@@ -78,27 +77,22 @@ def halves(t):
 
 @triton.jit
 def add_rest(
-    acc, start_m, start_n, bias_ptr, stride_bias, update, mask, M, N, R,
+    acc, start_m, start_n, bias_ptr, stride_bias, update, bits_ptr, M, N, R,
     DROPOUT: tl.constexpr, RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + bias and, with dropout, + keep * (S U): by quarters of a tile, to spare registers."""
     if DROPOUT:
         s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un = update
-        bits_ptr, rows_ptr, seed_ptr, threshold = mask
         dropped = add_update(
             tl.zeros_like(acc), s_ptr, u_ptr, start_m, start_n, M, N, R,
             stride_sm, stride_sr, stride_ur, stride_un, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
         offs_m = start_m + tl.arange(0, acc.shape[0])
-        if DROPOUT == STORED:
-            offs_b = (start_n // 8 + tl.arange(0, acc.shape[1] // 8)).to(tl.int64)
-            bytes_n = tl.cdiv(N, 8)
-            bits_ptrs = bits_ptr + offs_m.to(tl.int64)[:, None] * bytes_n + offs_b[None, :]
-            bits = tl.load(bits_ptrs, mask=(offs_m < M)[:, None] & (offs_b < bytes_n)[None, :], other=0)
-            keep = tl.reshape((bits[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1, acc.shape) != 0
-        else:
-            least = threshold_of(threshold, rows_ptr, offs_m, M)
-            keep = keep_of(keep_signs(tl.load(seed_ptr), offs_m, start_n, least, acc.shape[1]))
+        offs_b = (start_n // 8 + tl.arange(0, acc.shape[1] // 8)).to(tl.int64)
+        bytes_n = tl.cdiv(N, 8)
+        bits_ptrs = bits_ptr + offs_m.to(tl.int64)[:, None] * bytes_n + offs_b[None, :]
+        bits = tl.load(bits_ptrs, mask=(offs_m < M)[:, None] & (offs_b < bytes_n)[None, :], other=0)
+        keep = tl.reshape((bits[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1, acc.shape) != 0
         acc += tl.where(keep, dropped, 0.0)
     if bias_ptr is not None:
         offs_n = (start_n + tl.arange(0, acc.shape[1])).to(tl.int64)
@@ -114,9 +108,9 @@ def store_part(part, y_ptr, start_m, start_n, M, N, stride_ym):
     tl.store(y_ptrs, part.to(y_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit
 def gemm_kernel(
-    x_ptr, w_ptr, y_ptr, bias_ptr, s_ptr, u_ptr, bits_ptr, rows_ptr, seed_ptr, threshold, M, N, K, R,
+    x_ptr, w_ptr, y_ptr, bias_ptr, s_ptr, u_ptr, bits_ptr, M, N, K, R,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_bias, stride_sm, stride_sr, stride_ur, stride_un,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -147,7 +141,6 @@ def gemm_kernel(
         w_ptrs += advance * stride_wk
 
     update = (s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un)
-    mask = (bits_ptr, rows_ptr, seed_ptr, threshold)
     if DROPOUT:
         left, right = halves(acc)
         for half in tl.static_range(2):
@@ -155,8 +148,8 @@ def gemm_kernel(
             for quarter in tl.static_range(2):
                 part_n = start_n + (2 * half + quarter) * (BLOCK_N // 4)
                 part = add_rest(
-                    first if quarter == 0 else second, start_m, part_n, bias_ptr, stride_bias, update, mask, M, N, R,
-                    DROPOUT, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+                    first if quarter == 0 else second, start_m, part_n, bias_ptr, stride_bias, update, bits_ptr,
+                    M, N, R, DROPOUT, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
                 )  # fmt: skip
                 store_part(part, y_ptr, start_m, part_n, M, N, stride_ym)
     else:
@@ -165,15 +158,15 @@ def gemm_kernel(
             RANK_STEPS, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
         acc = add_rest(
-            acc, start_m, start_n, bias_ptr, stride_bias, update, mask, M, N, R,
+            acc, start_m, start_n, bias_ptr, stride_bias, update, bits_ptr, M, N, R,
             DROPOUT, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
         store_part(acc, y_ptr, start_m, start_n, M, N, stride_ym)
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit
 def gemm_tma_kernel(
-    x_desc, w_desc, y_desc, bias_ptr, s_ptr, u_ptr, bits_ptr, rows_ptr, seed_ptr, threshold, M, N, K, R,
+    x_desc, w_desc, y_desc, bias_ptr, s_ptr, u_ptr, bits_ptr, M, N, K, R,
     stride_bias, stride_sm, stride_sr, stride_ur, stride_un,
     DROPOUT: tl.constexpr, W_BY_N: tl.constexpr, FLATTEN: tl.constexpr,
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -188,7 +181,6 @@ def gemm_tma_kernel(
     steps = tl.cdiv(K, BLOCK_K)
     tl.assume(steps > 0)
     update = (s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un)
-    mask = (bits_ptr, rows_ptr, seed_ptr, threshold)
     for tile_id in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         start_m, start_n = tile_origin(tile_id, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -211,8 +203,8 @@ def gemm_tma_kernel(
             for quarter in tl.static_range(2):
                 part_n = start_n + (2 * half + quarter) * (BLOCK_N // 4)
                 part = add_rest(
-                    first if quarter == 0 else second, start_m, part_n, bias_ptr, stride_bias, update, mask, M, N, R,
-                    DROPOUT, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+                    first if quarter == 0 else second, start_m, part_n, bias_ptr, stride_bias, update, bits_ptr,
+                    M, N, R, DROPOUT, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
                 )  # fmt: skip
                 y_desc.store([start_m, part_n], part.to(y_desc.dtype))
 
@@ -241,8 +233,8 @@ def candidates(target: Target, x: Tensor, w: Tensor, R: int, dropout: bool, y: T
 
 
 def gemm_launch(
-    target: Target, x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, u: Tensor, dropout: Dropout | None,
-    bits: Tensor | None, y: Tensor, tile: Tile | None = None,
+    target: Target, x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, u: Tensor, bits: Tensor | None, y: Tensor,
+    tile: Tile | None = None,
 ) -> Launch:  # fmt: skip
     """y (M, N) = x (M, K) w (K, N) + bias (N,) + keep * (s (M, R) u (R, N)); y's rows lie side by side.
 
@@ -252,7 +244,7 @@ def gemm_launch(
     (M, K), (R, N) = x.shape, u.shape
     precision = tiles.input_precision(x.dtype, target)
     if tile is None:
-        tile = candidates(target, x, w, R, dropout is not None, y)[0]
+        tile = candidates(target, x, w, R, bits is not None, y)[0]
     elif tile.tma and not descriptors_fit(x, w, y):
         raise ValueError(
             f"tile {tile} needs rows of whole 16-byte pieces that do not overlap: strides {x.stride()} and {w.stride()}"
@@ -262,7 +254,7 @@ def gemm_launch(
     block_r = min(tiles.padded_rank(R), tiles.rank_block(target, tiles.kind_of(x.dtype, precision)))
     programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     args = {
-        "bias_ptr": bias, "s_ptr": s, "u_ptr": u, "bits_ptr": bits, **arguments(dropout if bits is None else None),
+        "bias_ptr": bias, "s_ptr": s, "u_ptr": u, "bits_ptr": bits,
         "M": M, "N": N, "K": K, "R": R,
     }  # fmt: skip
     strides = {
@@ -273,7 +265,7 @@ def gemm_launch(
         "RANK_STEPS": triton.cdiv(R, block_r), "BLOCK_R": block_r, "INPUT_PRECISION": precision,
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": tile.group_m,
     }  # fmt: skip
-    drops = 0 if dropout is None else (SELECT if bits is None else STORED).value
+    drops = 0 if bits is None else STORED.value
     if not tile.tma:
         moves = {
             "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_wk": w.stride(0), "stride_wn": w.stride(1),
@@ -304,19 +296,19 @@ def gemm_forward(
     strides; y is contiguous. `out`, contiguous (M, N), receives y when given. `tile` overrides the table.
     """
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device) if out is None else out
-    gemm_launch(tiles.target_of(x.device), x, weight.t(), bias, S, lora_B.t(), None, None, y, tile).run()
+    gemm_launch(tiles.target_of(x.device), x, weight.t(), bias, S, lora_B.t(), None, y, tile).run()
     return y
 
 
 def gemm_dx(
-    dy: Tensor, weight: Tensor, dS: Tensor, lora_A: Tensor, dropout: Dropout | None = None, out: Tensor | None = None,
-    tile: Tile | None = None, bits: Tensor | None = None,
+    dy: Tensor, weight: Tensor, dS: Tensor, lora_A: Tensor, bits: Tensor | None = None, out: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """dx = dy W + keep * (dS A): dy (M, N), weight (N, K), dS (M, R), lora_A (R, K) -> dx (M, K).
 
     dy, weight and dS share a dtype, which dx has too; lora_A has it or is float32. Any strides; dx is contiguous. The
-    mask is the one that forward applied to x: made again from `dropout.seed`, or read from `bits`, which `da` left.
+    mask is the one that forward applied to x, `bits` that `da` or `dropout.mask_launch` left; None: nothing is dropped.
     """
     dx = torch.empty(dy.shape[0], weight.shape[1], dtype=dy.dtype, device=dy.device) if out is None else out
-    gemm_launch(tiles.target_of(dy.device), dy, weight, None, dS, lora_A, dropout, bits, dx, tile).run()
+    gemm_launch(tiles.target_of(dy.device), dy, weight, None, dS, lora_A, bits, dx, tile).run()
     return dx

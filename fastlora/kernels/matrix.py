@@ -119,11 +119,12 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
                     few = _tensor(narrow.shape[1], R, adapter, aligned)
                     yield from grads.ds_db_launches(target, narrow, few, S, scaling, dS, torch.empty_like(few), tile)
     for p in (0.1, _bank(n, 32)):
-        yield mask_launch(Dropout(p, SEED), torch.empty(n, n, dtype=torch.int8, device="meta"))
+        for out in (torch.empty(n, n, dtype=torch.int8, device="meta"), mask_bits(n, n, SEED.device)):
+            yield mask_launch(Dropout(p, SEED), out)
 
 
 def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
-    """Every tile of the GEMM: forward, dX with the mask from bits, from the seed, of several adapters, or with none."""
+    """Every tile of the GEMM: forward, dX with a mask and with none."""
     kind = tiles.kind_of(dtype, tiles.input_precision(dtype, target))
     for R, tma in itertools.product((32, 128, 256), (True, False) if target.has_tma else (False,)):
         if adapter != dtype and R != 32:
@@ -133,13 +134,12 @@ def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
             whole = aligned or tma
             x, y, W = _tensor(2 * n, n, dtype, whole), _tensor(2 * n, n, dtype, whole), _tensor(n, n, dtype, whole)
             S, A, B = _tensor(2 * n, R, dtype), _tensor(R, n, adapter, whole), _tensor(n, R, adapter, whole)
-            bias, bank = _tensor(1, n, dtype, whole)[0], _bank(2 * n, R)
+            bias, bits = _tensor(1, n, dtype, whole)[0], mask_bits(2 * n, n, x.device)
             for tile in tiles.gemm_row(target, kind, R, aligned, False, tma):
-                yield gemm.gemm_launch(target, x, W.t(), bias, S, B.t(), None, None, y, tile)
-                yield gemm.gemm_launch(target, x, W, None, S, A, None, None, y, tile)
+                yield gemm.gemm_launch(target, x, W.t(), bias, S, B.t(), None, y, tile)
+                yield gemm.gemm_launch(target, x, W, None, S, A, None, y, tile)
             for tile in tiles.gemm_row(target, kind, R, aligned, True, tma):
-                for p, bits in ((0.1, mask_bits(2 * n, n, x.device)), *[(0.1, None)] * (R <= 128), (bank, None)):
-                    yield gemm.gemm_launch(target, x, W, None, S, A, Dropout(p, SEED), bits, y, tile)
+                yield gemm.gemm_launch(target, x, W, None, S, A, bits, y, tile)
 
 
 def launches(targets: Iterable[Target] = TARGETS, quick: bool = False) -> Iterator[tuple[Target, Launch]]:

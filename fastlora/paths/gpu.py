@@ -120,7 +120,7 @@ def split_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]
 
 def split_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
     from fastlora.kernels import gemm, grads
-    from fastlora.kernels.dropout import mask_bits
+    from fastlora.kernels.dropout import mask_bits, mask_launch
 
     check_saved(dy, x, weight, S, update)
     dy, update = _laid(dy), _laid_update(update)
@@ -128,10 +128,12 @@ def split_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
     with _on_device_of(dy):
         dS, dB = grads.ds_db(dy, update.lora_B, S, _factor(update), cut.get("ds_db"))
         # dA makes the mask; dX reads an eighth of a byte an element instead of making it again
-        both = dropout is not None and x is not None and weight is not None
-        bits = mask_bits(dy.shape[0], lora_A.shape[1], dy.device) if both else None
+        drops = dropout is not None and weight is not None
+        bits = mask_bits(dy.shape[0], lora_A.shape[1], dy.device) if drops else None
         dA = None if x is None else grads.da(dS, rows(x), dropout, lora_A.dtype, cut.get("da"), bits)
-        dx = None if weight is None else gemm.gemm_dx(dy, weight, dS, lora_A, dropout, None, cut.get("gemm_dx"), bits)
+        if drops and x is None:
+            mask_launch(dropout, bits).run()
+        dx = None if weight is None else gemm.gemm_dx(dy, weight, dS, lora_A, bits, None, cut.get("gemm_dx"))
     return dx, dA, dB
 
 

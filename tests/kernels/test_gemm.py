@@ -9,7 +9,7 @@ import pytest
 import torch
 from judge import DTYPES, LAYOUTS, RANKS, draw, judge, strided
 
-from fastlora.kernels.dropout import Dropout, keep_mask, mask_bits
+from fastlora.kernels.dropout import Dropout, keep_mask, mask_bits, mask_launch
 from fastlora.kernels.gemm import gemm_dx, gemm_forward, gemm_launch
 from fastlora.kernels.grads import da
 from fastlora.kernels.tiles import INTERPRETER_TMA, Target, Tile
@@ -21,6 +21,15 @@ TMA = INTERPRETER_TMA
 
 def seeded(p):
     return None if p is None else Dropout(p, torch.tensor([0x1234_5678_9ABC]))
+
+
+def bits_of(dropout, M, K):
+    """The mask as the GEMM reads it."""
+    if dropout is None:
+        return None
+    bits = mask_bits(M, K, dropout.seed.device)
+    mask_launch(dropout, bits).run()
+    return bits
 
 
 def check_forward(x, weight, bias, S, lora_B, **keywords):
@@ -40,7 +49,7 @@ def check_dx(dy, weight, dS, lora_A, dropout=None, **keywords):
     def formula(dy, weight, dS, lora_A):
         return dy @ weight + (dS @ lora_A) * keep.to(dy.dtype)
 
-    dx = gemm_dx(dy, weight, dS, lora_A, dropout, **keywords)
+    dx = gemm_dx(dy, weight, dS, lora_A, bits_of(dropout, M, K), **keywords)
     assert dx.dtype == dy.dtype and dx.is_contiguous()
     judge(dx, formula, dy, weight, dS, lora_A, dtype=dy.dtype)
 
@@ -117,14 +126,14 @@ def test_float32_adapters_beside_half_tensors():
 def test_all_dropped_and_none_dropped():
     t = operands(17, 16, 24, 2, torch.float32)
     bare = gemm_dx(t["dy"], t["weight"], torch.zeros_like(t["S"]), t["lora_A"])
-    assert torch.equal(gemm_dx(t["dy"], t["weight"], t["S"], t["lora_A"], seeded(1.0)), bare)
+    assert torch.equal(gemm_dx(t["dy"], t["weight"], t["S"], t["lora_A"], bits_of(seeded(1.0), 17, 24)), bare)
     check_dx(t["dy"], t["weight"], t["S"], t["lora_A"], seeded(0.0))
 
 
 def test_mask_does_not_depend_on_the_tile():
     M, N, K, R = 70, 32, 96, 4
     whole = {n: torch.randint(-3, 4, v.shape).float() for n, v in operands(M, N, K, R, torch.float32).items()}
-    args = whole["dy"], whole["weight"], whole["S"], whole["lora_A"], seeded(0.5)
+    args = whole["dy"], whole["weight"], whole["S"], whole["lora_A"], bits_of(seeded(0.5), M, K)
     results = [
         gemm_dx(*args, tile=tile)
         for tile in (None, TMA, Tile(16, 64, 16, 4, 1), Tile(64, 32, 64, 4, 1), Tile(128, 128, 32, 4, 1, group_m=1))
@@ -138,7 +147,7 @@ def test_out_and_repetition_bit_for_bit():
     out = torch.empty(40, 33, dtype=torch.float16)
     assert gemm_forward(*args, out=out) is out
     assert torch.equal(out, gemm_forward(*args))
-    args = t["dy"], t["weight"], t["S"], t["lora_A"], seeded(0.3)
+    args = t["dy"], t["weight"], t["S"], t["lora_A"], bits_of(seeded(0.3), 40, 64)
     assert torch.equal(gemm_dx(*args), gemm_dx(*args))
 
 
@@ -160,17 +169,15 @@ def test_offsets_past_two_to_the_31(name):
 
 
 @pytest.mark.parametrize("M, N, K", [(1, 1, 1), (33, 97, 65), (64, 64, 96)])
-def test_the_mask_from_bits_is_the_mask_from_the_seed(M, N, K):
+def test_da_leaves_the_mask_as_bits(M, N, K):
     for dtype, R in zip(DTYPES, (3, 40), strict=True):
         t = operands(M, N, K, R, dtype)
         bits = mask_bits(M, K, t["x"].device).fill_(0xAA)
         dA = da(t["S"], t["x"], seeded(0.3), dtype, bits=bits)
         assert torch.equal(dA, da(t["S"], t["x"], seeded(0.3), dtype))
-        kept = ((bits[:, :, None] >> torch.arange(8)) & 1).flatten(1)
-        assert torch.equal(kept[:, :K].bool(), keep_mask(seeded(0.3), M, K))
-        args = t["dy"], t["weight"], t["S"], t["lora_A"], seeded(0.3)
-        for tile in (None, TMA) if K % 8 == 0 and N % 8 == 0 else (None,):
-            assert torch.equal(gemm_dx(*args, bits=bits, tile=tile), gemm_dx(*args, tile=tile))
+        for found in (bits, bits_of(seeded(0.3), M, K)):
+            kept = ((found[:, :, None] >> torch.arange(8)) & 1).flatten(1)
+            assert torch.equal(kept[:, :K].bool(), keep_mask(seeded(0.3), M, K))
 
 
 def test_descriptors_refuse_rows_that_overlap():
@@ -181,21 +188,21 @@ def test_descriptors_refuse_rows_that_overlap():
     check_forward(x, t["weight"], None, t["S"], t["lora_B"])
 
 
-def launch(target, N=4096, x_strides=(4096, 1), w_strides=(4096, 1), start=0, dropout=None):
+def launch(target, N=4096, x_strides=(4096, 1), w_strides=(4096, 1), start=0, bits=None):
     """Of the forward product on `target`, from tensors without memory."""
     x = torch.empty(1 << 26, dtype=torch.float16, device="meta")[start:].as_strided((8192, 4096), x_strides, start)
     W = torch.empty(1 << 26, dtype=torch.float16, device="meta").as_strided((N, 4096), w_strides)
     s, u, y = (torch.empty(size, dtype=torch.float16, device="meta") for size in ((8192, 16), (16, N), (8192, N)))
-    return gemm_launch(target, x, W.t(), None, s, u, dropout, None, y)
+    return gemm_launch(target, x, W.t(), None, s, u, bits, y)
 
 
 def test_hopper_takes_descriptors_where_rows_are_16_byte_pieces():
-    hopper, drawn = Target("cuda", 90), Dropout(0.5, torch.empty(1, dtype=torch.int64, device="meta"))
+    hopper, bits = Target("cuda", 90), mask_bits(8192, 4096, torch.device("meta"))
 
     def described(target=hopper, **keywords):
         return "x_desc" in launch(target, **keywords).args
 
-    assert described() and described(dropout=drawn) and launch(hopper).grid == (132,)
+    assert described() and described(bits=bits) and launch(hopper).grid == (132,)
     assert launch(hopper).args["W_BY_N"] and not launch(hopper, w_strides=(1, 4096)).args["W_BY_N"]
     assert described(x_strides=(4104, 1))
     for refused in (

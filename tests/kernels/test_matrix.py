@@ -16,16 +16,15 @@ from fastlora.kernels.tiles import RANK_TILES, TARGETS, Target, Tile, gemm_row
 AMPERE, HOPPER = Target("cuda", 80), Target("cuda", 90)
 
 
-def product(tile=None, dropout="", R=16, n=4096, target=HOPPER):
-    """A launch of the GEMM, forward or, with dropout "seed" or "bits", dX."""
+def product(tile=None, dropout=False, R=16, n=4096, target=HOPPER):
+    """A launch of the GEMM, forward or, with dropout, dX."""
     x, W, y = (torch.empty(n, n, dtype=torch.bfloat16, device="meta") for _ in range(3))
     s, u = (
         torch.empty(n, R, dtype=torch.bfloat16, device="meta"),
         torch.empty(R, n, dtype=torch.bfloat16, device="meta"),
     )
-    drawn = Dropout(0.1, matrix.SEED) if dropout else None
-    bits = mask_bits(n, n, x.device) if dropout == "bits" else None
-    return gemm.gemm_launch(target, x, W if dropout else W.t(), y[0], s, u, drawn, bits, y, tile)
+    bits = mask_bits(n, n, x.device) if dropout else None
+    return gemm.gemm_launch(target, x, W if dropout else W.t(), y[0], s, u, bits, y, tile)
 
 
 def test_a_sample_of_every_kernel_holds_its_claims():
@@ -35,9 +34,9 @@ def test_a_sample_of_every_kernel_holds_its_claims():
         assert not report.failures and report.programs, report
 
 
-@pytest.mark.parametrize("dropout", ["", "seed", "bits"])
+@pytest.mark.parametrize("dropout", [False, True])
 def test_hopper_multiplies_by_wgmma_in_registers_within_shared_memory(dropout):
-    tile = gemm_row(HOPPER, "half", 16, True, bool(dropout), True)[0]
+    tile = gemm_row(HOPPER, "half", 16, True, dropout, True)[0]
     report = matrix.examine((HOPPER, product(tile, dropout)))
     assert not report.failures, report
     assert report.wgmma and report.spilled == 0 and report.shared <= 227 * 1024 and "128x256x64" in report.label
@@ -81,13 +80,13 @@ def test_what_is_divisible_is_told_to_the_compiler():
     assert not re.search(r"i32 \{tt\.divisibility = 16", ragged)
 
 
-@pytest.mark.parametrize("dropout", ["", "seed", "bits"])
+@pytest.mark.parametrize("dropout", [False, True])
 def test_every_offset_is_64_bits_wide(dropout):
     ir = product(Tile(64, 64, 32, 4, 2), dropout, n=4097).compile(HOPPER).asm["ttir"]
     offsets = re.findall(r"tt\.addptr .*, tensor<\S*x(i\d+)>", ir)
     assert offsets and set(offsets) == {"i64"}
     products = re.findall(r"arith\.muli .*: tensor<\S*x(i\d+)>", ir)
-    assert set(products) <= ({"i64", "i32"} if dropout == "seed" else {"i64"})  # Philox multiplies 32-bit words
+    assert set(products) <= {"i64"}
 
 
 def test_launches_cover_every_target_dtype_and_alignment():
