@@ -300,15 +300,31 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         ("gfx942", "ieee"): ((32, 64, 32, 4, 2), (32, 32, 32, 4, 2)),
     },
 }
+# Ranks above the second of HOLDS, which a bank has: by the type of product, or by (arch, type) where one tile does not
+# serve all; None where every tile that was tried spills.
+BANK_RANK = 256
+BANK_TILES: dict[str, dict[str | tuple[int | str, str], tuple[int, ...] | None]] = {
+    "s": {"half": (32, 0, 32, 8, 3), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 32, 8, 2), (75, "half"): None},
+    "s_y": {"half": (32, 32, 32, 8, 2), "tf32": (32, 32, 32, 8, 2), "ieee": (16, 16, 32, 8, 2), (75, "half"): None},
+    "da": {
+        "half": (32, 0, 32, 8, 3), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 16, 8, 2),
+        (75, "half"): (16, 0, 16, 8, 2), (120, "half"): (16, 0, 16, 8, 2),
+    },
+    "da_dx": {"half": (32, 0, 32, 8, 2), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 32, 8, 2)},
+    "onepass": {"half": (32, 32, 32, 8, 2), "tf32": (16, 32, 16, 8, 2), "ieee": (16, 16, 16, 8, 2), (75, "half"): None},
+}  # fmt: skip
 INTERPRETER_RANK = Tile(32, 64, 64, 4, 1)
 
 
 @functools.cache
 def rank_tiles(kernel: str, target: Target, R: int, kind: str) -> tuple[Tile, ...]:
     """At most three tiles of a kernel of RANK_TILES, the default first; () where no tile holds that rank."""
-    limits = HOLDS[kernel]
+    limits, wide = HOLDS[kernel], BANK_TILES.get(kernel, {})
     if target.backend == "interpreter":
-        return (INTERPRETER_RANK,) if limits[-1] >= R else ()
+        return (INTERPRETER_RANK,) if limits[-1] >= R or (wide and R <= BANK_RANK) else ()
+    if limits[-1] < R:
+        cut = wide.get((target.family, kind), wide.get(kind)) if R <= BANK_RANK else None
+        return (Tile(*cut),) if cut else ()
     table, arch = RANK_TILES[kernel], target.family
     while (arch, kind) not in table:
         arch = LIKE[arch]

@@ -43,13 +43,24 @@ def why_not(device: torch.device, problem: Problem | None) -> str | None:
         return f"x is {problem.dtype}; the kernels take float16, bfloat16 and float32"
     if problem.adapter_dtype not in (problem.dtype, torch.float32):
         return f"the adapters are {problem.adapter_dtype}; the kernels take x's dtype and float32"
-    if problem.R > MAX_RANK:
-        return f"R is {problem.R}; the kernels take at most {MAX_RANK}"
+    most = _most_ranks(problem) if problem.bank else MAX_RANK
+    if most < problem.R:
+        return f"R is {problem.R}; the kernels take at most {most}"
     if problem.empty:
         return "M, N or K is 0: nothing to multiply"
     if device.type == "cpu" and problem.dtype is torch.bfloat16:
         return "Triton's interpreter computes bfloat16 products wrongly"
     return None
+
+
+def _most_ranks(problem: Problem) -> int:
+    """Of a bank: more than of one adapter, where every kernel has a tile for them that does not spill."""
+    from fastlora.kernels import tiles as tables
+
+    target = tables.target_of(problem.device)
+    kind = tables.kind_of(problem.dtype, tables.input_precision(problem.dtype, target))
+    wide = all(tables.rank_tiles(kernel, target, tables.BANK_RANK, kind) for kernel in tables.BANK_TILES)
+    return tables.BANK_RANK if wide else MAX_RANK
 
 
 @cache

@@ -73,7 +73,7 @@ def test_ragged_sizes_and_splits(path, M, N, K):
 
 
 @pytest.mark.parametrize("path", GPU_PATHS)
-@pytest.mark.parametrize("ranks", [(1, 1, 1), (16, 20, 9), (33, 64, 31)], ids=sum)
+@pytest.mark.parametrize("ranks", [(1, 1, 1), (16, 20, 9), (33, 64, 31), (120, 3, 130)], ids=sum)
 def test_ranks(path, ranks):
     check(path, 45, 50, 83, ranks=ranks)
 
@@ -136,6 +136,16 @@ def test_the_mask_of_each_row_is_its_adapters(ps):
     for i, p in enumerate((*ps, 0.0)):
         assert torch.equal(found[bank.rows == i], keep_mask(Dropout(p, seed), M, K)[bank.rows == i])
     assert torch.equal(found, philox_mask(seed, M, K, bank))
+
+
+def test_more_ranks_than_a_bank_may_have_are_refused():
+    def why_not(R, bank):
+        half = torch.float16
+        return PATHS["hybrid"].why_not(CPU, Problem(60, 40, 50, R, half, half, CPU, True, bank=bank))
+
+    assert why_not(128, False) is None and why_not(256, True) is None
+    assert why_not(129, False) == "R is 129; the kernels take at most 128"
+    assert why_not(257, True) == "R is 257; the kernels take at most 256"
 
 
 @pytest.mark.parametrize("path", GPU_PATHS)

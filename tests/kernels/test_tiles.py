@@ -43,6 +43,14 @@ def test_every_kernel_has_up_to_three_tiles_and_splits_cover_each_element_once(t
                     assert (splits - 1) * each < length <= splits * each and each % block == 0
 
 
+@pytest.mark.parametrize("target", [*TARGETS, INTERPRETER], ids=str)
+def test_every_kernel_has_a_tile_for_the_ranks_of_a_bank(target):
+    for kind, kernel in itertools.product(kinds(target), RANK_TILES):
+        found = rank_tiles(kernel, target, 256, kind)
+        none = kernel == "ds_db" or (target.arch == 75 and kind == "half" and kernel in ("s", "s_y", "onepass"))
+        assert len(found) == (not none) and rank_tiles(kernel, target, 257, kind) == ()
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_partials_stay_below_what_they_save(target):
     for (kind, itemsize), (M, N), R in itertools.product((("half", 2), ("ieee", 4)), SHAPES, (1, 16, 32, 128)):
