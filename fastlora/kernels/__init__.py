@@ -8,6 +8,7 @@
 | `hybrid.py`   | S and S Bᵀ + bias in one read of x; dA and drop(dS A) in one: ATen's GEMM does W    |
 | `onepass.py`  | y and S from one read of x                                                         |
 | `cuda.py`     | all of it in CUDA C++ for Hopper (csrc/cuda), through ctypes                        |
+| `bank.py`     | factors and thresholds of each row, where several adapters share a launch          |
 | `partials.py` | sums of partial results, in order                                                   |
 | `dropout.py`  | the mask, a function of (seed, row, column)                                        |
 | `tiles.py`    | which tile runs on which GPU                                                       |

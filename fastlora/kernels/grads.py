@@ -186,7 +186,7 @@ def ds_db(
 
     Args:
         dy: (M, N), float16, bfloat16 or float32, any strides.
-        lora_B: (N, R), dy's dtype or float32, any strides; R from 1 to 128.
+        lora_B: (N, R), dy's dtype or float32, any strides; R from 1 to 256.
         S: (M, R), dy's dtype, contiguous; it holds `scaling` already.
         scaling: dropout's factor 1 / (1 - p) is in it; or the bank that knows it for each row.
         tile: instead of the table's.
@@ -207,7 +207,7 @@ def da(
     """dA = dS.T @ drop(x), accumulated in float32.
 
     Args:
-        dS: (M, R), x's dtype, any strides; R from 1 to 128.
+        dS: (M, R), x's dtype, any strides; R from 1 to 256.
         x: (M, K), float16, bfloat16 or float32, any strides.
         dropout: what the forward pass used; None for none.
         dtype: of the result, lora_A's.

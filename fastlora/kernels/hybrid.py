@@ -222,7 +222,7 @@ def s_y(
 
     Args:
         x: (M, K), float16, bfloat16 or float32, any strides.
-        lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
+        lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 256.
         lora_B: (N, R), likewise.
         bias: (N,) or None.
         scaling: dropout's factor 1 / (1 - p) is in it; or the bank that knows it for each row.
@@ -245,7 +245,7 @@ def da_dx(
     """dA = dS.T @ drop(x), returned, and drop'(dS @ lora_A), written into `dx_out`; float32 accumulation.
 
     Args:
-        dS: (M, R), x's dtype, any strides; R from 1 to 128.
+        dS: (M, R), x's dtype, any strides; R from 1 to 256.
         x: (M, K), float16, bfloat16 or float32, any strides; None will do when dA is not wanted.
         lora_A: (R, K), dS's dtype or float32, any strides.
         dropout: what the forward pass used; None for none.

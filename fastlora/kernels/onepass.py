@@ -114,7 +114,7 @@ def onepass_forward(
         x: (M, K), float16, bfloat16 or float32, any strides.
         weight: (N, K), x's dtype, any strides.
         bias: (N,) or None.
-        lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
+        lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 256.
         lora_B: (N, R), likewise.
         scaling: dropout's factor 1 / (1 - p) is in it; or the bank that knows it for each row.
         dropout: None for none.

@@ -120,7 +120,7 @@ def s_forward(
 
     Args:
         x: (M, K), float16, bfloat16 or float32, any strides.
-        lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 128.
+        lora_A: (R, K), x's dtype or float32, any strides; R from 1 to 256.
         scaling: dropout's factor 1 / (1 - p) is in it; or the bank that knows it for each row.
         dropout: None for none.
         tile: instead of the table's.
