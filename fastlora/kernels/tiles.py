@@ -305,12 +305,18 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
 BANK_RANK = 256
 BANK_TILES: dict[str, dict[str | tuple[int | str, str], tuple[int, ...] | None]] = {
     "s": {"half": (32, 0, 32, 8, 3), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 32, 8, 2), (75, "half"): None},
-    "s_y": {"half": (32, 32, 32, 8, 2), "tf32": (32, 32, 32, 8, 2), "ieee": (16, 16, 32, 8, 2), (75, "half"): None},
+    "s_y": {
+        "half": (32, 32, 32, 8, 2), "tf32": (32, 32, 32, 8, 2), "ieee": (16, 16, 32, 8, 2),
+        (75, "half"): None, ("gfx942", "half"): (16, 16, 32, 8, 2),
+    },
     "da": {
         "half": (32, 0, 32, 8, 3), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 16, 8, 2),
         (75, "half"): (16, 0, 16, 8, 2), (120, "half"): (16, 0, 16, 8, 2),
     },
-    "da_dx": {"half": (32, 0, 32, 8, 2), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 32, 8, 2)},
+    "da_dx": {
+        "half": (32, 0, 32, 8, 2), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 32, 8, 2),
+        ("gfx942", "ieee"): (16, 0, 16, 8, 2),
+    },
     "onepass": {"half": (32, 32, 32, 8, 2), "tf32": (16, 32, 16, 8, 2), "ieee": (16, 16, 16, 8, 2), (75, "half"): None},
 }  # fmt: skip
 INTERPRETER_RANK = Tile(32, 64, 64, 4, 1)
@@ -323,7 +329,8 @@ def rank_tiles(kernel: str, target: Target, R: int, kind: str) -> tuple[Tile, ..
     if target.backend == "interpreter":
         return (INTERPRETER_RANK,) if limits[-1] >= R or (wide and R <= BANK_RANK) else ()
     if limits[-1] < R:
-        cut = wide.get((target.family, kind), wide.get(kind)) if R <= BANK_RANK else None
+        keys = (target.family, kind), (LIKE.get(target.family), kind), kind
+        cut = next((wide[key] for key in keys if key in wide), None) if R <= BANK_RANK else None
         return (Tile(*cut),) if cut else ()
     table, arch = RANK_TILES[kernel], target.family
     while (arch, kind) not in table:
