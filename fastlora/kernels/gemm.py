@@ -10,6 +10,9 @@ the layer's in_features and K its out_features. The update costs R more columns 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -209,27 +212,49 @@ def gemm_tma_kernel(
                 y_desc.store([start_m, part_n], part.to(y_desc.dtype))
 
 
+def shown(t: Tensor) -> bool:
+    """Whether a descriptor can show t: its rows are whole 16-byte pieces, each apart."""
+    return t.stride(1) == 1 and t.stride(0) >= t.shape[1] and (t.stride(0) * t.itemsize | t.data_ptr()) % 16 == 0
+
+
 def descriptors_fit(x: Tensor, w: Tensor, y: Tensor) -> bool:
-    """Whether the rows of x (M, K), w (K, N), either way round, and y (M, N) are whole 16-byte pieces, each apart."""
-    w = w if w.stride(1) == 1 else w.t()
-    return all(
-        t.stride(1) == 1 and t.stride(0) >= t.shape[1] and (t.stride(0) * t.itemsize | t.data_ptr()) % 16 == 0
-        for t in (x, w, y)
-    )
+    """Whether descriptors can show x (M, K), w (K, N), either way round, and y (M, N)."""
+    return shown(x) and shown(w if w.stride(1) == 1 else w.t()) and shown(y)
 
 
-def _rows_by_n(w: Tensor) -> bool:
+@cache
+def _specialised():
+    """`gemm_ws`, or None where triton has not the names that it is written in."""
+    try:
+        from fastlora.kernels import gemm_ws
+    except Exception:  # Gluon is experimental, and raises what it likes
+        return None
+    return gemm_ws
+
+
+def specialised(target: Target, x: Tensor, w: Tensor, u: Tensor) -> tuple[Tile, ...]:
+    """The tile of `gemm_ws` where that takes x (M, K), w (K, N) and u (R, N), of which descriptors can show x and w."""
+    usable = target.arch == 90 and _specialised() is not None and _specialised().takes(x, w, u)
+    return (tiles.WARP_SPECIALISED,) if usable else ()
+
+
+def rows_by_n(w: Tensor) -> bool:
     """Whether the rows of w (K, N) in memory are those of (N, K)."""
     return w.stride(0) == 1 and (w.stride(1) != 1 or w.shape[1] == 1)
 
 
-def candidates(target: Target, x: Tensor, w: Tensor, R: int, dropout: bool, y: Tensor) -> tuple[Tile, ...]:
-    """At most three tiles for y (M, N) = x (M, K) w (K, N) and an update of rank R, the default first."""
-    (M, K), N = x.shape, w.shape[1]
+def candidates(target: Target, x: Tensor, w: Tensor, u: Tensor, dropout: bool, y: Tensor) -> tuple[Tile, ...]:
+    """At most three tiles for y (M, N) = x (M, K) w (K, N) and an update by u (R, N), the default first.
+
+    The second is `gemm_ws`'s where that serves and its cut is among the best.
+    """
+    (M, K), (R, N) = x.shape, u.shape
     kind = tiles.kind_of(x.dtype, tiles.input_precision(x.dtype, target))
     fit = descriptors_fit(x, w, y)
-    aligned = fit and (x.stride(0) | N | K | w.stride(1 if _rows_by_n(w) else 0)) % 16 == 0
-    return tiles.gemm_tiles(target, M, N, R, kind, aligned, dropout, fit, tiles.multiprocessors(x.device, target))
+    aligned = fit and (x.stride(0) | N | K | w.stride(1 if rows_by_n(w) else 0)) % 16 == 0
+    found = tiles.gemm_tiles(target, M, N, R, kind, aligned, dropout, fit, tiles.multiprocessors(x.device, target))
+    large = any(replace(tile, ws=True) == tiles.WARP_SPECIALISED for tile in found)
+    return (found[0], *(specialised(target, x, w, u) if large else ()), *found[1:])[:3]
 
 
 def gemm_launch(
@@ -238,18 +263,22 @@ def gemm_launch(
 ) -> Launch:  # fmt: skip
     """y (M, N) = x (M, K) w (K, N) + bias (N,) + keep * (s (M, R) u (R, N)); y's rows lie side by side.
 
+    A mask without bits, which `gemm_ws` does not make, leaves its tile to the other kernel.
+
     Raises:
         ValueError: `tile` wants tensor descriptors, which cannot show x, w or y.
     """
     (M, K), (R, N) = x.shape, u.shape
     precision = tiles.input_precision(x.dtype, target)
     if tile is None:
-        tile = candidates(target, x, w, R, bits is not None, y)[0]
+        tile = candidates(target, x, w, u, bits is not None, y)[0]
     elif tile.tma and not descriptors_fit(x, w, y):
         raise ValueError(
             f"tile {tile} needs rows of whole 16-byte pieces that do not overlap: strides {x.stride()} and {w.stride()}"
         )
-    by_n = _rows_by_n(w)
+    if tile.ws and (dropout is None or bits is not None):
+        return _specialised().launch(target, x, w, bias, s, u, bits if dropout else None, y, tile)
+    by_n = rows_by_n(w)
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     block_r = min(tiles.padded_rank(R), tiles.rank_block(target, tiles.kind_of(x.dtype, precision)))
     programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)

@@ -62,7 +62,7 @@ class Launch:
         options, signature, constants, attrs = self.fn._pack_args(
             backend, self.options, bound, specialization, self.options
         )
-        source = ASTSource(self.fn, signature, constants, attrs)
+        source = ast_source(self.fn)(self.fn, signature, constants, attrs)
         return triton.compile(source, target=gpu, options=options.__dict__)
 
     @property
@@ -99,6 +99,15 @@ class Launch:
         words += ["tf32"] * (args.get("INPUT_PRECISION") == "tf32")
         tile = "x".join(str(args[f"BLOCK_{d}"]) for d in "MNK" if f"BLOCK_{d}" in args)
         return " ".join(["/".join(words), *([tile] * bool(tile)), *(f"{n[4]}{v}" for n, v in self.options.items())])
+
+
+def ast_source(fn: Any) -> type[ASTSource]:
+    """What Triton's compiler takes `fn` as: its own language, or Gluon."""
+    if not fn.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _gpu(target: Target) -> GPUTarget:

@@ -142,6 +142,19 @@ def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
                 yield gemm.gemm_launch(target, x, W, None, S, A, bits, y, tile)
 
 
+def _specialised_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
+    """The warp-specialised GEMM: every rank block, forward, dX with the mask from bits and with none."""
+    n = 4096 if aligned else 4104
+    x, W, bias = _tensor(2 * n, n, dtype), _tensor(n, n, dtype), _tensor(1, n, dtype)[0]
+    for R in (16, 32, 64, 128):
+        S, A, B = _tensor(2 * n, R, dtype), _tensor(R, n, adapter), _tensor(n, R, adapter)
+        for tile in gemm.specialised(target, x, W, A):
+            yield gemm.gemm_launch(target, x, W.t(), bias, S, B.t(), None, None, torch.empty_like(x), tile)
+            yield gemm.gemm_launch(target, x, W, None, S, A, None, None, torch.empty_like(x), tile)
+            bits = mask_bits(2 * n, n, x.device)
+            yield gemm.gemm_launch(target, x, W, None, S, A, Dropout(0.1, SEED), bits, torch.empty_like(x), tile)
+
+
 def launches(targets: Iterable[Target] = TARGETS, quick: bool = False) -> Iterator[tuple[Target, Launch]]:
     """Every launch to compile, each once for a target; `quick` keeps the first of each kernel, dtype and alignment."""
     before = torch.get_float32_matmul_precision()
@@ -158,6 +171,7 @@ def launches(targets: Iterable[Target] = TARGETS, quick: bool = False) -> Iterat
                 torch.set_float32_matmul_precision("high" if fast else "highest")
                 made = [*_rank_launches(target, dtype, adapter, aligned)]
                 made += _gemm_launches(target, dtype, adapter, aligned)
+                made += _specialised_launches(target, dtype, adapter, aligned)
             finally:
                 torch.set_float32_matmul_precision(before)
             for launch in made:
@@ -230,11 +244,11 @@ def examine(item: tuple[Target, Launch]) -> Report:
         failures.append(f"takes {shared} bytes of shared memory, {target.shared_limit} there are")
     if getattr(binary.metadata, "tmem_size", 0) > TENSOR_MEMORY_LIMIT:
         failures.append(f"takes {binary.metadata.tmem_size} of {TENSOR_MEMORY_LIMIT} columns of tensor memory")
-    if target.arch == 90 and launch.fn is gemm.gemm_tma_kernel and not wgmma:
+    if target.arch == 90 and "x_desc" in launch.args and not wgmma:
         failures.append("has no wgmma")
     if wgmma and (register := overwritten(ptx)):
         failures.append(f"writes {register} while a wgmma that reads it is pending")
-    programs = target.programs(registers, shared, launch.options["num_warps"]) if registers else None
+    programs = target.programs(registers, shared, binary.metadata.num_warps) if registers else None
     return Report(str(target), launch.label, registers, spilled, shared, programs, wgmma, tuple(failures))
 
 

@@ -101,10 +101,11 @@ class Tile:
     num_stages: int
     group_m: int = 8
     tma: bool = False  # through tensor descriptors, in a persistent grid
+    ws: bool = False  # by a kernel whose warps are specialised
 
     def __str__(self) -> str:
         sides = "x".join(str(side) for side in (self.block_m, self.block_n, self.block_k) if side)
-        return f"{sides}w{self.num_warps}s{self.num_stages}" + "t" * self.tma
+        return f"{sides}w{self.num_warps}s{self.num_stages}" + "t" * self.tma + "ws" * self.ws
 
     @property
     def options(self) -> dict[str, int]:
@@ -433,6 +434,7 @@ GEMM_TILES: dict[int | str, dict[str, tuple[Tile, ...]]] = {
     "gfx942": _CDNA,
     "gfx950": _CDNA,
 }
+WARP_SPECIALISED = Tile(128, 256, 64, 8, 4, tma=True, ws=True)  # all that fits on sm_90
 INTERPRETER_GEMM = Tile(32, 32, 32, num_warps=4, num_stages=1, group_m=2)
 INTERPRETER_TMA = Tile(32, 32, 32, num_warps=4, num_stages=1, group_m=2, tma=True)
 

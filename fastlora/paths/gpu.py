@@ -205,13 +205,13 @@ def tiles(kernels: tuple[str, ...], problem: Problem) -> dict[str, tuple]:
 
     target, R = tables.target_of(problem.device), problem.R
     kind = tables.kind_of(problem.dtype, tables.input_precision(problem.dtype, target))
-    x, weight, _, _, _, dy = drawn(problem, "meta")
+    x, weight, lora_A, lora_B, _, dy = drawn(problem, "meta")
     found = {}
     for kernel in kernels:
         if kernel == "gemm":
-            found[kernel] = gemm.candidates(target, x, weight.t(), R, False, dy)
+            found[kernel] = gemm.candidates(target, x, weight.t(), lora_B.t(), False, dy)
         elif kernel == "gemm_dx":
-            found[kernel] = gemm.candidates(target, dy, weight, R, problem.dropout, torch.empty_like(x))
+            found[kernel] = gemm.candidates(target, dy, weight, lora_A, problem.dropout, torch.empty_like(x))
         elif kernel != "ds_db" or tables.ds_db_tile(target, problem.M, problem.N, R, kind, problem.dtype.itemsize):
             found[kernel] = tables.rank_tiles(kernel, target, R, kind)
     return found

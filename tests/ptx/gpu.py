@@ -10,17 +10,18 @@ touched. After the launch they are copied back. PTX is where compiling ends: no 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as triton_compile
+from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastlora.kernels.launch import ast_source
 
 from .hopper import TensorMap
 from .launch import Options, Tensors, run
@@ -90,7 +91,7 @@ class Emulator:
         key = (fn, str(specialization), str(sorted(options.items())))
         if key not in self.cache:
             parsed, signature, constants, attrs = fn._pack_args(self.backend, keywords, bound, specialization, options)
-            source = ASTSource(fn, signature, constants, attrs)
+            source = ast_source(fn)(fn, signature, constants, attrs)
             binary = triton_compile(source, target=self.target, options=parsed.__dict__)
             self.cache[key] = Compiled(Program(parse(self.edit(binary.asm["ptx"]))), binary, signature)
         return self.cache[key], bound
@@ -112,9 +113,8 @@ class Emulator:
     def _place(value, memory: Tensors):
         if isinstance(value, torch.Tensor):
             return Pointer(value.dtype, memory.address(value))
-        if isinstance(value, TensorDescriptor):
-            base = Emulator._place(value.base, memory)
-            return TensorDescriptor(base, value.shape, value.strides, value.block_shape, value.padding)
+        if hasattr(value, "block_shape"):  # a tensor descriptor, Triton's or Gluon's
+            return replace(value, base=Emulator._place(value.base, memory))
         return value
 
     @staticmethod
@@ -138,7 +138,7 @@ class Emulator:
         return [*values, 0, 0]  # Triton's scratch memories
 
 
-def tensor_map(value: TensorDescriptor, meta: dict) -> TensorMap:
+def tensor_map(value, meta: dict) -> TensorMap:
     """What Triton's launcher passes to cuTensorMapEncodeTiled."""
     itemsize = value.base.dtype.itemsize
     strides = [int(s) * itemsize for s in value.strides]

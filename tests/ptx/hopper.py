@@ -92,6 +92,7 @@ class BulkStore:
 class Hopper:
     def reset_hopper(self) -> None:
         self.mbarriers: dict[tuple[int, int], Mbarrier] = {}
+        self.maxnreg = np.zeros(self.lanes, np.int64)  # what each thread was last granted
         self.tma_clock = np.zeros((self.left.size, self.warps), np.int64)
         self.bulk_group = np.zeros(self.lanes, np.int64)
         self.bulk_clock = np.zeros((self.left.size, self.warps), np.int64)
@@ -215,7 +216,8 @@ class Hopper:
         return [Run(int(a), int(n)) for a, n in zip(addresses, sizes, strict=True)]
 
     def setmaxnreg(self, ins, S, count: int) -> None:
-        self._groups(ins, S)
+        self.aligned(ins, S)
+        self.maxnreg[S] = count
         if count % 8 or not 24 <= count <= 256:
             raise Fault(f"{ins}: {count} registers")
 

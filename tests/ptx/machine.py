@@ -185,6 +185,9 @@ class Machine(Hopper):
             S = np.sort(np.concatenate([S, self.gathering.pop(place)]))
         group = self.block[S] * -(-self.threads // size) + self.thread[S] // size
         here = np.bincount(group)[group] == size
+        first = next(iter(self.program.kernel.blocks[place].body), None)
+        if first and first.parts[0] == "setmaxnreg":  # Triton lets warps one by one ask for what they have
+            here |= self.maxnreg[S] == first.args[0].value
         if not here.all():
             self.gathering[place] = S[~here]
         return self._merge([S[here]]) if here.any() else None
