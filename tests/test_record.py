@@ -10,6 +10,7 @@ import torch
 from campaigns import launches, sync
 
 from fastlora import record
+from fastlora.kernels.tiles import WARP_SPECIALISED
 from fastlora.node import NODE
 from fastlora.paths import PATHS
 from fastlora.paths.problem import Update
@@ -64,7 +65,7 @@ def tensors(M=64, N=96, K=128, R=8):
 def observe(path, x, weight, lora_A, lora_B, bias, seed):
     update = Update(lora_A, lora_B, 2.0, 0.25, seed)
     inputs = (x, weight, lora_A, lora_B, bias, seed)
-    return record.observe(lambda: PATHS[path].forward(x, weight, bias, update), inputs, (True, True))
+    return record.observe(lambda: path.forward(x, weight, bias, update), inputs, (True, True))
 
 
 def expected(launch, kernel) -> tuple[tuple, tuple]:
@@ -89,22 +90,28 @@ def expected(launch, kernel) -> tuple[tuple, tuple]:
     return ("launch", kernel.function, *sizes, None, b"", *numbers), tuple(addresses)
 
 
-@pytest.mark.parametrize("path", ["hybrid", "split"])  # a product of ATen's; tensor maps
+SPECIALISED = PATHS["split"].with_tiles({"gemm": WARP_SPECIALISED})
+
+
+# a product of ATen's; tensor maps; and more warps than the launch asks for
+@pytest.mark.parametrize("path", [PATHS["hybrid"], PATHS["split"], SPECIALISED], ids=lambda path: path.label)
 def test_a_driver_is_given_what_the_launches_say(path, imaginary_gpu, driver, monkeypatch):
     from fastlora.kernels import launch
 
     seen = []
     run = launch.Launch.run
     monkeypatch.setattr(launch.Launch, "run", lambda self: (run(self), seen.append(launch._recorded.get()[-1])))
-    inputs = tensors()
+    x, weight, lora_A, lora_B, *rest = tensors()
+    inputs = x, weight, lora_A.bfloat16(), lora_B.bfloat16(), *rest
     (y, S), made, obstacle = observe(path, *inputs)
     assert obstacle is None and seen
+    assert path is not SPECIALISED or seen[-1][1].metadata.num_warps == 12
     trace = launches.Trace(driver)
     found = NODE.replay(driver, made, inputs)
     rows = trace.take()
     assert [(t.shape, t.dtype) for t in found[:2]] == [(t.shape, t.dtype) for t in (y, S)]
     wanted = [expected(*one) for one in seen]
-    assert (path == "split") == any(... in same for same, _ in wanted)
+    assert (path.name == "split") == any(... in same for same, _ in wanted)
     for (same, _), (given, _) in zip(wanted, rows, strict=True):
         assert given == tuple(b if a is ... else a for a, b in zip(same, given, strict=True))
     fixed = {a.data_ptr(): b.data_ptr() for a, b in zip((*inputs, y, S), (*inputs, *found[:2]), strict=True)}
@@ -136,13 +143,13 @@ CONSTANT = torch.zeros(96, dtype=torch.bfloat16)
 
 def test_a_call_with_two_tensors_at_one_place_is_not_recorded(imaginary_gpu):
     x, _, lora_A, lora_B, bias, seed = tensors(N=64, K=64)
-    _, made, obstacle = observe("hybrid", x, x, lora_A, lora_B, bias, seed)
+    _, made, obstacle = observe(PATHS["hybrid"], x, x, lora_A, lora_B, bias, seed)
     assert made is None and "several" in obstacle
 
 
 def test_a_kernel_with_other_parameters_than_it_tells_is_not_recorded(imaginary_gpu, monkeypatch):
     monkeypatch.setattr(record, "sizes_in_ptx", lambda kernel: [8, 8])
-    _, made, obstacle = observe("hybrid", *tensors())
+    _, made, obstacle = observe(PATHS["hybrid"], *tensors())
     assert made is None and "other parameters" in obstacle
 
 

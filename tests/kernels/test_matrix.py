@@ -11,7 +11,7 @@ import torch
 from fastlora.kernels import gemm, matrix
 from fastlora.kernels.dropout import Dropout, mask_bits
 from fastlora.kernels.onepass import onepass_launch
-from fastlora.kernels.tiles import RANK_TILES, TARGETS, Target, Tile, gemm_row
+from fastlora.kernels.tiles import RANK_TILES, TARGETS, WARP_SPECIALISED, Target, Tile, gemm_row
 
 AMPERE, HOPPER = Target("cuda", 80), Target("cuda", 90)
 
@@ -40,6 +40,12 @@ def test_hopper_multiplies_by_wgmma_in_registers_within_shared_memory(dropout):
     report = matrix.examine((HOPPER, product(tile, dropout)))
     assert not report.failures, report
     assert report.wgmma and report.spilled == 0 and report.shared <= 227 * 1024 and "128x256x64" in report.label
+
+
+def test_specialised_warps_multiply_so_too_and_leave_a_mask_without_bits_to_the_others():
+    report = matrix.examine((HOPPER, product(WARP_SPECIALISED, "bits")))
+    assert not report.failures and report.wgmma and report.programs == 1 and report.kernel == "gemm_ws", report
+    assert product(WARP_SPECIALISED, "seed").fn is gemm.gemm_tma_kernel
 
 
 def test_a_tile_that_spills_or_does_not_fit_is_reported():

@@ -6,12 +6,15 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 
+from fastlora.kernels import gemm
 from fastlora.kernels.tiles import (
     GEMM_TILES,
     INTERPRETER,
     RANK_TILES,
     TARGETS,
+    WARP_SPECIALISED,
     Target,
     ceil_div,
     ds_db_tile,
@@ -22,6 +25,7 @@ from fastlora.kernels.tiles import (
     split_m,
 )  # fmt: skip
 
+HOPPER = Target("cuda", 90)
 SHAPES = [(1, 1), (64, 100), (960, 768), (8192, 4096), (100_000, 384), (33, 50_000)]
 
 
@@ -76,6 +80,22 @@ def test_few_rows_get_a_low_tile_and_many_a_large_one():
     for target in TARGETS[1:]:  # Turing has one tile
         few, many = (gemm_tiles(target, M, 4096, 16, "half", True, False, False, 128)[0] for M in (16, 16384))
         assert few.block_m < many.block_m and few.block_m * few.block_n < many.block_m * many.block_n
+
+
+def test_the_warp_specialised_gemm_is_tried_beside_the_other_where_it_can_run():
+    def tried(target=HOPPER, M=8192, N=4096, R=16, dtype=torch.bfloat16, adapter=torch.bfloat16, by_n=True, offset=0):
+        x, y = (torch.empty(M, n, dtype=dtype, device="meta") for n in (4096, N))
+        w = torch.empty(N * 4096, dtype=dtype, device="meta")
+        w = w.view(N, 4096).t() if by_n else w.view(4096, N)
+        u = torch.empty(offset + N * R, dtype=adapter, device="meta")[offset:].view(N, R).t()
+        tiles = gemm.candidates(target, x, w, u, False, y)
+        assert len(tiles) <= 3 and tiles[0] != WARP_SPECIALISED
+        return WARP_SPECIALISED in tiles
+
+    assert tried() and tried(dtype=torch.float16, adapter=torch.float16) and tried(N=4104, R=8)
+    assert not tried(target=Target("cuda", 100)) and not tried(target=Target("cuda", 80)) and not tried(M=16)
+    assert not tried(dtype=torch.float32, adapter=torch.float32) and not tried(adapter=torch.float32)
+    assert not tried(R=12) and not tried(by_n=False) and not tried(offset=1) and not tried(N=4100)
 
 
 def test_unknown_gpus_get_a_relatives_tile():

@@ -108,6 +108,22 @@ def test_launch_dependents_and_registers_change_no_number():
         each_lane(body.replace("232", "230"), 128)
 
 
+def test_a_warp_changes_its_registers_with_its_group_and_keeps_them_alone():
+    body = """setp.ge.u32 %p1, %r99, 32; mov.u32 %r1, 3; {} @%p1 bra E; setmaxnreg.inc.sync.aligned.u32 24; E:"""
+    assert set(each_lane(body.format("setmaxnreg.dec.sync.aligned.u32 24;"), 128)) == {3}
+    for before in ("", "setmaxnreg.dec.sync.aligned.u32 32;"):
+        with pytest.raises(Fault, match="deadlock"):
+            each_lane(body.format(before), 128)
+
+
+def test_a_branch_by_number():
+    body = """and.b32 %r2, %r99, 3; mov.u32 %r1, 7; setp.eq.u32 %p1, %r2, 3; {}
+        T: .branchtargets A, B, A; brx.idx %r2, T; A: mov.u32 %r1, 1; bra E; B: mov.u32 %r1, 2; E:"""
+    assert each_lane(body.format("@%p1 bra E;"), 32).tolist() == [1, 2, 1, 7] * 8
+    with pytest.raises(Fault, match="reached"):
+        each_lane(body.format(""), 32)
+
+
 def touch(tensors, body: str, written=(True, True)) -> None:
     memory = Tensors()
     run(
