@@ -18,17 +18,20 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path as File
 from unittest import mock
 
 import torch
 
 import fastlora
 from fastlora import choice, node, ops, record
+from fastlora.kernels.tiles import WARP_SPECIALISED
+from fastlora.paths import Path
 
 from . import sync
 
-PATHS = ("hybrid", "onepass", "split")
+PATHS = [choice.PATHS[name] for name in ("hybrid", "onepass", "split")]
+SPECIALISED = choice.PATHS["split"].with_tiles({"gemm": WARP_SPECIALISED, "gemm_dx": WARP_SPECIALISED})
 SIZES = ((64, 96, 128), (33, 53, 41), (4096, 512, 1024), (1, 24, 40))  # M, N, K
 DTYPES = sync.DTYPES
 NEEDS = ((True, True, True), (False, True, True), (True, True, False), (True, False, True))  # gradients of x, A, B
@@ -119,7 +122,7 @@ def differences(first: list, second: list, fixed: dict[int, int]) -> tuple[list[
 class Twice:
     """A call run by Python, recorded, and by the node; `wrong` says what differed."""
 
-    def __init__(self, trace: Trace, path: str, layout, sizes, R, dtypes, dropout_p, needs, with_bias) -> None:
+    def __init__(self, trace: Trace, path: Path, layout, sizes, R, dtypes, dropout_p, needs, with_bias) -> None:
         (M, N, K), (dtype, adapter_dtype) = sizes, dtypes
         self.trace, self.path, self.dropout_p = trace, path, dropout_p
         self.x = sync.laid_out(layout, M, K, dtype).requires_grad_(needs[0])
@@ -140,8 +143,9 @@ class Twice:
             obstacles.append(found[2])
             return found[0], spoil(found[1]), found[2]
 
-        with mock.patch.object(node, "observe", observe):
-            y = fastlora.lora_linear(*self.inputs, 2.0, self.dropout_p, path=self.path)
+        chosen = mock.patch.object(choice, "choose", lambda problem: choice.Choice(self.path, ""))
+        with mock.patch.object(node, "observe", observe), chosen:
+            y = fastlora.lora_linear(*self.inputs, 2.0, self.dropout_p)
             forward = self.trace.take()
             dy = torch.zeros_like(y)
             self.trace.take()  # the zeros
@@ -195,7 +199,7 @@ def planted(trace: Trace) -> Iterator[str]:
         "a launch left out": lambda made: (*made[:2], made[2][:-1]),
         "a launch too many": lambda made: (*made[:2], (*made[2], made[2][-1])),
     }
-    twice = Twice(trace, "split", "plain", SIZES[0], 8, DTYPES[2], 0.1, NEEDS[0], True)
+    twice = Twice(trace, SPECIALISED, "plain", SIZES[0], 8, DTYPES[2], 0.1, NEEDS[0], True)
     for what, spoil in faults.items():
         if not twice.wrong(spoil):
             yield f"a planted fault was not found: {what}"
@@ -214,6 +218,14 @@ def cases(quick: bool) -> Iterator[tuple]:
         ]
     for i, case in enumerate(every):
         yield *case, NEEDS[i // 2 % len(NEEDS)], i % 3 != 2
+
+
+def specialised_cases(quick: bool) -> Iterator[tuple]:
+    """As `cases`, of what the warp-specialised GEMM takes; without a gradient of A its mask comes from the seed."""
+    every = itertools.product(SIZES[::2], (8, 128), sync.DTYPES[1:3], (0.1, 0.0), NEEDS)
+    for i, (sizes, R, dtypes, dropout_p, needs) in enumerate(every):
+        if not quick or i in (0, 1):
+            yield "plain", sizes, R, dtypes, dropout_p, needs, i % 3 != 2
 
 
 def regimes() -> Iterator[str]:
@@ -289,10 +301,11 @@ def compared(quick: bool) -> int:
         print(f"no node was compiled for torch {torch.__version__}: python setup.py build_ext --inplace")
         return 1
     trace, calls, wrong = Trace(), 0, 0
-    for path, case in itertools.product(PATHS, cases(quick)):
+    specialised = ((SPECIALISED, case) for case in specialised_cases(quick))
+    for path, case in itertools.chain(itertools.product(PATHS, cases(quick)), specialised):
         found = Twice(trace, path, *case).wrong()
         calls, wrong = calls + 1, wrong + bool(found)
-        print(*(f"{path} {case}: {what}" for what in found), sep="\n", end="\n" * bool(found), flush=True)
+        print(*(f"{path.label} {case}: {what}" for what in found), sep="\n", end="\n" * bool(found), flush=True)
     print(f"{calls} calls, {len(_known)} kernels: {wrong} calls of the node's differ from Triton's")
     odd = [*planted(trace), *regimes()]
     print(*odd, f"{len(odd)} planted faults not found, or regimes in which another serves than should", sep="\n")
@@ -310,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
             return bool(compared("--quick" in argv))
     with tempfile.TemporaryDirectory() as folder:
         return sync.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.campaigns.launches", "compared", *argv], Path(folder)
+            [sys.executable, "-W", "ignore", "-m", "tests.campaigns.launches", "compared", *argv], File(folder)
         )
 
 
