@@ -99,17 +99,22 @@ def bits_layout(ROWS, BYTES):
 
 
 @gluon.jit
-def drop(acc, bits_ptr, start_m, start_n, M, bytes_n):
-    """acc [BLOCK_M, BLOCK_N] with zeros where the mask's bits are 0."""
-    pieces = acc.reshape((acc.shape[0], acc.shape[1] // 8, 8))
-    layout: gl.constexpr = bits_layout(pieces.shape[0], pieces.shape[1])
-    offs_m = (start_m + gl.arange(0, pieces.shape[0], gl.SliceLayout(1, layout))).to(gl.int64)
-    offs_b = start_n // 8 + gl.arange(0, pieces.shape[1], gl.SliceLayout(0, layout))
+def load_bits(bits_ptr, start_m, start_n, M, bytes_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The mask of a tile, eight columns a byte: [BLOCK_M, BLOCK_N // 8]."""
+    layout: gl.constexpr = bits_layout(BLOCK_M, BLOCK_N // 8)
+    offs_m = (start_m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))).to(gl.int64)
+    offs_b = start_n // 8 + gl.arange(0, BLOCK_N // 8, gl.SliceLayout(0, layout))
     bits_ptrs = bits_ptr + offs_m[:, None] * bytes_n + offs_b[None, :]
-    bits = gl.load(bits_ptrs, mask=(offs_m < M)[:, None] & (offs_b < bytes_n)[None, :], other=0)
-    apart: gl.constexpr = pieces.type.layout
-    bits = gl.expand_dims(gl.convert_layout(bits, gl.SliceLayout(2, apart)), 2)
-    shifts = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, apart))).to(gl.uint8)
+    return gl.load(bits_ptrs, mask=(offs_m < M)[:, None] & (offs_b < bytes_n)[None, :], other=0)
+
+
+@gluon.jit
+def drop(acc, bits):
+    """acc with zeros where the mask's bits are 0."""
+    pieces = acc.reshape((bits.shape[0], bits.shape[1], 8))
+    layout: gl.constexpr = pieces.type.layout
+    bits = gl.expand_dims(gl.convert_layout(bits, gl.SliceLayout(2, layout)), 2)
+    shifts = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout))).to(gl.uint8)
     pieces = gl.where((bits >> shifts[None, None, :] & 1) != 0, pieces, 0.0)
     return gl.convert_layout(pieces.reshape(acc.shape), acc.type.layout, assert_trivial=True)
 
@@ -121,11 +126,8 @@ def halves(t):
 
 
 @gluon.jit
-def store_part(part, y_desc, y_buffer, start_m, start_n, bias_ptr, N, stride_bias):
-    """Starts to store part + bias at (start_m, start_n), by way of a buffer that the store before the last has left."""
-    if bias_ptr is not None:
-        offs_n = (start_n + gl.arange(0, part.shape[1], gl.SliceLayout(0, part.type.layout))).to(gl.int64)
-        part += gl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0).to(gl.float32)[None, :]
+def store_part(part, y_desc, y_buffer, start_m, start_n):
+    """Starts to store part at (start_m, start_n), by way of a buffer that the store before the last has left."""
     tma.store_wait(1)
     y_buffer.store(part.to(y_desc.dtype))
     fence_async_shared()
@@ -145,22 +147,29 @@ def multiply_tiles(
     for tile_id in range(gl.program_id(0), tiles, gl.num_programs(0)):
         start_m, start_n = tile_origin(tile_id, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
+        if DROPOUT:
+            bits = load_bits(bits_ptr, start_m, start_n, M, bytes_n, BLOCK_M, BLOCK_N)
         for r in gl.static_range(RANK_STEPS):
             acc = multiply(acc, ring, step, BLOCK_R, r == 0, BY_N)
             step += 1
         if DROPOUT:
-            acc = drop(warpgroup_mma_wait(0, deps=(acc,)), bits_ptr, start_m, start_n, M, bytes_n)
+            acc = drop(warpgroup_mma_wait(0, deps=(acc,)), bits)
         for _ in range(0, K, BLOCK_K):
             acc = multiply(acc, ring, step, BLOCK_K, False, BY_N)
             step += 1
+        if bias_ptr is not None:  # it comes while the last products are made
+            offs_n = (start_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))).to(gl.int64)
+            bias = gl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(ring[3].index((step - 1) % ring[0].shape[0]), count=1)
+        if bias_ptr is not None:
+            acc += bias.to(gl.float32)[None, :]
         left, right = halves(acc)
         for half in gl.static_range(2):
             first, second = halves(left if half == 0 else right)
             for quarter in gl.static_range(2):
                 part, part_n = first if quarter == 0 else second, start_n + (2 * half + quarter) * (BLOCK_N // 4)
-                store_part(part, y_desc, y_buffers.index(quarter), start_m, part_n, bias_ptr, N, stride_bias)
+                store_part(part, y_desc, y_buffers.index(quarter), start_m, part_n)
     tma.store_wait(0)
 
 
