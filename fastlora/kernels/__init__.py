@@ -3,6 +3,7 @@
 | file          | computes                                                                           |
 | ------------- | ---------------------------------------------------------------------------------- |
 | `gemm.py`     | y = x Wᵀ + bias + S Bᵀ, and dx = dy W + drop(dS A): the heart                       |
+| `gemm_ws.py`  | the same for sm_90 with specialised warps, in Gluon: tried beside it by the tuner   |
 | `s.py`        | S = scaling · drop(x) Aᵀ                                                           |
 | `grads.py`    | dS with dB in one read of dy; dA with the mask made again                           |
 | `hybrid.py`   | S and S Bᵀ + bias in one read of x; dA and drop(dS A) in one: ATen's GEMM does W    |

@@ -246,7 +246,7 @@ def rows_by_n(w: Tensor) -> bool:
 def candidates(target: Target, x: Tensor, w: Tensor, u: Tensor, dropout: bool, y: Tensor) -> tuple[Tile, ...]:
     """At most three tiles for y (M, N) = x (M, K) w (K, N) and an update by u (R, N), the default first.
 
-    The second is `gemm_ws`'s where that serves and its cut is among the best.
+    The second is that of `gemm_ws` where that can run and its cut is among the best.
     """
     (M, K), (R, N) = x.shape, u.shape
     kind = tiles.kind_of(x.dtype, tiles.input_precision(x.dtype, target))
@@ -277,7 +277,7 @@ def gemm_launch(
             f"tile {tile} needs rows of whole 16-byte pieces that do not overlap: strides {x.stride()} and {w.stride()}"
         )
     if tile.ws and (dropout is None or bits is not None):
-        return _specialised().launch(target, x, w, bias, s, u, bits if dropout else None, y, tile)
+        return _specialised().launch(target, x, w, bias, s, u, None if dropout is None else bits, y, tile)
     by_n = rows_by_n(w)
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     block_r = min(tiles.padded_rank(R), tiles.rank_block(target, tiles.kind_of(x.dtype, precision)))
