@@ -263,8 +263,6 @@ def gemm_launch(
 ) -> Launch:  # fmt: skip
     """y (M, N) = x (M, K) w (K, N) + bias (N,) + keep * (s (M, R) u (R, N)); y's rows lie side by side.
 
-    A mask without bits, which `gemm_ws` does not make, leaves its tile to the other kernel.
-
     Raises:
         ValueError: `tile` wants tensor descriptors, which cannot show x, w or y.
     """
@@ -276,8 +274,8 @@ def gemm_launch(
         raise ValueError(
             f"tile {tile} needs rows of whole 16-byte pieces that do not overlap: strides {x.stride()} and {w.stride()}"
         )
-    if tile.ws and (dropout is None or bits is not None):
-        return _specialised().launch(target, x, w, bias, s, u, None if dropout is None else bits, y, tile)
+    if tile.ws:
+        return _specialised().launch(target, x, w, bias, s, u, bits, y, tile)
     by_n = rows_by_n(w)
     block_m, block_n, block_k = tile.block_m, tile.block_n, tile.block_k
     block_r = min(tiles.padded_rank(R), tiles.rank_block(target, tiles.kind_of(x.dtype, precision)))

@@ -146,13 +146,13 @@ def _specialised_launches(target: Target, dtype: torch.dtype, adapter: torch.dty
     """The warp-specialised GEMM: every rank block, forward, dX with the mask from bits and with none."""
     n = 4096 if aligned else 4104
     x, W, bias = _tensor(2 * n, n, dtype), _tensor(n, n, dtype), _tensor(1, n, dtype)[0]
-    for R in (16, 32, 64, 128):
+    for R in (16, 32, 64, 128, 256):
         S, A, B = _tensor(2 * n, R, dtype), _tensor(R, n, adapter), _tensor(n, R, adapter)
         for tile in gemm.specialised(target, x, W, A):
-            yield gemm.gemm_launch(target, x, W.t(), bias, S, B.t(), None, None, torch.empty_like(x), tile)
-            yield gemm.gemm_launch(target, x, W, None, S, A, None, None, torch.empty_like(x), tile)
-            bits = mask_bits(2 * n, n, x.device)
-            yield gemm.gemm_launch(target, x, W, None, S, A, Dropout(0.1, SEED), bits, torch.empty_like(x), tile)
+            y, bits = torch.empty_like(x), mask_bits(2 * n, n, x.device)
+            yield gemm.gemm_launch(target, x, W.t(), bias, S, B.t(), None, y, tile)
+            yield gemm.gemm_launch(target, x, W, None, S, A, None, y, tile)
+            yield gemm.gemm_launch(target, x, W, None, S, A, bits, y, tile)
 
 
 def launches(targets: Iterable[Target] = TARGETS, quick: bool = False) -> Iterator[tuple[Target, Launch]]:
