@@ -19,10 +19,8 @@ AMPERE, HOPPER = Target("cuda", 80), Target("cuda", 90)
 def product(tile=None, dropout=False, R=16, n=4096, target=HOPPER):
     """A launch of the GEMM, forward or, with dropout, dX."""
     x, W, y = (torch.empty(n, n, dtype=torch.bfloat16, device="meta") for _ in range(3))
-    s, u = (
-        torch.empty(n, R, dtype=torch.bfloat16, device="meta"),
-        torch.empty(R, n, dtype=torch.bfloat16, device="meta"),
-    )
+    s, B = (torch.empty(n, R, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    u = torch.empty(R, n, dtype=torch.bfloat16, device="meta") if dropout else B.t()
     bits = mask_bits(n, n, x.device) if dropout else None
     return gemm.gemm_launch(target, x, W if dropout else W.t(), y[0], s, u, bits, y, tile)
 
