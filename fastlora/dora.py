@@ -11,6 +11,8 @@ Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", section 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +55,12 @@ class Norms:
 def row_norms(weight: Tensor | Packed, lora_A, lora_B, scaling: float, norms: Norms | None = None) -> Tensor:
     """‖W + s·B A‖ of each row, (N,), in float32 at least and without a history."""
     wide = torch.promote_types(torch.float32, torch.promote_types(weight.dtype, lora_A.dtype))
-    with torch.no_grad(), torch.autocast(lora_A.device.type, enabled=False):
+    plain = torch.autocast(lora_A.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
+    with torch.no_grad(), plain:
         W, A, B = dense(weight), lora_A.detach().to(wide), lora_B.detach().to(wide)
         cross = torch.empty((W.shape[0], A.shape[0]), dtype=wide, device=W.device)
-        for part in _parts(W):
-            torch.mm(W[part].to(wide), A.t(), out=cross[part])
+        for part, out in _pieces(W, cross):
+            torch.mm(part.to(wide), A.t(), out=out)
         squares = _squares(W, wide) if norms is None else norms.squares(weight, W, wide)
         # `add_` of a product with an alpha would be wrong in compiled code: inductor of torch 2.13 loses the alpha
         cross = cross.addmm_(B, A @ A.t(), beta=2.0, alpha=scaling).mul_(B).sum(1)
@@ -102,7 +105,7 @@ def fused(
         y = (u * g).to(u.dtype)
         return y if more is None else y + more
     if torch.is_grad_enabled() and (u.requires_grad or g.requires_grad):
-        y = _Scale.apply(u, g)
+        y = _scale(u, g)
     else:
         y = u.addcmul_(u, (g - 1.0).to(u.dtype))
     return y if more is None else y.add_(more)
@@ -143,12 +146,15 @@ class _Scale(torch.autograd.Function):
         # u is no one else's, and is needed once, unless backward may come again
         du = torch.empty_like(u) if torch._C._autograd._get_current_graph_task_keep_graph() else u
         dg = torch.zeros_like(g) if need_g else None
-        for part in _parts(dy):
+        for part, u_part, du_part in _pieces(dy, u, du):
             if need_g:
-                dg += (dy[part] * u[part]).sum(0, dtype=g.dtype)
+                dg += (part * u_part).sum(0, dtype=g.dtype)
             if need_u:
-                torch.addcmul(dy[part], dy[part], less, out=du[part])
+                torch.addcmul(part, part, less, out=du_part)
         return du.view(shape) if need_u else None, dg
+
+
+_scale = super(torch.autograd.Function, _Scale).apply  # past what is for function transforms, see fastlora.autograd
 
 
 class _Frozen(torch.autograd.Function):
@@ -168,14 +174,15 @@ class _Frozen(torch.autograd.Function):
 
 def _squares(W: Tensor, wide: torch.dtype) -> Tensor:
     out = torch.empty(W.shape[0], dtype=wide, device=W.device)
-    for part in _parts(W):
-        out[part] = torch.linalg.vector_norm(W[part], dim=1, dtype=wide).square_()
+    for part, squares in _pieces(W, out):
+        squares.copy_(torch.linalg.vector_norm(part, dim=1, dtype=wide).square_())
     return out
 
 
-def _parts(t: Tensor) -> list[slice]:
-    """Slices of the rows of t (M, N), each of at most a chunk's elements; in a graph one."""
-    if is_compiling():
-        return [slice(None)]
-    step = max(1, _CHUNK.get(t.device.type, _CHUNK_ELSEWHERE) // max(1, t.shape[1]))
-    return [slice(start, start + step) for start in range(0, t.shape[0], step)]
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same rows of all, of the first (M, N) at most a chunk's elements at a time; in a graph all of them."""
+    rows, columns = tensors[0].shape
+    step = max(1, _CHUNK.get(tensors[0].device.type, _CHUNK_ELSEWHERE) // max(1, columns))
+    if step >= rows or is_compiling():
+        return [tensors]
+    return zip(*(t.split(step) for t in tensors), strict=True)

@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import Parameter
+from transformers.pytorch_utils import Conv1D
 
 from fastlora.bank import Route
 from fastlora.base_layer import Packed, compute_dtype, form_of, packed_of, statistics_of, weight_of
@@ -49,8 +50,8 @@ class _Parts:
     """A layer that was found fit for fusing: what `reasons.of_layer` read of it, to be compared by identity."""
 
     __slots__ = (
-        "active", "base", "base_type", "down", "drop", "drop_type", "hooks", "name", "namespaces", "packed", "special",
-        "up", "variant", "weight_type",
+        "active", "base", "base_type", "dora", "down", "drop", "drop_type", "hooks", "known", "name", "namespaces",
+        "special", "up", "variant", "weight_type",
     )  # fmt: skip
 
     def __init__(self, layer: Fused) -> None:
@@ -62,19 +63,33 @@ class _Parts:
         self.base_type, self.drop_type = type(self.base), type(self.drop)
         self.variant, self.weight_type = layer.lora_variant.get(name), type(self.base.weight)
         self.special = self.variant is not None or form_of(self.base) is not None
-        self.packed: tuple | None = None  # a quantised weight, x's dtype and the bytes, as the last call found them
-        dora = () if self.variant is None else (layer.lora_magnitude_vector[name],)
-        used = (self.base, self.down, self.up, self.drop, *dora)
+        self.known: tuple | None = None  # the weight as products take it, x's dtype and the bytes, of the last call
+        self.dora = None if self.variant is None else layer.lora_magnitude_vector[name]
+        used = (self.base, self.down, self.up, self.drop, *(() if self.dora is None else (self.dora,)))
         self.hooks = tuple(hooks for module in used for hooks in reasons.hooks_of(module)) + reasons.GLOBAL_HOOKS
         self.namespaces = tuple(module.__dict__ for module in used[:4])
 
-    def quantised(self, x: Tensor, weight: Tensor) -> Packed | None:
-        """The weight, where a call was found fit that differs from this one in no more than x's numbers and shape."""
-        if self.packed is None or _any_autocast() or not (x.is_cpu or torch.is_grad_enabled()):
+    def weight(self, layer: Fused, x: Tensor, stored: Tensor) -> Tensor | Packed | None:
+        """The weight of a special layer as products take it; None where the last call that was found fit differs from
+        this one in more than numbers and x's shape."""
+        if self.known is None or _any_autocast() or not (x.is_cpu or torch.is_grad_enabled()):
             return None
-        packed, dtype, size = self.packed
-        same = packed.weight is weight and statistics_of(self.base) is packed.statistics and weight.nbytes == size
-        return packed if same and x.dtype is dtype else None
+        weight, dtype, size = self.known
+        if x.dtype is not dtype or stored.nbytes != size:
+            return None
+        if self.dora is not None:
+            same = layer.lora_magnitude_vector._modules.get(self.name) is self.dora
+            if not same or type(self.dora._parameters.get("weight")) is not Parameter:
+                return None
+        if weight.__class__ is not Packed:
+            return weight if weight is stored else None
+        return weight if weight.weight is stored and statistics_of(self.base) is weight.statistics else None
+
+    def know(self, x: Tensor) -> None:
+        """A special layer's call of x was found fit."""
+        base = self.base
+        packed = form_of(base) is not None and packed_of(base, compute_dtype(base, x))
+        self.known = None if _any_autocast() else (packed or base.weight, x.dtype, base.weight.nbytes)
 
     def hold(self, layer: Fused) -> bool:
         """Whether `layer` is still as it was, its tensors and scaling left aside."""
@@ -144,14 +159,18 @@ class Fused:
             return Fused._examine(self, x, args, kwargs)
         own = x
         if parts.special:
-            weight = parts.quantised(x, weight)
+            weight = parts.weight(self, x, weight)
             if weight is None:
                 return Fused._examine(self, x, args, kwargs, parts)
             own, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
-        elif parts.base_type is not nn.Linear:
+        if parts.base_type is Conv1D:
             weight = weight.t()
         p = drop.p if parts.drop_type is nn.Dropout and drop.training else 0.0
-        y = fused(own, weight, lora_A, lora_B, bias, scaling, p)
+        if parts.dora is None:
+            y = fused(own, weight, lora_A, lora_B, bias, scaling, p)
+        else:
+            p, magnitude = p if self.training else 0.0, parts.dora._parameters["weight"]
+            y = dora_fused(own, weight, lora_A, lora_B, bias, scaling, p, magnitude, record.norms)
         if y.__class__ is str:  # a function transform, tracing: see fastlora/gate.py
             return Fused._by_peft(self, record, y, x)
         record.fused_calls += 1
@@ -175,10 +194,8 @@ class Fused:
             y = Fused._compute(self, x, record)
             if y.__class__ is not str:
                 record.fused_calls += 1
-                parts = record.parts
-                if parts.special and parts.variant is None and not _any_autocast():
-                    base = parts.base
-                    parts.packed = packed_of(base, compute_dtype(base, x)), x.dtype, base.weight.nbytes
+                if record.parts.special:
+                    record.parts.know(x)
                 if record.path is None or record.last is not None or not record.parts.special:
                     record.last, record.path = None, Fused.explain(self, x).path
                 return y
