@@ -361,16 +361,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the reports there too, beside what it has of others"
     )
+    parser.add_argument("--missing", action="store_true", help="only launches that the file of --json has not")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="compile nothing; what --json wrote, as Markdown")
     parser.add_argument("--workers", type=int, help="processes (default: one for each CPU core)")
     args = parser.parse_args(arguments)
     if args.summary:
         print(summary(*read(args.summary)))
         return 0
+    if args.missing and not args.json:
+        parser.error("--missing wants --json, the file that says what is there")
+    done = {(r.target, r.label) for r in read(args.json)[1]} if args.missing and args.json.exists() else set()
     targets = args.target or (QUICK_TARGETS if args.quick else TARGETS)
     items = [
         item for item in launches(targets, args.quick)
-        if not args.kernel or item[1].label.startswith(tuple(args.kernel))
+        if (not args.kernel or item[1].label.startswith(tuple(args.kernel)))
+        and (str(item[0]), item[1].label) not in done
     ]  # fmt: skip
     reports: list[Report] = []
     for count, report in enumerate(run(items, args.workers), 1):
@@ -380,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(reports))
     failed = sum(bool(r.failures) for r in reports)
     print(f"{len(reports)} compiled with triton {triton.__version__}, {failed} with a claim that fails")
-    return 1 if failed or not reports else 0
+    return 1 if failed or not (reports or done) else 0
 
 
 def _with_older(reports: list[Report], file: Path) -> list[Report]:

@@ -122,6 +122,7 @@ def test_command(capsys, tmp_path):
         matrix.main(["--quick", "--kernel", "keep_mask", "--target", "80", "--json", str(out), "--workers", "1"]) == 0
     )
     assert set(reports) < set(matrix.read(out)[1])
+    assert matrix.main([*arguments, "--missing"]) == 0 and "0 compiled" in capsys.readouterr().out
 
 
 def test_the_committed_results_hold_every_claim_and_are_of_launches_that_there_are():
