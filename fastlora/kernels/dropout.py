@@ -1,5 +1,4 @@
-"""The dropout mask: a pure function of (seed, row, column), made again by every kernel but dX's GEMM, for which it
-is left as bits.
+"""The dropout mask: a pure function of (seed, row, column), made again by each kernel; dX's GEMM alone reads bits.
 
     keep[m, k] = bits[m, k] >= round(p * 65536)          drop(X) = keep * X
 
