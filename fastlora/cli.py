@@ -23,7 +23,7 @@ PROGRAMS = {
     "spam": ("fastlora.finetune.spam", "SMS spam, with GPT-2"),
     "distilbert": ("fastlora.finetune.distilbert", "sentiment of film reviews, with DistilBERT and PEFT"),
 }
-PREPARE = ("fastlora.finetune.prepare", "a raw SMSSpamCollection file to the balanced split that train reads")
+PREPARE = ("fastlora.finetune.homes", "a raw SMSSpamCollection file to the balanced split that train reads")
 EXTRAS = {
     "pandas": "train",
     "pyarrow": "train",

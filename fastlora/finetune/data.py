@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -49,7 +51,7 @@ def locate(where: str, *needed: str) -> Path:
     named, cache = env.data_dir(), env.cache_dir() / "data"
     if named is not None and not missing(named, *needed):
         return named
-    from fastlora.finetune.download import fetch
+    from fastlora.finetune.homes import fetch
 
     for name in needed:
         fetch(name, cache)
@@ -78,32 +80,23 @@ def read_texts(
     import pyarrow
     import pyarrow.parquet
 
-    texts: list[str] = []
-    labels: list[int] = []
-    size = 0
+    texts, labels, size = [], [], 0
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(read_regular(path, MAX_FILE)))
-        if file.metadata.num_rows < 1:  # less, where it is damaged
-            raise UserError(f"{path}: holds no rows")
-        types = pyarrow.types
-        for name, fits, needs in ((text, _is_text, "texts"), (label, types.is_integer, "whole numbers")):
+        for name in (text, label):
             if name not in file.schema_arrow.names:
-                has = ", ".join(shown(other) for other in file.schema_arrow.names[:10]) or "none"
+                has = ", ".join(shown(other) for other in file.schema_arrow.names[:10])
                 raise UserError(f"{path}: no column {name!r}; it has {has}")
-            kind = file.schema_arrow.field(name).type
-            if not fits(kind.value_type if types.is_dictionary(kind) else kind):
-                raise UserError(f"{path}: column {name!r} holds {shown(str(kind)[:60])}, not {needs}")
         for batch in file.iter_batches(1024, columns=[text, label]):
-            batch = batch.slice(0, None if limit is None else limit - len(texts))
-            for said, number in zip(batch.column(text).to_pylist(), batch.column(label).to_pylist(), strict=True):
-                if said is None:
-                    raise UserError(f"{path}: row {len(texts)} has no text in column {text!r}")
+            rows = batch.slice(0, None if limit is None else limit - len(texts)).to_pydict()
+            for said, number in zip(rows[text], rows[label], strict=True):
+                if not isinstance(said, str):
+                    raise UserError(f"{path}: row {len(texts)} has no text in column {text!r}, but {shown(said)}")
                 if number not in range(classes):
-                    raise UserError(
-                        f"{path}: row {len(texts)} has the unknown label {number}; known are 0 to {classes - 1}"
-                    )
+                    what = f"the unknown label {shown(number)}; known are 0 to {classes - 1}"
+                    raise UserError(f"{path}: row {len(texts)} has {what}")
                 texts.append(said)
-                labels.append(number)
+                labels.append(int(number))
                 size += len(said)
             if size > MAX_TEXT:
                 raise UserError(f"{path}: holds more text than the {MAX_TEXT} characters that are read")
@@ -115,11 +108,9 @@ def read_texts(
         again = "; delete it, and it is made again" if env.cache_dir() in Path(path).parents else ""
         why = shown(getattr(error, "strerror", None) or str(error)[:90])
         raise UserError(f"{path}: damaged or not a parquet file ({why}){again}") from None
+    if not texts:
+        raise UserError(f"{path}: holds no rows")
     return texts, labels
-
-
-def _is_text(kind) -> bool:
-    return str(kind).removeprefix("large_") in ("string", "string_view")
 
 
 def random_split(size: int, seed: int, valid: float = 0.05) -> tuple[Tensor, Tensor]:
@@ -131,16 +122,19 @@ def random_split(size: int, seed: int, valid: float = 0.05) -> tuple[Tensor, Ten
     return order[held_out:], order[:held_out]
 
 
-class Batches:
-    """Batches of rows; the order of an epoch is a pure function of the seed and the epoch's number.
+@functools.lru_cache(maxsize=256)
+def shuffled(size: int, seed: int, epoch: int) -> Tensor:
+    """The row numbers in the order of an epoch, int64 (size,): a pure function of the seed and the epoch's number."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
-    So a position in an epoch is one integer: nothing else is needed to go on from there.
+
+class Batches:
+    """Batches of rows, by their number: nothing but an integer is needed to go on within an epoch.
 
     Args:
         size: rows in the data set.
         take: row numbers (int64 tensor on the CPU) -> batch: the model's inputs, and last the labels.
         batch_size: rows per batch, in each of the processes that train together.
-        seed: shuffle by it; None keeps the rows in order.
         drop_last: leave out the last batch when it is short, as processes that train together must.
         device: where the batches go. Copies to a GPU are asynchronous, from pinned memory.
         world: the processes that train together: batches are `world.size` times as large, and each takes its part.
@@ -151,7 +145,6 @@ class Batches:
         size: int,
         take: Callable[[Tensor], Batch],
         batch_size: int,
-        seed: int | None = None,
         drop_last: bool = False,
         device: torch.device | str = "cpu",
         world: World = ALONE,
@@ -159,41 +152,42 @@ class Batches:
         if size < 1 or batch_size < 1:
             raise ValueError(f"size and batch_size must be at least 1, got {size} and {batch_size}")
         self.size, self.take, self.batch_size, self.world = size, take, batch_size * world.size, world
-        self.seed, self.drop_last, self.device = seed, drop_last, torch.device(device)
+        self.drop_last, self.device = drop_last, torch.device(device)
 
     def __len__(self) -> int:
         return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
-
-    def order(self, epoch: int) -> Tensor:
-        """The row numbers in the order of epoch `epoch`, int64 (size,)."""
-        if self.seed is None:
-            return torch.arange(self.size)
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-
-    def epoch(self, number: int = 0, start: int = 0) -> Iterator[Batch]:
-        """This process's parts of the batches of epoch `number`, from batch `start` on."""
-        order = self.order(number)
-        for i in range(start, len(self)):
-            yield self._place(self.world.part(self._batch(order, i)))
-
-    __iter__ = epoch
-
-    def shared(self) -> Iterator[Batch]:
-        """Whole batches of epoch 0, dealt out to the processes in turn: for evaluation, where nothing is exchanged."""
-        order = self.order(0)
-        for i in range(self.world.rank, len(self), self.world.size):
-            yield self._place(self._batch(order, i))
 
     def rows(self, i: int) -> int:
         """The rows of batch `i`, over all processes."""
         return min(self.batch_size, self.size - i * self.batch_size)
 
-    def _batch(self, order: Tensor, i: int) -> Tensor:
-        return order[i * self.batch_size : (i + 1) * self.batch_size]
+    def at(self, epoch: int, i: int, seeds: Sequence[int] = (0,)) -> Batch:
+        """This process's part of batch `i` of an epoch: of each seed's own order, one after the other."""
+        start, end = i * self.batch_size, (i + 1) * self.batch_size
+        parts = [self.world.part(shuffled(self.size, seed, epoch)[start:end]) for seed in seeds]
+        return self._place(torch.cat(parts))
+
+    def in_order(self, times: int = 1) -> Iterator[Batch]:
+        """Whole batches in the rows' order, each `times` over, dealt out to the processes in turn: for evaluation."""
+        for i in range(self.world.rank, len(self), self.world.size):
+            start = i * self.batch_size
+            yield self._place(torch.arange(start, start + self.rows(i)).repeat(times))
 
     def _place(self, rows: Tensor) -> Batch:
         batch = self.take(rows)
         if self.device.type == "cpu":
             return batch
-        pinned = (t.pin_memory() if t.device.type == "cpu" else t for t in batch)
-        return tuple(t.to(self.device, non_blocking=True) for t in pinned)
+        return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in batch)
+
+
+@dataclass
+class Data:
+    """What a run reads: the data's folder and digest, its batches, the tokens of an epoch, what the report says."""
+
+    folder: Path
+    digest: str
+    train: Batches
+    valid: Batches
+    test: Batches
+    tokens: int
+    facts: dict = field(default_factory=dict)

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from safetensors import SafetensorError
@@ -35,9 +32,8 @@ from fastlora.files import write_json
 from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import locate, random_split, read_texts
-from fastlora.finetune.hub import LABELS, readable
+from fastlora.finetune.hub import LABELS
 from fastlora.finetune.options import chosen, pick_device, positive, whole
-from fastlora.finetune.run import REPORT
 
 MODEL = "distilbert-base-uncased"
 CHECKPOINTS = "checkpoints"  # the Trainer's, in the run's folder until the run is finished
@@ -73,47 +69,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Fine-tune, test, save, load and predict, leaving everything in `args.output`; `args` as the flags."""
-    device = pick_device(args.device)
-    if device.type == "cuda" and "RANK" not in os.environ:
-        torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
-    recipe = _recipe(args)
-    settings = {"task": "distilbert", "data": args.data, "impl": args.impl, **vars(recipe), "seed": args.seed,
-                "device": device.type, "train_samples": args.train_samples, "test_samples": args.test_samples,
-                "processes": int(os.environ.get("WORLD_SIZE", "1"))}  # fmt: skip
-    first = int(os.environ.get("RANK", "0")) == 0  # of the processes that train together, one writes
-    held = runs.run_folder(args.output, settings, args.resume) if first else contextlib.nullcontext()
-    with held, _together():
-        if not (args.resume and runs.finished(args.output)):
-            _train(args, recipe, device, first)
+    with parallel.joined(pick_device(args.device)) as (world, device):
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
+        recipe = _recipe(args)
+        settings = runs.settings_of(args, recipe, device=device.type, processes=world.size)
+        with runs.run_folder(args.output, settings, args.resume) if world.first else contextlib.nullcontext():
+            if not (args.resume and runs.finished(args.output)):
+                _train(args, recipe, settings, device, world)
 
 
-def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, first: bool) -> None:
+def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, device: torch.device, world) -> None:
     folder, what = args.output, f"--model {args.model}"
     texts = _texts(locate(args.data, "imdb"), args)
     set_seed(args.seed)
-    tokenizer, model = hub.load_model(recipe.model, what)
+    tokenizer, model, base = hub.load_model(recipe.model, what)
     _check_targets(model, recipe.target_modules)
-    if args.show_tokens and first:
-        _show(tokenizer, texts["train"][0][0], recipe.max_length)
+    if world.first:
+        runs.record(folder, {"texts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+                             "base_sha256": base})  # fmt: skip
+        if args.show_tokens:
+            _show(tokenizer, texts["train"][0][0], recipe.max_length)
     data = {name: TokenDataset(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
-    base = hub.digest(recipe.model, tokenizer, what)
-    started = {"data": hashlib.sha256(json.dumps(texts).encode()).hexdigest(), "base model": base}
-    try:
-        model = get_peft_model(model, _lora_config(recipe))
-    except ValueError as error:  # PEFT's, for target modules that the model has not
-        raise UserError(f"--target-modules {' '.join(recipe.target_modules)}: {shown(str(error))}") from None
+    model = get_peft_model(model, _lora_config(recipe))
     if args.impl == "fused":
         fastlora.peft.patch(model)
     counts = runs.counts(model)
-    if first:
+    if world.first:
         print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
-    trainer = make_trainer(model, tokenizer, data, folder / CHECKPOINTS, args.seed, recipe, device)
-    trainer.fit(started)
+    trainer = make_trainer(model, tokenizer, data, folder / CHECKPOINTS, args.seed, recipe, device, world)
+    trainer.fit()
     accuracy = trainer.predict(data["test"], metric_key_prefix="test").metrics["test_accuracy"]
-    if not first:
+    if not world.first:
         return
 
-    history = trainer.history()
+    history = [entry["row"] for entry in trainer.state.log_history if "row" in entry]
     hub.save_adapter(model, folder)
     layers = fastlora.peft.report(model)
     how = ", ".join(sorted(set(map(str, layers.values()))))
@@ -121,35 +111,16 @@ def _train(args: argparse.Namespace, recipe: Recipe, device: torch.device, first
         print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
     title = f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test"
     runs.leave(folder, history, title, trainer.args.device, {
-        "task": "distilbert", "impl": args.impl, "path": how if args.impl == "fused" else "eager",
-        "dataset": args.data, **vars(recipe), "base_sha256": base,
+        **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data, "base_sha256": base,
         "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
         "train_seconds": round(trainer.seconds, 3),
         "tokens_per_second": round(data["train"].tokens * recipe.epochs / max(trainer.seconds, 1e-9)),
         "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
-        "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls, "seed": args.seed})  # fmt: skip
+        "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls})  # fmt: skip
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    print(f"test accuracy {accuracy:.2%} on {len(data['test']):,} reviews; trained {trainer.seconds:.1f} s; "
-          f"everything is in {folder}")  # fmt: skip
     few = texts["test"][0][:3]
     for text, (label, probability) in zip(few, load_predictor(folder)(few), strict=True):
         print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Ends the process group that the Trainer begins under torchrun: its threads abort a process that just exits.
-
-    All processes end it at one time, and after the model that speaks through it: else one may wait for ever.
-    """
-    try:
-        yield
-    except BaseException:  # the others may be anywhere
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-        raise
-    gc.collect()
-    parallel.stop()
 
 
 class TokenDataset(torch.utils.data.Dataset):
@@ -160,7 +131,6 @@ class TokenDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, tokenizer, texts: list[str], labels: list[int], max_length: int):
-        texts = [readable(text, max_length) for text in texts]
         encoded = tokenizer(texts, truncation=True, max_length=max_length, return_token_type_ids=False)
         rows = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
         self.rows = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]
@@ -186,24 +156,16 @@ class HubTrainer(Trainer):
         self._began = None
         self.seconds = 0.0
 
-    def fit(self, started: dict[str, str]) -> None:
-        """Train, from the last whole checkpoint on if there is one; the best epoch's weights are left in the model.
-
-        `started`: digests of what must be the same in a run that goes on; UserError when they are not.
-        """
+    def fit(self) -> None:
+        """Train, from the last whole checkpoint on if there is one; the best epoch's weights are left in the model."""
         folder, last = Path(self.args.output_dir), None
         for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])):
             with contextlib.suppress(OSError, ValueError):  # cut while it was written: the state comes last
-                then = json.loads((path / "trainer_state.json").read_text())
-                last, row = path, then["log_history"][-1]["row"]
-                self.seconds, before = row["seconds"], row["started"]
+                last, then = path, json.loads((path / "trainer_state.json").read_text())
         if last:  # the run's folder may have another name by now
+            self.seconds = then["log_history"][-1]["row"]["seconds"]
             then["best_model_checkpoint"] = str(folder / Path(then["best_model_checkpoint"]).name)
             write_json(last / "trainer_state.json", then)
-        for what, digest in started.items() if last else ():
-            if before[what] != digest:
-                raise UserError(f"{folder.parent}: the {what} is not what the run was started with")
-        self.started = started
         try:
             self.train(resume_from_checkpoint=last and str(last))
         except BaseException:
@@ -215,11 +177,6 @@ class HubTrainer(Trainer):
                 folder.rmdir()
             raise
 
-    def history(self) -> list[dict]:
-        """A row per evaluation, with the columns of every program's `history.csv`."""
-        rows = [entry["row"] for entry in self.state.log_history if "row" in entry]
-        return [{key: value for key, value in row.items() if key != "started"} for row in rows]
-
     def training_step(self, *args, **kwargs):
         """The Trainer's, the first of an epoch noted."""
         self._began = time.perf_counter() if self._began is None else self._began
@@ -229,12 +186,10 @@ class HubTrainer(Trainer):
         """The Trainer's, and what it came to in training added up."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            with torch.no_grad():
-                labels, logits = inputs["labels"], outputs["logits"]
-                mean = torch.nn.functional.cross_entropy(logits.float(), labels)
-                correct = (logits.argmax(-1) == labels).sum()
-                part = torch.stack([mean.double() * len(labels), correct.double(), correct.new_full((), len(labels))])
-                self._tally = self._tally.to(part.device) + part
+            labels, logits = inputs["labels"], outputs["logits"].detach().float()
+            mean, correct = torch.nn.functional.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
+            part = torch.stack([mean.double() * len(labels), correct.double(), correct.new_full((), len(labels))])
+            self._tally = self._tally.to(part.device) + part
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs):
@@ -260,7 +215,7 @@ class HubTrainer(Trainer):
         if not (trained and all(map(math.isfinite, row.values()))):
             raise WorkError(f"training diverged in epoch {row['epoch']:g}: the loss or the adapter is not finite; "
                             "a smaller --lr may help")  # fmt: skip
-        self.state.log_history[-1]["row"] = {**row, "started": self.started}
+        self.state.log_history[-1]["row"] = row
         self._tally.zero_()
         self._began = None
         return metrics
@@ -273,29 +228,28 @@ class HubTrainer(Trainer):
 
 
 def make_trainer(
-    model, tokenizer, data: dict[str, TokenDataset], folder: Path, seed: int, recipe: Recipe, device: torch.device
-) -> HubTrainer:
+    model, tokenizer, data: dict[str, TokenDataset], folder: Path, seed: int, recipe: Recipe, device: torch.device,
+    world=parallel.ALONE,
+) -> HubTrainer:  # fmt: skip
     """The trainer of one run: batches of similar length, evaluation and a checkpoint at each epoch's end, best kept.
 
     Args:
         data: "train" and "valid".
         folder: for the checkpoints.
     """
-    if "train_sampling_strategy" in {field.name for field in fields(TrainingArguments)}:  # transformers 5
-        grouped = {"train_sampling_strategy": "group_by_length"}
-    else:
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # transformers 4
         grouped = {"group_by_length": True}
-    together = "RANK" in os.environ
     settings = TrainingArguments(
         output_dir=str(folder.resolve()), num_train_epochs=recipe.epochs, learning_rate=recipe.lr,
         per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size,
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="accuracy", seed=seed, data_seed=seed,
         use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", report_to="none",
-        ddp_backend=("gloo" if device.type == "cpu" else "nccl") if together else None,
-        ddp_find_unused_parameters=False if together else None, **grouped,
+        ddp_backend=("gloo" if device.type == "cpu" else "nccl") if world.size > 1 else None,
+        ddp_find_unused_parameters=False if world.size > 1 else None, **grouped,
     )  # fmt: skip
-    if not together and device.type == "cuda":
+    if world.size == 1 and device.type == "cuda":
         settings._n_gpu = 1  # --device names one; the Trainer would spread over all that it sees
     return HubTrainer(model=model, args=settings, train_dataset=data["train"], eval_dataset=data["valid"],
                       data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=_accuracy)  # fmt: skip
@@ -310,26 +264,21 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
 
     Raises UserError when the run is not finished or damaged, or the model that it adapts is not to be had.
     """
-    report = runs.read_report(run)
-    name, impl = report.get("model"), report.get("impl")
-    if not isinstance(name, str) or impl not in ("fused", "eager"):
-        raise UserError(f"{run / REPORT}: damaged, it names no model or impl")
-    what = f"{run}: its base model {shown(name)}"
+    report = runs.read_report(run, model=str, max_length=int)
+    what = f"{run}: its base model {shown(report['model'])}"
     with hub.quietly():
-        name = hub.located(name, what)
-        max_length = runs.number_in(run, report, "max_length", hub.longest(hub.load_config(name, what)))
-        tokenizer, model = hub.load_model(name, what)
-        # earlier versions left no digest to compare with
-        if "base_sha256" in report and hub.digest(name, tokenizer, what) != report["base_sha256"]:
+        name = hub.located(report["model"], what)
+        tokenizer, model, base = hub.load_model(name, what)
+        if base != report.get("base_sha256"):
             raise UserError(f"{what} is not the one that the run adapted: its weights, words or settings were changed")
+        max_length = min(report["max_length"], hub.longest(model.config))
         model = hub.load_adapter(model, run)
-    if impl == "fused":
+    if report.get("impl") == "fused":
         fastlora.peft.patch(model)
     model.eval()
 
     @torch.inference_mode()
     def predict(texts: list[str]) -> list[tuple[str, float]]:
-        texts = [readable(text, max_length) for text in texts]
         batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_token_type_ids=False,
                           return_tensors="pt")  # fmt: skip
         chances, classes = model(**batch).logits.float().softmax(-1).max(-1)
@@ -367,8 +316,7 @@ def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str],
     if len(texts) < 2:
         raise UserError(f"{folder}/imdb/train.parquet: at least 2 reviews are needed, to train and to validate")
     train, valid = (
-        ([texts[i] for i in rows.tolist()], [labels[i] for i in rows.tolist()])
-        for rows in random_split(len(texts), args.seed)
+        ([texts[i] for i in rows.tolist()], [labels[i] for i in rows.tolist()]) for rows in random_split(len(texts), 0)
     )
     return {"train": train, "valid": valid, "test": read_texts(folder / "imdb/test.parquet", 2, args.test_samples)}
 

@@ -7,19 +7,19 @@ Language Model (From Scratch)", appendix E, whose 2,666,528 trainable numbers at
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora.errors import UserError, shown
-from fastlora.files import open_regular
-from fastlora.finetune.download import SOURCES
+from fastlora.finetune.homes import SOURCES
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,12 @@ def find_weights(folder: Path | None) -> Path:
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"--weights {folder}: holds no {WEIGHTS}")
         return folder / WEIGHTS
-    try:
+    with contextlib.suppress(ImportError):
         from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        try_to_load_from_cache = lambda *_: None  # noqa: E731
-    for name in ("gpt2", "openai-community/gpt2"):
-        found = try_to_load_from_cache(name, WEIGHTS)
-        if isinstance(found, str):
-            return Path(found)
+
+        for name in ("gpt2", "openai-community/gpt2"):
+            if isinstance(found := try_to_load_from_cache(name, WEIGHTS), str):
+                return Path(found)
     raise UserError(f"GPT-2's weights are not in the Hugging Face hub's cache; `hf download gpt2 {WEIGHTS}` "
                     "fetches them, or give --weights DIR or --weights random")  # fmt: skip
 
@@ -154,7 +152,6 @@ def load_weights(model: GPT2, path: Path) -> None:
     """
     ours: dict[str, Tensor] = {}
     try:
-        open_regular(path).close()
         with safe_open(path, framework="pt") as file:
             names = {name.removeprefix("transformer."): name for name in file.keys()}  # noqa: SIM118 - not a mapping
             for name, held in model.state_dict().items():
@@ -162,26 +159,20 @@ def load_weights(model: GPT2, path: Path) -> None:
                 if part in ("head", "key", "value"):  # the last two come along with the query
                     continue
                 parts = [name.replace("query", part) for part in _QKV] if part == "query" else [name]
-                block = f"h.{layer[1]}." if layer else ""
-                key, linear = f"{block}{_THEIRS[part]}.{ending}", ".c_" in _THEIRS[part] and ending == "weight"
+                key = f"{f'h.{layer[1]}.' if layer else ''}{_THEIRS[part]}.{ending}"
                 wanted = (held.shape[0] * len(parts), *held.shape[1:])
-                wanted = wanted[::-1] if linear else wanted
-                if key not in names:
-                    raise UserError(f"{path}: holds no {key}, so it is not a GPT-2 of this size")
-                about = file.get_slice(names[key])
-                if tuple(about.get_shape()) != wanted or about.get_dtype() not in ("F16", "BF16", "F32", "F64"):
-                    what = f"{about.get_dtype()} {tuple(about.get_shape())}"
-                    raise UserError(f"{path}: {key} is {what}, this model's are floats {wanted}")
+                transposed = ".c_" in key and ending == "weight"
+                wanted = wanted[::-1] if transposed else wanted
+                shape = tuple(file.get_slice(names[key]).get_shape()) if key in names else "not there"
+                if shape != wanted:
+                    raise UserError(f"{path}: {key} is {shape}, in a GPT-2 of this size {wanted}")
                 whole = file.get_tensor(names[key])
-                for name, value in zip(parts, (whole.mT if linear else whole).chunk(len(parts)), strict=True):
+                whole = whole.mT if transposed else whole
+                for name, value in zip(parts, whole.chunk(len(parts)), strict=True):
                     ours[name] = value.to(held.dtype, copy=True)
-                    if not ours[name].isfinite().all():
-                        raise UserError(f"{path}: {key} holds values that are not finite in {held.dtype}")
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # safetensors has its own
+                    if not (whole.is_floating_point() and ours[name].isfinite().all()):
+                        raise UserError(f"{path}: {key} holds values that are not finite floats")
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable weights file ({shown(str(error))})") from None
     model.load_state_dict(ours, strict=False)
 

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,15 +17,16 @@ import fastlora
 from fastlora.errors import UserError
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
-from fastlora.finetune.data import Batches, locate, random_split, read_texts
-from fastlora.finetune.options import MOST_RANK, add_steps, chosen, pick_device, step_choices
+from fastlora.finetune.data import Batches, Data, locate, random_split, read_texts
+from fastlora.finetune.options import add_steps, chosen, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
-from fastlora.finetune.trainer import Settings, Trainer
+from fastlora.finetune.trainer import Member, Settings, Trainer
 from fastlora.finetune.words import TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
 
 LABELS, TOPICS = ("negative", "positive"), 4
 WORDS, LEAST = 20_000, 3  # vocabulary: how many words, and how often each occurs at least
 GPU_PAD = 4096  # words; on a GPU a batch's words are padded to a multiple, so that few shapes occur
+BASE_SEED = 0  # of the split and of the base
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,15 @@ class TextClassifier(nn.Module):
     """embedding -> mean over the text's words -> fc1 -> ReLU -> fc2.
 
     Args:
-        vectors: float32 (words, dim): what the embedding starts from; it is copied.
+        words, dim: of the embedding.
         classes: logits per text.
         hidden: outputs of fc1.
     """
 
-    def __init__(self, vectors: Tensor, classes: int, hidden: int = 128):
+    def __init__(self, words: int, dim: int, classes: int, hidden: int = 128):
         super().__init__()
-        self.embedding = nn.EmbeddingBag.from_pretrained(vectors.clone(), freeze=False, mode="mean")
-        self.fc1 = nn.Linear(vectors.shape[1], hidden)
+        self.embedding = nn.EmbeddingBag(words, dim, mode="mean", _weight=torch.zeros(words, dim))
+        self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, classes)
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
@@ -93,70 +94,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Pre-train, fine-tune, test, and leave everything in `args.output`; `args` as the flags."""
-    began = time.perf_counter()
     folder, device = args.output, pick_device(args.device)
     recipe, how = chosen(RECIPES[args.recipe], args), step_choices(args)
-    settings = {"task": "imdb", "data": args.data, "impl": args.impl, "recipe": args.recipe, **asdict(recipe), **how,
-                "seed": args.seed, "device": device.type, "vectors": args.vectors and str(args.vectors),
-                "train_samples": args.train_samples, "test_samples": args.test_samples}  # fmt: skip
+    settings = runs.settings_of(args, recipe, **how, device=device.type)
     with runs.run_folder(folder, settings, args.resume) as begun:
         if begun and runs.finished(folder):
             return
-        data = load_data(locate(args.data, "imdb", "ag_news"), args, recipe, device)
-        run = runs.fingerprint(settings | {"texts": data.digest})
-        model, pretrained = load_base(folder, run, data, device) if begun and (folder / MODEL).exists() else (None, {})
-        if model is None:
-            model, pretrained = make_base(args.seed, recipe, data, device)
-            write_checkpoint(folder / MODEL, {**model.body(), "run": run, "pretrained": pretrained})
+        data = load_data(args, recipe, device)
+        runs.record(folder, {"texts_sha256": data.digest})
         data.vocabulary.save(folder / VOCABULARY)
-        adapt(model, recipe, args.impl, args.seed)
-        training = Settings(epochs=recipe.epochs, clip=recipe.clip, checkpoint=folder / CHECKPOINT, run=run, **how)
-        trainer = make_trainer(model, data.train, data.valid, recipe, training)
+        model, pretrained = load_base(folder, data) if (folder / MODEL).exists() else make_base(recipe, data, device)
+        model.to(device)
+        write_checkpoint(folder / MODEL, model.body(), pretrained=pretrained)
+        torch.manual_seed(args.seed + 1)
+        adapt(model, recipe, args.impl)
+        training = Settings(epochs=recipe.epochs, decay=recipe.decay, clip=recipe.clip, checkpoint=folder / CHECKPOINT,
+                            **how)  # fmt: skip
+        member = Member(seed=args.seed)
+        trainer = Trainer(model, make_optimiser(model, recipe.lr), data.train, data.valid, training, (member,))
         if begun and trainer.resume():
             print(f"resumed after epoch {trainer.epoch}")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        history = trainer.fit(_say)
-        _, accuracy = trainer.evaluate(data.test)
+        trainer.fit()
+        ((_, accuracy),) = trainer.evaluate(data.test)
 
         fastlora.save_adapter(model, folder, modules_to_save=[])  # fc2 is kept in MODEL: the adapter is A and B alone
         kept = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
-        write_checkpoint(folder / MODEL, {**kept, "run": run, "pretrained": pretrained})
+        write_checkpoint(folder / MODEL, kept, pretrained=pretrained)
         which = "made-up sample" if args.data == "sample" else "IMDb"
-        total = round(time.perf_counter() - began, 2)
-        runs.leave(folder, history, f"{which}, {args.impl}: {accuracy:.1%} on test", device, {
-            "task": "imdb", "impl": args.impl, "path": runs.path_of(args.impl, model.fc1, recipe.batch_size),
-            "dataset": args.data if args.data in ("sample", "auto") else str(data.folder), "recipe": args.recipe,
-            "vectors": data.vectors_from, "vocabulary": len(data.vocabulary), "pretrained": pretrained,
-            "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-            **asdict(recipe), **runs.counts(model), "train_seconds": round(trainer.seconds, 3),
-            "tokens_per_second": round(data.words * recipe.epochs / max(trainer.seconds, 1e-9)),
-            "valid_accuracy": history[-1]["valid_accuracy"], "test_accuracy": accuracy, "total_seconds": total,
-            "seed": args.seed})  # fmt: skip
-        print(f"test accuracy {accuracy:.2%} on {data.test.size:,} reviews; trained {trainer.seconds:.1f} s, "
-              f"{total:.1f} s in all; everything is in {folder}")  # fmt: skip
+        runs.leave(folder, member.history, f"{which}, {args.impl}: {accuracy:.1%} on test", device, {
+            **settings, **runs.facts(args, trainer, data), "pretrained": pretrained, "test_accuracy": accuracy,
+            "path": runs.path_of(args.impl, model.fc1, recipe.batch_size)})  # fmt: skip
 
 
 @dataclass
-class Data:
-    """What a run reads: the data's folder, words and batches; `words` counts those of the training reviews."""
+class Reviews(Data):
+    """What a run reads: beside the reviews the words, their vectors, and the news."""
 
-    folder: Path
-    vocabulary: Vocabulary
-    vectors: Tensor
-    vectors_from: str
-    digest: str
-    news: Batches
-    news_test: Batches
-    train: Batches
-    valid: Batches
-    test: Batches
-    words: int
+    vocabulary: Vocabulary | None = None
+    vectors: Tensor | None = None
+    news: Batches | None = None
+    news_test: Batches | None = None
 
 
-def load_data(folder: Path, args: argparse.Namespace, recipe: Recipe, device: torch.device) -> Data:
+def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> Reviews:
     """Read and number the texts, and find their words' vectors."""
     began = time.perf_counter()
+    folder = locate(args.data, "imdb", "ag_news")
     texts, labels = {}, {}
     for name, classes in (("imdb/train", 2), ("imdb/test", 2), ("ag_news/train", TOPICS), ("ag_news/test", TOPICS)):
         limit = args.train_samples if name.endswith("train") else args.test_samples
@@ -164,7 +149,7 @@ def load_data(folder: Path, args: argparse.Namespace, recipe: Recipe, device: to
         texts[name] = [tokenise(line) for line in lines]
     if len(labels["imdb/train"]) < 2:
         raise UserError(f"{folder}/imdb/train.parquet: at least 2 reviews are needed, to train and to validate")
-    train, valid = random_split(len(labels["imdb/train"]), args.seed)
+    train, valid = random_split(len(labels["imdb/train"]), BASE_SEED)
     reviews = [texts["imdb/train"][i] for i in train.tolist()]
     vocabulary = Vocabulary.of([*reviews, *texts["ag_news/train"]], WORDS, LEAST)
     sets = {name: TextDataset(texts[name], labels[name], vocabulary) for name in texts}
@@ -172,10 +157,7 @@ def load_data(folder: Path, args: argparse.Namespace, recipe: Recipe, device: to
     for dataset in sets.values():
         for part in (dataset.ids, dataset.offsets, dataset.labels):
             digest.update(part.numpy())
-    print(f"{len(sets['imdb/train']):,} + {len(sets['imdb/test']):,} reviews, {len(sets['ag_news/train']):,} news, "
-          f"{len(vocabulary):,} words: read in {time.perf_counter() - began:.1f} s", flush=True)  # fmt: skip
 
-    began = time.perf_counter()
     corpus, offsets, _ = sets["imdb/train"].batch(train)
     news = sets["ag_news/train"]
     ids = torch.cat([corpus, news.ids])
@@ -188,80 +170,70 @@ def load_data(folder: Path, args: argparse.Namespace, recipe: Recipe, device: to
         digest.update(vectors.numpy())
     if recipe.scale is not None:
         vectors = weighted(vectors, ids, recipe.scale)
-    print(f"word vectors: {source}: {time.perf_counter() - began:.1f} s", flush=True)
+    print(f"{len(sets['imdb/train']):,} + {len(sets['imdb/test']):,} reviews, {len(news):,} news; word vectors "
+          f"{source}: {time.perf_counter() - began:.1f} s", flush=True)  # fmt: skip
 
-    def batches(name: str, rows: Tensor | None = None, seed: int | None = None) -> Batches:
+    def batches(name: str, rows: Tensor | None = None) -> Batches:
         dataset, pad_to = sets[name], GPU_PAD if device.type == "cuda" else 1
         rows = torch.arange(len(dataset)) if rows is None else rows
-        return Batches(len(rows), lambda i: dataset.batch(rows[i], pad_to), recipe.batch_size, seed, device=device)
+        return Batches(len(rows), lambda i: dataset.batch(rows[i], pad_to), recipe.batch_size, device=device)
 
-    return Data(
-        folder, vocabulary, vectors, source, digest.hexdigest(), news=batches("ag_news/train", seed=args.seed),
-        news_test=batches("ag_news/test"), train=batches("imdb/train", train, args.seed),
-        valid=batches("imdb/train", valid), test=batches("imdb/test"), words=sets["imdb/train"].words(train),
+    return Reviews(
+        folder, digest.hexdigest(), batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"),
+        sets["imdb/train"].words(train), {"vectors": source, "vocabulary": len(vocabulary)}, vocabulary, vectors,
+        batches("ag_news/train"), batches("ag_news/test"),
     )  # fmt: skip
 
 
-def make_base(seed: int, recipe: Recipe, data: Data, device: torch.device) -> tuple[TextClassifier, dict]:
+def make_base(recipe: Recipe, data: Reviews, device: torch.device) -> tuple[TextClassifier, dict]:
     """The classifier pre-trained on news, and what there is to report of it."""
-    torch.manual_seed(seed)
-    model = TextClassifier(data.vectors, TOPICS).to(device)
-    recipe = replace(recipe, lr=1.0, decay=0.5)
-    settings = Settings(epochs=recipe.pretrain_epochs, clip=recipe.clip, seed=seed)
-    trainer = make_trainer(model, data.news, None, recipe, settings)
+    torch.manual_seed(BASE_SEED)
+    model = TextClassifier(*data.vectors.shape, TOPICS)
+    model.embedding.weight.data.copy_(data.vectors)
+    model.to(device)
+    settings = Settings(epochs=recipe.pretrain_epochs, decay=0.5, clip=recipe.clip)
+    trainer = Trainer(model, make_optimiser(model, 1.0), data.news, None, settings)
     trainer.fit()
-    _, accuracy = trainer.evaluate(data.news_test)
+    ((_, accuracy),) = trainer.evaluate(data.news_test)
     print(f"pre-trained on news: {accuracy:.2%} of the test news right, {trainer.seconds:.1f} s", flush=True)
-    return model, {
-        "epochs": recipe.pretrain_epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3),
-    }  # fmt: skip
+    return model, {"epochs": settings.epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3)}
 
 
-def load_base(folder: Path, run: str, data: Data, device: torch.device) -> tuple[TextClassifier, dict]:
-    """What `make_base` gave to the run that is gone on with; UserError for a file or data of another run."""
-    kept = read_checkpoint(folder / MODEL)
-    if kept.get("run") != run or not isinstance(kept.get("pretrained"), dict):
-        raise UserError(f"{folder / MODEL}: the data is not what the run was started with, or another version's")
-    model = TextClassifier(data.vectors, TOPICS).to(device)
-    body = model.body()
-    fill(model, folder / MODEL, {name: kept[name] for name in body if name in kept}, set(body))
-    return model, kept["pretrained"]
+def load_base(folder: Path, data: Reviews) -> tuple[TextClassifier, dict]:
+    """What `make_base` gave to the run that is gone on with."""
+    tensors, state = read_checkpoint(folder / MODEL)
+    model = TextClassifier(*data.vectors.shape, TOPICS)
+    fill(model, folder / MODEL, {name: t for name, t in tensors.items() if name in model.body()}, set(model.body()))
+    return model, state.get("pretrained")
 
 
-def adapt(model: TextClassifier, recipe: Recipe, impl: str, seed: int) -> None:
+def adapt(model: TextClassifier, recipe: Recipe, impl: str) -> None:
     """Give the pre-trained model a new head and a LoRA layer, and freeze the rest."""
-    torch.manual_seed(seed + 1)
     model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=model.fc2.weight.device)
     fastlora.inject(model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["fc1"],
                     layer_class=runs.LAYERS[impl])  # fmt: skip
     model.fc2.requires_grad_(True)
 
 
-def make_trainer(model, train: Batches, valid: Batches | None, recipe: Recipe, settings: Settings, **more) -> Trainer:
-    """SGD whose rate decays each epoch, on what `model` trains."""
+def make_optimiser(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """SGD on what `model` trains."""
     trained = [p for p in model.parameters() if p.requires_grad]
     # Only the fused SGD reads its rate on the GPU, as a captured step has to.
-    optimiser = torch.optim.SGD(trained, lr=recipe.lr, fused=trained[0].is_cuda)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimiser, recipe.decay)
-    return Trainer(model, optimiser, train, valid, settings, scheduler, **more)
+    return torch.optim.SGD(trained, lr=lr, fused=trained[0].is_cuda)
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     """A function that labels reviews, (label, probability) each, from a finished run's folder.
 
-    Raises UserError when a file is missing or damaged, or the adapter is of another rank or shape.
+    Raises UserError when a file is missing or damaged.
     """
-    report = runs.read_report(run)
-    vocabulary = Vocabulary.load(run / VOCABULARY)
-    tensors = {name: t for name, t in read_checkpoint(run / MODEL).items() if isinstance(t, Tensor)}
+    vocabulary, (tensors, _) = Vocabulary.load(run / VOCABULARY), read_checkpoint(run / MODEL)
     vectors, head = tensors.get("embedding.weight"), tensors.get("fc2.weight")
-    if any(t is None or t.ndim != 2 or not t.numel() for t in (vectors, head)) or len(vectors) != len(vocabulary):
+    if vectors is None or head is None or vectors.ndim != 2 or len(vectors) != len(vocabulary):
         raise UserError(f"{run / MODEL}: not the model of a finished IMDb run of {len(vocabulary)} words")
-    model = TextClassifier(torch.zeros(vectors.shape), len(LABELS), hidden=head.shape[1])
+    model = TextClassifier(*vectors.shape, len(LABELS), hidden=head.shape[-1])
     fill(model, run / MODEL, tensors)
-    fastlora.inject(model, r=runs.number_in(run, report, "rank", MOST_RANK), target_modules=["fc1"])
-    fastlora.load_adapter(model, run)
-    model.eval()
+    fastlora.load_adapter(model, run).eval()
 
     @torch.inference_mode()
     def predict(texts: list[str]) -> list[tuple[str, float]]:
@@ -271,10 +243,3 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
         return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
     return predict
-
-
-def _say(row: dict) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(f"epoch {row['epoch']:g}: loss {row['train_loss']:.4f}, accuracy {row['train_accuracy']:.2%}; "
-               f"validation loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.2%}")  # fmt: skip

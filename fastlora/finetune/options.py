@@ -2,7 +2,7 @@
 
 To add a program: a module with `add_arguments(parser)`, `train(args)` and `load_predictor(run)`; a line in
 `fastlora.cli.PROGRAMS`; what it leaves in a run's folder in `run.RUN_FILES`; its data in `data.FILES`,
-`download.SOURCES` and `sample`; a run of it in `tests/finetune/killed.py`.
+`homes.SOURCES` and `sample`; a run of it in `tests/finetune/killed.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -18,8 +18,6 @@ import torch
 from fastlora.errors import UserError
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-MOST_RANK = 1024
-FLAGS = ("epochs", "lr", "rank", "alpha", "batch_size")
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -55,6 +53,9 @@ def folder_name(text: str) -> Path:
     return Path(text)
 
 
+MEMBER = {"lr": positive, "rank": whole(1, 1024), "alpha": positive, "seed": whole(0, 2**32 - 1)}
+
+
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """The flags of every `fastlora train` program. Those without a default leave the choice to the program (None)."""
     add = parser.add_argument
@@ -63,11 +64,12 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add("--output", type=folder_name, required=True, metavar="DIR", help="the run's folder")
     add("--impl", choices=("fused", "eager"), default="fused", help="the LoRA layer (default fused)")
     add("--epochs", type=whole(1), metavar="N", help="passes over the training data")
-    add("--rank", type=whole(1, MOST_RANK), metavar="R", help="rank of the update")
-    add("--alpha", type=positive, metavar="X", help="lora_alpha: the update is scaled by alpha / rank")
+    add("--rank", type=MEMBER["rank"], metavar="R", help="rank of the update")
+    add("--alpha", type=MEMBER["alpha"], metavar="X", help="lora_alpha: the update is scaled by alpha / rank")
     add("--batch-size", type=whole(1), metavar="N")
-    add("--lr", type=positive, metavar="X", help="learning rate")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="0 (default) to 2^32 - 1")
+    add("--lr", type=MEMBER["lr"], metavar="X", help="learning rate")
+    seed = "0 (default) to 2^32 - 1: the adapter's start and the order of batches"
+    add("--seed", type=MEMBER["seed"], default=0, metavar="N", help=seed)
     add("--device", default="auto", metavar="cpu|cuda[:N]|auto", help="default: cuda if there")
     add("--resume", action="store_true", help="go on with the unfinished run in --output, if any")
     add("--train-samples", type=whole(2), metavar="N", help="train on the first N rows only")
@@ -85,8 +87,8 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(recipe, args: argparse.Namespace):
-    """`recipe`, a dataclass, with those of `FLAGS` that were given; UserError for a number that float32 has not."""
-    given = {name: getattr(args, name) for name in FLAGS}
+    """`recipe`, a dataclass, with what the flags give of it; UserError for a number that float32 has not."""
+    given = {field.name: getattr(args, field.name, None) for field in fields(recipe)}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     numbers = torch.finfo(torch.float32)
     for what, value in (("--lr", recipe.lr), ("the scaling, --alpha / --rank,", recipe.alpha / recipe.rank)):
@@ -107,16 +109,13 @@ def step_choices(args: argparse.Namespace, default: str = "fp32") -> dict:
 
 def pick_device(name: str) -> torch.device:
     """The torch device of `--device`; UserError when it is unknown or not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if here else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise UserError(f"--device {name}: no such kind of device; cpu, cuda or cuda:0 are known") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: only cpu and cuda are supported")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no CUDA device here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    if device.type == "cuda" and (device.index or 0) >= here:
+        raise UserError(f"--device {name}: no CUDA device of that number here ({here} found)")
     return device

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +34,7 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def told(self, value: bool, device: torch.device) -> bool:
+    def broadcast(self, value: bool, device: torch.device) -> bool:
         """The first process's `value`, in all of them."""
         return bool(self.add(torch.tensor(int(value and self.first), device=device)))
 
@@ -39,24 +42,23 @@ class World:
 ALONE = World()
 
 
-def start(device: torch.device) -> tuple[World, torch.device]:
-    """Join the processes that `torchrun` started, by NCCL on CUDA and by gloo elsewhere.
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
+    """Join the processes that `torchrun` started, by NCCL on CUDA and by gloo elsewhere, and leave them at the end.
 
-    Returns the world (`ALONE` without torchrun) and this process's device: on CUDA, the one of its number on its
+    Yields the world (`ALONE` without torchrun) and this process's device: on CUDA, the one of its number on its
     machine.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
-        return ALONE, device
+        yield ALONE, device
+        return
     if device.type == "cuda":
         device = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), dist.get_world_size()), device
-
-
-def stop() -> None:
-    """Leave the processes joined by `start`, once all of them are here."""
-    if dist.is_available() and dist.is_initialized():
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size()), device
+        gc.collect()  # the model that speaks through the group goes first, and all leave at one time
         dist.barrier()
+    finally:
         dist.destroy_process_group()

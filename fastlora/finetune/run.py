@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import os
@@ -12,6 +12,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from torch import nn
 import fastlora
 from fastlora.errors import UserError, shown
 from fastlora.files import FULL, clear_leftovers, read_json, write_bytes, write_json
+from fastlora.finetune.data import Data
+from fastlora.finetune.trainer import Trainer
 from fastlora.linear import EagerLoRALinear, FusedLoRALinear
 
 LAYERS = {"fused": FusedLoRALinear, "eager": EagerLoRALinear}
@@ -30,9 +33,6 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, VOCABULARY,
              "gpt2")  # fmt: skip
 LOCK = ".fastlora.lock"
-FIELDS = ("task", "impl", "path", "device", "dataset", "batches", "epochs", "trainable_parameters", "total_parameters",
-          "adapter_parameters", "adapter_bytes", "full_layer_parameters", "train_seconds", "tokens_per_second",
-          "peak_memory_bytes", "valid_accuracy", "test_accuracy", "seed", "versions")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -45,6 +45,12 @@ def locked(path: Path, busy: str | None = None) -> Iterator[None]:
             yield
     except Timeout:
         raise UserError(busy) from None
+
+
+def settings_of(args: argparse.Namespace, recipe, **more) -> dict:
+    """What decides a run's result, as JSON values: the flags, the recipe (a dataclass) in their place, and `more`."""
+    flags = {key: value for key, value in vars(args).items() if key not in ("command", "output", "resume", "no_graph")}
+    return json.loads(json.dumps({"task": args.program, **flags, **asdict(recipe), **more}, default=str))
 
 
 @contextlib.contextmanager
@@ -68,38 +74,35 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
             if error.errno in FULL:
                 raise
             raise UserError(f"{path}: cannot be used as output folder ({error.strerror})") from None
-        begun = _begun(path, settings, resume)
-        if resume and not begun:
+        present = [name for name in RUN_FILES if os.path.lexists(path / name)]
+        if present and not resume:
+            state = "a finished run" if {SETTINGS, REPORT} <= {*present} else f"a run's files ({present[0]})"
+            hint = ", or go on with it by --resume" if SETTINGS in present and REPORT not in present else ""
+            raise UserError(f"{path}: holds {state} already; choose another --output{hint}")
+        if present and SETTINGS not in present:
+            raise UserError(f"{path}: holds {present[0]} but no {SETTINGS}, so there is no run to resume")
+        if resume and not present:
             print(f"{path}: holds no run to go on with; a new one starts", flush=True)
         clear_leftovers(path)
-        if not begun:
-            write_json(path / SETTINGS, dict(settings))
+        record(path, settings)
         try:
-            yield begun
+            yield bool(present)
         except Exception:
             if not any(os.path.lexists(path / name) for name in RUN_FILES if name != SETTINGS):
                 (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
             raise
 
 
-def _begun(path: Path, settings: Mapping, resume: bool) -> bool:
-    present = [name for name in RUN_FILES if os.path.lexists(path / name)]
-    if not present:
-        return False
-    if not resume:
-        state = "a finished run" if {SETTINGS, REPORT} <= {*present} else f"a run's files ({present[0]})"
-        hint = ", or go on with it by --resume" if SETTINGS in present and REPORT not in present else ""
-        raise UserError(f"{path}: holds {state} already; choose another --output{hint}")
-    if SETTINGS not in present:
-        raise UserError(f"{path}: holds {present[0]} but no {SETTINGS}, so there is no run to resume")
-    before, now = read_json(path / SETTINGS), json.loads(json.dumps(dict(settings)))
+def record(path: Path, facts: Mapping) -> None:
+    """Add `facts` to what the run in folder `path` was started with; UserError where it was started with others."""
+    before = read_json(path / SETTINGS) if os.path.lexists(path / SETTINGS) else {}
     if not isinstance(before, dict):
         raise UserError(f"{path / SETTINGS}: damaged, not a run's settings")
-    for key in [*now, *before]:
-        if before.get(key) != now.get(key):
-            raise UserError(f"{path}: the run was started with {shown(key)[1:-1]} = {shown(before.get(key))}, not "
-                            f"{shown(now.get(key))}; --resume needs the same settings")  # fmt: skip
-    return True
+    for key, value in facts.items():
+        if before.setdefault(key, value) != value:
+            raise UserError(f"{path}: the run was started with {key} = {shown(before[key])}, not {shown(value)}; "
+                            "--resume needs the same settings and data")  # fmt: skip
+    write_json(path / SETTINGS, before)
 
 
 def finished(path: Path) -> bool:
@@ -109,9 +112,20 @@ def finished(path: Path) -> bool:
     return (path / REPORT).exists()
 
 
-def fingerprint(settings: Mapping) -> str:
-    """A digest of a run's settings (JSON values): what they decided is told by it from what others did."""
-    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
+def facts(args: argparse.Namespace, trainer: Trainer, data: Data) -> dict:
+    """What the programs of this package's trainer report alike."""
+    last = trainer.members[0].history[-1]
+    return {
+        "dataset": args.data if args.data in ("sample", "auto") else str(data.folder),
+        "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        **data.facts,
+        **counts(trainer.model),
+        "train_seconds": round(trainer.seconds, 3),
+        "tokens_per_second": round(data.tokens * trainer.settings.epochs / max(trainer.seconds, 1e-9)),
+        "plain_steps_because": trainer.step.plain,
+        "train_accuracy": last["train_accuracy"],
+        "valid_accuracy": last["valid_accuracy"],
+    }
 
 
 def leave(folder: Path, history: Sequence[Mapping], title: str, device: torch.device, report: Mapping) -> None:
@@ -134,12 +148,12 @@ def leave(folder: Path, history: Sequence[Mapping], title: str, device: torch.de
         report["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     elif sys.platform != "darwin":
         report["peak_memory_bytes"] *= 1024
-    if absent := [name for name in FIELDS if name not in report]:
-        raise ValueError(f"the report lacks {', '.join(absent)}")
     write_json(folder / REPORT, report)
     adapter, full = report["adapter_parameters"], report["full_layer_parameters"]
     times = f"{full / adapter:.0f}x fewer" if adapter <= full else f"{adapter / full:.1f}x more, --rank is too high"
     print(f"adapter: {adapter:,} numbers against {full:,} of its layers: {times} ({report['adapter_bytes']:,} bytes)")
+    print(f"accuracy: valid {report['valid_accuracy']:.2%}, test {report['test_accuracy']:.2%}; trained "
+          f"{report['train_seconds']:.1f} s; everything is in {folder}")  # fmt: skip
 
 
 def plot_history(path: Path, history: Sequence[Mapping], title: str) -> None:
@@ -163,24 +177,17 @@ def plot_history(path: Path, history: Sequence[Mapping], title: str) -> None:
     write_bytes(path, image.getvalue())
 
 
-def read_report(folder: Path) -> dict:
-    """The report of a finished run; UserError when `folder` holds none or a damaged one."""
+def read_report(folder: Path, **wanted: type) -> dict:
+    """The report of a finished run; UserError when `folder` holds none, or one without `wanted` names and types."""
     try:
         os.lstat(folder / REPORT)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: holds no finished run (no {REPORT})") from None
     report = read_json(folder / REPORT)
-    if not isinstance(report, dict) or not isinstance(report.get("task"), str):
-        raise UserError(f"{folder / REPORT}: damaged, it names no task")
+    for name, kind in {"task": str, **wanted}.items():
+        if not isinstance(report, dict) or type(report.get(name)) is not kind:
+            raise UserError(f"{folder / REPORT}: damaged, it names no {name}")
     return report
-
-
-def number_in(folder: Path, report: Mapping, name: str, most: int) -> int:
-    """The whole number `name`, from 1 to `most`, of the report in `folder`; UserError when it is none."""
-    value = report.get(name)
-    if type(value) is not int or not 1 <= value <= most:
-        raise UserError(f"{folder / REPORT}: damaged, its {name} is {shown(value)}, not a number from 1 to {most}")
-    return value
 
 
 def counts(model: nn.Module) -> dict[str, int]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import fastlora
 from fastlora.errors import warn_once
 from fastlora.finetune.data import Batch
 from fastlora.finetune.parallel import ALONE, World
@@ -43,7 +44,9 @@ class StepSettings:
 
 
 class Step:
-    """`step(group)` takes one optimiser step on a group of batches; float64 (2,): summed loss, correct rows.
+    """`step(group)` takes one optimiser step on a group of batches; float64 (n, 2): summed loss, correct rows.
+
+    n adapters over one frozen base may train at once: a batch then holds as many rows of each, one after the other.
 
     Args:
         model: logits (batch, classes) of a batch's inputs; trained by cross-entropy, the mean over the group's rows.
@@ -52,6 +55,7 @@ class Step:
         world: the processes that train together; each is given as many rows of every batch.
 
     Attributes:
+        names: the adapters that a batch's rows belong to; None is the model's only one.
         plain: why steps are not captured as CUDA graphs, or None when they are.
         scaler: float16's loss scaling, switched off for other precisions.
     """
@@ -59,9 +63,9 @@ class Step:
     def __init__(
         self, model: nn.Module, optimiser: torch.optim.Optimizer, settings: StepSettings, world: World = ALONE
     ):
-        self.optimiser, self.settings, self.world = optimiser, settings, world
-        self.trained = [p for group in optimiser.param_groups for p in group["params"]]
-        self.device = self.trained[0].device
+        self.model, self.optimiser, self.settings, self.world = model, optimiser, settings, world
+        self.names: tuple[str | None, ...] = (None,)
+        self.device = optimiser.param_groups[0]["params"][0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self._forward = torch.compile(model, fullgraph=True) if settings.compile else model
         if world.size > 1:
@@ -78,7 +82,7 @@ class Step:
     def __call__(self, group: Sequence[Batch]) -> Tensor:
         if self.plain is not None:
             return self._run(group)
-        key = tuple(tuple(value.shape) for batch in group for value in batch)
+        key = (self.names, *(tuple(value.shape) for batch in group for value in batch))
         if key in self._graphs:
             return self._graphs[key].replay(group)
         self._seen[key] += 1
@@ -104,18 +108,31 @@ class Step:
         for i, (*inputs, labels) in enumerate(group, 1):
             apart = self.world.size > 1 and i < len(group)  # gradients are exchanged with the last batch's
             with self._forward.no_sync() if apart else nullcontext():
-                with autocast(self.device, self.settings.precision):
-                    logits = self._forward(*inputs)
-                loss = F.cross_entropy(logits.float(), labels)
-                part = loss if len(group) == 1 else loss * (len(labels) / rows)
-                self.scaler.scale(part).backward()
-            sums = sums + tally(loss.detach(), logits.detach(), labels)
+                losses, part = self.losses(inputs, labels)
+                loss = losses.sum() * (len(labels) / rows)
+                self.scaler.scale(loss).backward()
+            sums = sums + part
         self.scaler.unscale_(self.optimiser)
         if self.settings.clip is not None:
-            nn.utils.clip_grad_norm_(self.trained, self.settings.clip)
+            for trained in self.optimiser.param_groups:
+                nn.utils.clip_grad_norm_(trained["params"], self.settings.clip)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         return self.world.add(sums)
+
+    def losses(self, inputs: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Each member's mean cross-entropy, (n,), and float64 (n, 2): its sum and the correct rows. No host waits."""
+        n = len(self.names)
+        forward = self._forward if torch.is_grad_enabled() else self.model
+        routed = nullcontext()
+        if self.names[0] is not None:
+            routed = fastlora.route(self.model, [name for name in self.names for _ in range(len(labels) // n)])
+        with routed, autocast(self.device, self.settings.precision):
+            logits = forward(*inputs)
+        parts = zip(logits.float().chunk(n), labels.chunk(n), strict=True)
+        losses = torch.stack([F.cross_entropy(*part) for part in parts])
+        correct = (logits.argmax(-1) == labels).view(n, -1).sum(1)
+        return losses, torch.stack([losses.detach() * (len(labels) // n), correct], 1).double()
 
 
 class _Captured:
@@ -151,9 +168,3 @@ def autocast(device: torch.device, precision: str):
     """torch.autocast to a key of `PRECISIONS`; it keeps no casts from one step to another, as graphs demand."""
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False)
-
-
-def tally(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """float64 (2,): the batch's summed loss and its correct rows; on the device, nothing waits for it."""
-    correct = (logits.argmax(-1) == labels).sum()
-    return torch.stack([loss * len(labels), correct]).double()

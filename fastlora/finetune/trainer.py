@@ -1,27 +1,24 @@
 """The one training loop of the programs here: `Trainer.fit`. Epochs of steps, evaluation, checkpoints.
 
-Nothing in the loop knows what a model, an adapter or an optimiser is: `Step` does, and what `Trainer.state` names is
-what a checkpoint holds.
+Nothing in the loop knows what a model or an adapter is: `Step` does. What `Trainer.save` writes is all that a run goes
+on from.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora.errors import UserError, WorkError
 from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches
 from fastlora.finetune.parallel import ALONE, World
-from fastlora.finetune.step import Step, StepSettings, autocast, tally
+from fastlora.finetune.step import Step, StepSettings
 
 
 @dataclass(frozen=True)
@@ -30,37 +27,49 @@ class Settings(StepSettings):
 
     Attributes:
         epochs: passes over the training batches.
+        decay: the rates are multiplied by it after each epoch.
         every: evaluate, and write the checkpoint, every so many optimiser steps, besides each epoch's end.
         accumulate: batches whose gradients are summed into one optimiser step.
         checkpoint: the checkpoint's path; None keeps none.
-        run: a digest of all that decides the result; a checkpoint with another is refused.
-        seed: of what training draws (dropout).
     """
 
     epochs: int = 1
+    decay: float = 1.0
     every: int | None = None
     accumulate: int = 1
     checkpoint: Path | None = None
-    run: str = ""
+
+
+@dataclass
+class Member:
+    """One of the adapters that train at once; a plain run has one, without a name.
+
+    Attributes:
+        name: its adapter's.
+        seed: of the order of its batches.
+        history: a row per evaluation: epoch (a fraction within an epoch), step, train_loss, train_accuracy,
+            valid_loss, valid_accuracy, learning_rate, seconds (of training so far, evaluation left out).
+    """
+
+    name: str | None = None
     seed: int = 0
+    history: list[dict] = field(default_factory=list)
 
 
 class Trainer:
-    """Trains the parameters of `model` that ask for a gradient, by cross-entropy on `model(*inputs)`.
+    """Trains the parameters of `optimiser` by cross-entropy on `model(*inputs)`.
 
     Args:
         model: logits (batch, classes) of a batch's inputs.
-        optimiser: over the trained parameters.
+        optimiser: one group of parameters for each member.
         train, valid: their batches.
         settings: how long and how.
-        scheduler: stepped at each epoch's end.
+        members: what trains at once.
         world: the processes that train together; the first one's start is everyone's.
-        progress: show a progress bar.
+        progress: show a progress bar and a line for each evaluation.
 
     Attributes:
         step: takes one optimiser step on a list of batches; `step.plain` says why it is no CUDA graph, if it is none.
-        history: a row per evaluation: epoch (a fraction within an epoch), step, train_loss, train_accuracy,
-            valid_loss, valid_accuracy, learning_rate, seconds (of training so far, evaluation left out).
         epoch, position, steps: epochs done, batches done in this epoch, optimiser steps done in all.
     """
 
@@ -71,130 +80,128 @@ class Trainer:
         train: Batches,
         valid: Batches | None,
         settings: Settings,
-        scheduler=None,
+        members: tuple[Member, ...] = (),
         world: World = ALONE,
         progress: bool = True,
     ):
-        self.model, self.optimiser, self.scheduler = model, optimiser, scheduler
-        self.train, self.valid, self.settings, self.world = train, valid, settings, world
+        self.model, self.optimiser, self.train, self.valid = model, optimiser, train, valid
+        self.settings, self.members, self.world = settings, members or (Member(),), world
+        self.rates = [group["lr"] for group in optimiser.param_groups]
         self.step = Step(model, optimiser, settings, world)
         self.device, self.progress = self.step.device, progress and world.first
-        self.history: list[dict] = []
         self.epoch = self.position = self.steps = 0
         self.seconds = 0.0
 
-    def fit(self, on_row: Callable[[dict], None] | None = None) -> list[dict]:
-        """Train to the last epoch from wherever the trainer stands; returns `history`."""
+    def fit(self) -> None:
+        """Train to the last epoch from wherever the trainer stands."""
         settings = self.settings
         self.model.train()
         while self.epoch < settings.epochs:
-            batches = self.train.epoch(self.epoch, self.position)
+            for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+                _set_rate(group, rate * settings.decay**self.epoch)
             with self._bar() as bar:
                 self._seed()
                 sums, rows, began = 0, 0, self._now()
-                while group := list(islice(batches, settings.accumulate)):
-                    sums += self.step(group)
-                    rows += sum(self.train.rows(self.position + i) for i in range(len(group)))
-                    self.position += len(group)
+                while self.position < len(self.train):
+                    numbers = range(self.position, min(self.position + settings.accumulate, len(self.train)))
+                    sums += self.step([self.train.at(self.epoch, i, self._seeds()) for i in numbers])
+                    rows += sum(map(self.train.rows, numbers))
+                    self.position += len(numbers)
                     self.steps += 1
-                    bar.update(len(group))
+                    bar.update(len(numbers))
                     last = self.position == len(self.train)
                     if last or (settings.every and self.steps % settings.every == 0):
                         self.seconds += self._now() - began
-                        self._record(sums, rows, bar, on_row)
+                        self._record(sums.tolist(), rows, bar)
                         if not last:
                             self.save()
                             self._seed()
                         sums, rows, began = 0, 0, self._now()
-            if self.scheduler is not None:
-                self.scheduler.step()
             self.epoch, self.position = self.epoch + 1, 0
             self.save()
-        return self.history
 
     @torch.no_grad()
-    def evaluate(self, batches: Batches) -> tuple[float, float]:
-        """(mean cross-entropy, accuracy between 0 and 1) over `batches`, the model in evaluation mode.
+    def evaluate(self, batches: Batches) -> list[tuple[float, float]]:
+        """(mean cross-entropy, accuracy between 0 and 1) of each member over `batches`, in evaluation mode.
 
         Raises WorkError when the cross-entropy is not finite.
         """
         training = self.model.training
         self.model.eval()
-        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for *inputs, labels in batches.shared():
-            with autocast(self.device, self.settings.precision):
-                logits = self.model(*inputs)
-            sums += tally(F.cross_entropy(logits.float(), labels), logits, labels)
+        sums = torch.zeros(len(self.step.names), 2, device=self.device, dtype=torch.float64)
+        for *inputs, labels in batches.in_order(len(self.step.names)):
+            sums += self.step.losses(inputs, labels)[1]
         self.model.train(training)
-        loss, correct = self.world.add(sums).tolist()
-        self._check(loss)
-        return loss / batches.size, correct / batches.size
-
-    def state(self) -> dict:
-        """All that training goes on from: what a checkpoint holds."""
-        return {
-            "run": self.settings.run,
-            "processes": self.world.size,
-            "model": {name: p for name, p in self.model.named_parameters() if p.requires_grad},
-            "optimiser": self.optimiser.state_dict(),
-            "scheduler": self.scheduler and self.scheduler.state_dict(),
-            "scaler": self.step.scaler.state_dict(),
-            **{key: getattr(self, key) for key in ("epoch", "position", "steps", "seconds", "history")},
-        }
+        sums = self.world.add(sums).tolist()
+        for loss, _ in sums:
+            self._check(loss)
+        return [(loss / batches.size, correct / batches.size) for loss, correct in sums]
 
     def save(self) -> None:
         """Write the checkpoint, if one is kept; WorkError when a trained parameter is not finite."""
-        if not torch.stack([p.isfinite().all() for p in self.step.trained]).all():
+        trained = self._trained()
+        if not torch.stack([p.isfinite().all() for p in trained.values()]).all():
             self._check(math.nan)
         if self.settings.checkpoint is not None and self.world.first:
-            write_checkpoint(self.settings.checkpoint, self.state())
+            kept = {f"optimiser.{i}.{key}": value for i, held in self.optimiser.state_dict()["state"].items()
+                    for key, value in held.items() if isinstance(value, Tensor)}  # fmt: skip
+            write_checkpoint(self.settings.checkpoint, trained | kept, epoch=self.epoch, position=self.position,
+                             steps=self.steps, seconds=self.seconds, scaler=self.step.scaler.state_dict(),
+                             histories=[member.history for member in self.members])  # fmt: skip
 
     def resume(self) -> bool:
-        """Go back to the checkpoint; False when there is none. UserError when it is damaged or another run's."""
-        path, now = self.settings.checkpoint, self.state()
+        """Go back to the checkpoint; False when there is none. UserError when it is damaged or of another model."""
+        path, trained = self.settings.checkpoint, self._trained()
         if path is None or not path.exists():
             return False
-        then = read_checkpoint(path)
-        if any(then.get(key) != now[key] for key in ("run", "processes")):
-            raise UserError(f"{path}: a checkpoint of a run with other settings; delete it to start again")
-        if _form(then.get("model")) != _form(now["model"]) or any(then.get(key) is None for key in ("epoch", "steps")):
-            raise UserError(f"{path}: a checkpoint of another model (its trained parameters differ)")
-        then["optimiser"]["state"] = {int(index): value for index, value in then["optimiser"]["state"].items()}
-        rates = [group["lr"] for group in self.optimiser.param_groups]
-        self.optimiser.load_state_dict(then["optimiser"])
-        for group, rate in zip(self.optimiser.param_groups, rates, strict=True):
-            if isinstance(rate, Tensor):  # the very tensor that a captured step reads
-                group["lr"] = rate.copy_(group["lr"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(then["scheduler"])
-        if then["scaler"]:
-            self.step.scaler.load_state_dict(then["scaler"])
+        tensors, state = read_checkpoint(path)
+        for name, parameter in trained.items():
+            if "epoch" not in state or name not in tensors or tensors[name].shape != parameter.shape:
+                raise UserError(f"{path}: a checkpoint of another model (its {name} differs)")
+        kept: dict[int, dict] = {}
+        for name, tensor in tensors.items():
+            if name not in trained:
+                _, index, key = name.split(".")
+                kept.setdefault(int(index), {})[key] = tensor
+        self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": kept})
+        if state["scaler"]:
+            self.step.scaler.load_state_dict(state["scaler"])
         with torch.no_grad():
-            for name, parameter in now["model"].items():
-                parameter.copy_(then["model"][name])
-        for key in ("epoch", "position", "steps", "seconds", "history"):
-            setattr(self, key, then[key])
+            for name, parameter in trained.items():
+                parameter.copy_(tensors[name])
+        for member, history in zip(self.members, state["histories"], strict=True):
+            member.history = history
+        self.epoch, self.position, self.steps = state["epoch"], state["position"], state["steps"]
+        self.seconds = state["seconds"]
         return True
 
-    def _record(self, sums: Tensor, rows: int, bar, on_row) -> None:
-        loss, correct = sums.tolist()
-        self._check(loss)
-        valid_loss, valid_accuracy = self.evaluate(self.valid) if self.valid is not None else (None, None)
-        row = {
-            "epoch": round(self.epoch + self.position / len(self.train), 6),
-            "step": self.steps,
-            "train_loss": loss / rows,
-            "train_accuracy": correct / rows,
-            "valid_loss": valid_loss,
-            "valid_accuracy": valid_accuracy,
-            "learning_rate": float(f"{self.optimiser.param_groups[0]['lr']:.12g}"),  # 0.01, not 0.010000000000000002
-            "seconds": round(self.seconds, 4),
-        }
-        self.history.append(row)
-        accuracy = row["train_accuracy"] if valid_accuracy is None else valid_accuracy
-        bar.set_postfix(loss=f"{row['train_loss']:.4f}", accuracy=f"{accuracy:.4f}")
-        if on_row is not None:
-            on_row(row)
+    def _trained(self) -> dict[str, Tensor]:
+        return {f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _seeds(self) -> list[int]:
+        return [member.seed for member in self.members]
+
+    def _record(self, sums: list[list[float]], rows: int, bar) -> None:
+        for loss, _ in sums:
+            self._check(loss)
+        valid = self.evaluate(self.valid) if self.valid is not None else [(None, None)] * len(sums)
+        parts = zip(self.members, sums, valid, self.optimiser.param_groups, strict=True)
+        for member, (loss, correct), (valid_loss, valid_accuracy), group in parts:
+            member.history.append({
+                "epoch": round(self.epoch + self.position / len(self.train), 6),
+                "step": self.steps,
+                "train_loss": loss / rows,
+                "train_accuracy": correct / rows,
+                "valid_loss": valid_loss,
+                "valid_accuracy": valid_accuracy,
+                "learning_rate": float(f"{group['lr']:.12g}"),  # 0.01, not 0.010000000000000002
+                "seconds": round(self.seconds, 4),
+            })  # fmt: skip
+        if self.progress and self.valid is not None:
+            row = max((member.history[-1] for member in self.members), key=lambda row: row["valid_accuracy"])
+            bar.write(f"epoch {row['epoch']:.4g}, step {row['step']}: loss {row['train_loss']:.4f}, accuracy "
+                      f"{row['train_accuracy']:.2%}; validation loss {row['valid_loss']:.4f}, accuracy "
+                      f"{row['valid_accuracy']:.2%}")  # fmt: skip
 
     def _check(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -203,7 +210,8 @@ class Trainer:
 
     def _seed(self) -> None:
         """A seed of its own for what follows, so that no checkpoint holds a generator's state."""
-        torch.manual_seed(((self.settings.seed * 1_000_003 + self.steps) * self.world.size + self.world.rank) % 2**63)
+        seed = self.members[0].seed * 1_000_003 + self.steps
+        torch.manual_seed((seed * self.world.size + self.world.rank) % 2**63)
 
     def _now(self) -> float:
         if self.device.type == "cuda":  # which works on after it was asked to
@@ -219,7 +227,8 @@ class Trainer:
         )  # fmt: skip
 
 
-def _form(tensors: object) -> dict | None:
-    if not isinstance(tensors, dict):
-        return None
-    return {name: (t.shape, t.dtype) if isinstance(t, Tensor) else None for name, t in tensors.items()}
+def _set_rate(group: dict, rate: float | Tensor) -> None:
+    if isinstance(group["lr"], Tensor):  # the very tensor that a captured step reads
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

@@ -7,8 +7,8 @@ No label and no test text is looked at.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastlora import env
 from fastlora.errors import UserError
-from fastlora.files import open_regular, read_json, write_json
+from fastlora.files import read_json, write_json
 from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 
 PAD, UNKNOWN, SPECIAL = 0, 1, ("<pad>", "<unk>")
@@ -46,8 +46,6 @@ class Vocabulary:
     def __init__(self, words: Iterable[str]):
         self.words = [*SPECIAL, *words]
         self.numbers = {word: i for i, word in enumerate(self.words)}
-        if len(self.numbers) != len(self.words):
-            raise ValueError("words must differ from each other and from <pad> and <unk>")
 
     def __len__(self) -> int:
         return len(self.words)
@@ -74,12 +72,9 @@ class Vocabulary:
     def load(cls, path: Path) -> Vocabulary:
         """Read what `save` wrote; UserError when it is missing or damaged."""
         words = read_json(path)
-        try:
-            if isinstance(words, list) and all(isinstance(word, str) for word in words):
-                return cls(words)
-        except ValueError:
-            pass
-        raise UserError(f"{path}: damaged, not a list of words")
+        if not isinstance(words, list) or len({*words, *SPECIAL}) != len(words) + len(SPECIAL):
+            raise UserError(f"{path}: damaged, not a list of words")
+        return cls(words)
 
 
 class TextDataset:
@@ -122,15 +117,12 @@ def learned(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
     digest.update(ids.numpy())
     digest.update(offsets.numpy())
     path = env.cache_dir() / "vectors" / f"{digest.hexdigest()[:32]}.safetensors"
-    try:
-        return read_checkpoint(path)["vectors"]
-    except (UserError, KeyError):  # absent or damaged: it is only a cache
-        vectors = learn(ids, offsets, words)
-    try:
+    with contextlib.suppress(UserError, KeyError):  # absent or damaged: it is only a cache
+        return read_checkpoint(path)[0]["vectors"]
+    vectors = learn(ids, offsets, words)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
         path.parent.mkdir(parents=True, exist_ok=True)
         write_checkpoint(path, {"vectors": vectors})
-    except OSError:  # a cache that cannot be written costs time, not the run
-        pass
     return vectors
 
 
@@ -179,26 +171,21 @@ def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[Tensor, int]:
 
     Raises UserError when the file is missing, a line is not of this format, or it has none of the words.
     """
-    vectors = np.zeros((len(vocabulary), DIM), dtype=np.float32)
-    found = set()
+    vectors, found, number = np.zeros((len(vocabulary), DIM), dtype=np.float32), set(), 0
     try:
-        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(iter(lambda: file.readline(1 << 16), ""), 1):
-                # From the right: some of GloVe's words hold a space.
-                word, *values = line.rstrip("\n").rsplit(" ", DIM)
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):  # noqa: B007 - the message below names it
+                word, *values = line.rsplit(" ", DIM)  # from the right: some of GloVe's words hold a space
                 index = vocabulary.numbers.get(word, 0)
-                try:
-                    if len(values) != DIM:
-                        raise ValueError
-                    if index >= len(SPECIAL) and index not in found:
-                        vectors[index] = values
-                        found.add(index)
-                except ValueError:
-                    raise UserError(f"{path}: line {number} is not a word and {DIM} numbers (GloVe's format)") from None
+                if len(values) != DIM:
+                    raise ValueError
+                if index >= len(SPECIAL) and index not in found:
+                    vectors[index] = values
+                    found.add(index)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file in UTF-8, so not GloVe's text format") from None
+    except ValueError:  # UnicodeDecodeError is one
+        raise UserError(f"{path}: line {number or 1} is not a word and {DIM} numbers (GloVe's format)") from None
     if not found:
         raise UserError(f"{path}: has none of the {len(vocabulary) - len(SPECIAL)} words of the training texts")
     if not np.isfinite(vectors).all():

@@ -5,12 +5,13 @@ import json
 import sys
 from pathlib import Path
 
+FIELDS = ("task", "impl", "path", "device", "dataset", "batches", "epochs", "trainable_parameters", "total_parameters",
+          "adapter_parameters", "adapter_bytes", "full_layer_parameters", "train_seconds", "tokens_per_second",
+          "peak_memory_bytes", "valid_accuracy", "test_accuracy", "seed", "versions")  # fmt: skip
 TIMES = (
     "train_seconds",
-    "total_seconds",
     "tokens_per_second",
     "peak_memory_bytes",
-    "dataset",
     "device",
     "pretrained",
     "fused_calls",

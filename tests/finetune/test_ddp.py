@@ -22,7 +22,7 @@ def test_two_processes_have_the_curve_of_the_double_batch(tmp_path):
     said = launch(*two, *RUN, "--batch-size", "8", "--output", tmp_path / "two")
     launch(SMALL, *RUN, "--batch-size", "16", "--output", tmp_path / "one")
     one, other = small.left(tmp_path / "one"), small.left(tmp_path / "two")
-    assert other["report"]["processes"] == 2 and said.count("accuracy: train") == 1
+    assert other["report"]["processes"] == 2 and said.count("accuracy: valid") == 1
     assert other["report"]["batches"] == one["report"]["batches"] == {"train": 6, "valid": 5, "test": 10}
     assert len(one["history"]) == len(other["history"]) == 2
     for row, same in zip(one["history"], other["history"], strict=True):

@@ -8,6 +8,7 @@ import shutil
 
 import pandas as pd
 import pytest
+import small
 import torch
 from safetensors.torch import load_file
 
@@ -15,7 +16,7 @@ import fastlora
 from fastlora.cli import main
 from fastlora.finetune import imdb
 from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
-from fastlora.finetune.run import FIELDS, RUN_FILES
+from fastlora.finetune.run import RUN_FILES
 from fastlora.finetune.trainer import Trainer
 
 GOOD, BAD = "a wonderful film with a great story and superb acting", "what an awful boring mess, a waste"
@@ -55,7 +56,7 @@ def run(tmp_path_factory):
 def test_a_run_leaves_everything(run, cpu_path):
     assert {path.name for path in run.iterdir() if path.name[0] != "."} == set(RUN_FILES) - {"gpt2", "checkpoints"}
     made = json.loads((run / "report.json").read_text())
-    assert set(FIELDS) <= set(made)
+    assert set(small.FIELDS) <= set(made)
     assert (made["task"], made["impl"], made["path"], made["dataset"]) == ("imdb", "fused", cpu_path, "sample")
     assert made["batches"] == {"train": 12, "valid": 1, "test": 4}
     assert made["trainable_parameters"] == 456 + 258
@@ -161,7 +162,8 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(run, tmp_path, monkeypatch
         if moment == "pretraining":
             patch.setattr(Trainer, "evaluate", killed)
         elif moment == "fine-tuning":
-            patch.setattr(imdb, "_say", lambda row: killed() if row["epoch"] == 2 else None)
+            record = Trainer._record
+            patch.setattr(Trainer, "_record", lambda self, *a: killed() if self.steps > 13 else record(self, *a))
         else:
             patch.setattr(imdb.runs, "leave", killed)
         with pytest.raises(Killed):
@@ -206,18 +208,6 @@ def test_predict_names_the_damaged_file(run, tmp_path, capsys, name, how):
     assert main(["predict", str(folder), GOOD]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(folder) in error
-
-
-def test_predict_refuses_an_adapter_of_another_rank(run, tmp_path, capsys):
-    folder = shutil.copytree(run, tmp_path / "run")
-    other = torch.nn.Sequential()
-    other.fc1 = torch.nn.Linear(100, 128)
-    fastlora.save_adapter(fastlora.inject(other, r=4, target_modules=["fc1"]), tmp_path / "other")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(tmp_path / "other" / name, folder / name)
-    assert main(["predict", str(folder), GOOD]) == 2
-    error = capsys.readouterr().err
-    assert "rank 4" in error and "rank 2" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -268,9 +258,9 @@ def test_numbers_too_large_are_one_line_and_no_finished_run(tmp_path, capsys, fl
 
 
 def edited(folder, name, change):
-    content = read_checkpoint(folder / name)
-    change(content)
-    write_checkpoint(folder / name, content)
+    tensors, state = read_checkpoint(folder / name)
+    change(tensors)
+    write_checkpoint(folder / name, tensors, **state)
 
 
 @pytest.mark.parametrize("change", [
@@ -290,9 +280,7 @@ def test_predict_demands_the_tensors_of_the_model_and_no_others(run, tmp_path, c
 
 @pytest.mark.parametrize(("name", "change"), [
     ("model.safetensors", lambda content: content.pop("fc1.weight")),
-    ("model.safetensors", lambda content: content.update(run="another")),
-    ("checkpoint.safetensors", lambda content: content.update(run="another")),
-    ("checkpoint.safetensors", lambda content: content["model"].pop("fc2.bias")),
+    ("checkpoint.safetensors", lambda content: content.pop("model.fc2.bias")),
 ])  # fmt: skip
 def test_resuming_with_files_of_another_run_is_refused(run, tmp_path, capsys, name, change):
     folder = shutil.copytree(run, tmp_path / "run")

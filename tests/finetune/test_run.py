@@ -51,6 +51,16 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
         pass
 
 
+def test_resuming_with_other_data_is_refused(tmp_path):
+    for digest in ("one", "one", "other"):
+        with runs.run_folder(tmp_path, {}, resume=True):
+            if digest == "one":
+                runs.record(tmp_path, {"texts_sha256": digest})
+                continue
+            with pytest.raises(UserError, match=r"texts_sha256 = 'one', not 'other'"):
+                runs.record(tmp_path, {"texts_sha256": digest})
+
+
 def test_resuming_a_strangers_files_is_refused(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_text("mine")
     with pytest.raises(UserError, match="no run to resume"), runs.run_folder(tmp_path, {}, resume=True):

@@ -43,7 +43,7 @@ def test_sums_are_of_the_model_before_the_step():
     x, y = batch(9)
     model, optimiser = tiny()
     before = copy.deepcopy(model)
-    loss, correct = steps.Step(model, optimiser, steps.StepSettings())([(x, y)]).tolist()
+    ((loss, correct),) = steps.Step(model, optimiser, steps.StepSettings())([(x, y)]).tolist()
     assert loss == pytest.approx(nn.functional.cross_entropy(before(x), y, reduction="sum").item(), rel=1e-5)
     assert correct == (before(x).argmax(-1) == y).sum()
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
@@ -60,7 +60,7 @@ def test_clip_bounds_the_gradient():
 def test_precisions_learn_and_keep_float32_parameters(precision):
     model, optimiser = tiny()
     step = steps.Step(model, optimiser, steps.StepSettings(precision=precision))
-    losses = [step([batch(32)])[0].item() for _ in range(20)]
+    losses = [step([batch(32)])[0, 0].item() for _ in range(20)]
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
@@ -116,7 +116,7 @@ class FakeGraphs:
 
 def stepped(model, optimiser, sizes, **settings):
     step = steps.Step(model, optimiser, steps.StepSettings(**settings))
-    return step, [step([batch(rows, seed)])[0].item() for seed, rows in enumerate(sizes)]
+    return step, [step([batch(rows, seed)])[0, 0].item() for seed, rows in enumerate(sizes)]
 
 
 def test_each_shape_is_warmed_up_captured_once_and_replayed(monkeypatch):
@@ -165,7 +165,7 @@ def test_captured_steps_equal_plain_ones(dropout):
         torch.cuda.manual_seed(0)
         step = steps.Step(model, optimiser, steps.StepSettings(graph=graph))
         group = [tuple(value.cuda() for value in batch(8))]
-        losses.append([step(group)[0].item() for _ in range(10)])
+        losses.append([step(group)[0, 0].item() for _ in range(10)])
         assert (step.plain is None) == graph
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
 

@@ -6,18 +6,18 @@ import pandas as pd
 import pytest
 
 from fastlora.errors import UserError
-from fastlora.finetune import prepare
+from fastlora.finetune import homes
 from fastlora.finetune.data import read_texts
 
 
 def arguments(source, output):
     parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
+    homes.add_arguments(parser)
     return parser.parse_args([str(source), "--output", str(output)])
 
 
 def test_split_equals_the_shared_files(data_dir, tmp_path, capsys):
-    prepare.main(arguments(data_dir / "spam" / "SMSSpamCollection.tsv", tmp_path))
+    homes.main(arguments(data_dir / "spam" / "SMSSpamCollection.tsv", tmp_path))
     total = pd.Series(dtype="int64")
     for name in ("train", "valid", "test"):
         ours = pd.read_parquet(tmp_path / "spam" / f"{name}.parquet")
@@ -26,7 +26,7 @@ def test_split_equals_the_shared_files(data_dir, tmp_path, capsys):
     assert total.to_dict() == {0: 747, 1: 747}
     assert "train 1045, valid 149, test 300" in capsys.readouterr().out
     with pytest.raises(UserError, match="exists already"):
-        prepare.main(arguments(data_dir / "spam" / "SMSSpamCollection.tsv", tmp_path))
+        homes.main(arguments(data_dir / "spam" / "SMSSpamCollection.tsv", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def test_wrong_sources(tmp_path, content, said):
     if content is not None:
         source.write_bytes(content)
     with pytest.raises(UserError, match=said) as told:
-        prepare.main(arguments(source, tmp_path / "out"))
+        homes.main(arguments(source, tmp_path / "out"))
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_texts_that_look_like_numbers_or_like_nothing_stay_texts(tmp_path):
     (tmp_path / "raw.tsv").write_text("ham\t1\nham\tNA\nspam\tnull\nspam\t2.0\n")
-    prepare.main(arguments(tmp_path / "raw.tsv", tmp_path))
+    homes.main(arguments(tmp_path / "raw.tsv", tmp_path))
     parts = [
         read_texts(path, 2, text="Text", label="Label")[0]
         for path in (tmp_path / "spam").iterdir()
