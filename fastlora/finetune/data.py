@@ -191,3 +191,4 @@ class Data:
     test: Batches
     tokens: int
     facts: dict = field(default_factory=dict)
+    shape: tuple[int, ...] = ()

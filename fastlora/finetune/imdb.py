@@ -21,6 +21,7 @@ from fastlora.finetune.data import Batches, Data, locate, random_split, read_tex
 from fastlora.finetune.options import add_steps, chosen, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
 from fastlora.finetune.trainer import Member, Settings, Trainer
+from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of, part_of
 from fastlora.finetune.words import TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
 
 LABELS, TOPICS = ("negative", "positive"), 4
@@ -96,6 +97,7 @@ def train(args: argparse.Namespace) -> None:
     """Pre-train, fine-tune, test, and leave everything in `args.output`; `args` as the flags."""
     folder, device = args.output, pick_device(args.device)
     recipe, how = chosen(RECIPES[args.recipe], args), step_choices(args)
+    members = members_of(args, recipe)
     settings = runs.settings_of(args, recipe, **how, device=device.type)
     with runs.run_folder(folder, settings, args.resume) as begun:
         if begun and runs.finished(folder):
@@ -106,26 +108,20 @@ def train(args: argparse.Namespace) -> None:
         model, pretrained = load_base(folder, data) if (folder / MODEL).exists() else make_base(recipe, data, device)
         model.to(device)
         write_checkpoint(folder / MODEL, model.body(), pretrained=pretrained)
-        torch.manual_seed(args.seed + 1)
-        adapt(model, recipe, args.impl)
+        body = model.body()
+        model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=device)
+        adapt(model, members, args.impl, ["fc1"], head="fc2")
         training = Settings(epochs=recipe.epochs, decay=recipe.decay, clip=recipe.clip, checkpoint=folder / CHECKPOINT,
                             **how)  # fmt: skip
-        member = Member(seed=args.seed)
-        trainer = Trainer(model, make_optimiser(model, recipe.lr), data.train, data.valid, training, (member,))
-        if begun and trainer.resume():
-            print(f"resumed after epoch {trainer.epoch}")
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        trainer.fit()
-        ((_, accuracy),) = trainer.evaluate(data.test)
+        trainer = Trainer(model, sgd(groups_of(model, members)), data.train, data.valid, training, members)
 
-        fastlora.save_adapter(model, folder, modules_to_save=[])  # fc2 is kept in MODEL: the adapter is A and B alone
-        kept = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
-        write_checkpoint(folder / MODEL, kept, pretrained=pretrained)
-        which = "made-up sample" if args.data == "sample" else "IMDb"
-        runs.leave(folder, member.history, f"{which}, {args.impl}: {accuracy:.1%} on test", device, {
-            **settings, **runs.facts(args, trainer, data), "pretrained": pretrained, "test_accuracy": accuracy,
-            "path": runs.path_of(args.impl, model.fc1, recipe.batch_size)})  # fmt: skip
+        def keep(member: Member) -> None:
+            head = {f"fc2.{name}": tensor for name, tensor in part_of(model.fc2, member).state_dict().items()}
+            write_checkpoint(folder / MODEL, body | head, pretrained=pretrained)
+
+        settings["pretrained"] = pretrained
+        title = f"{'made-up sample' if args.data == 'sample' else 'IMDb'}, {args.impl}"
+        fine_tune(args, settings, trainer, data, model.fc1, begun, title, keep)
 
 
 @dataclass
@@ -180,8 +176,8 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
 
     return Reviews(
         folder, digest.hexdigest(), batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"),
-        sets["imdb/train"].words(train), {"vectors": source, "vocabulary": len(vocabulary)}, vocabulary, vectors,
-        batches("ag_news/train"), batches("ag_news/test"),
+        sets["imdb/train"].words(train), {"vectors": source, "vocabulary": len(vocabulary)}, vocabulary=vocabulary,
+        vectors=vectors, news=batches("ag_news/train"), news_test=batches("ag_news/test"),
     )  # fmt: skip
 
 
@@ -192,9 +188,9 @@ def make_base(recipe: Recipe, data: Reviews, device: torch.device) -> tuple[Text
     model.embedding.weight.data.copy_(data.vectors)
     model.to(device)
     settings = Settings(epochs=recipe.pretrain_epochs, decay=0.5, clip=recipe.clip)
-    trainer = Trainer(model, make_optimiser(model, 1.0), data.news, None, settings)
+    trainer = Trainer(model, sgd([{"params": list(model.parameters()), "lr": 1.0}]), data.news, None, settings)
     trainer.fit()
-    ((_, accuracy),) = trainer.evaluate(data.news_test)
+    ((_, _, accuracy),) = trainer.evaluate(data.news_test)
     print(f"pre-trained on news: {accuracy:.2%} of the test news right, {trainer.seconds:.1f} s", flush=True)
     return model, {"epochs": settings.epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3)}
 
@@ -207,19 +203,9 @@ def load_base(folder: Path, data: Reviews) -> tuple[TextClassifier, dict]:
     return model, state.get("pretrained")
 
 
-def adapt(model: TextClassifier, recipe: Recipe, impl: str) -> None:
-    """Give the pre-trained model a new head and a LoRA layer, and freeze the rest."""
-    model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=model.fc2.weight.device)
-    fastlora.inject(model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["fc1"],
-                    layer_class=runs.LAYERS[impl])  # fmt: skip
-    model.fc2.requires_grad_(True)
-
-
-def make_optimiser(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """SGD on what `model` trains."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    # Only the fused SGD reads its rate on the GPU, as a captured step has to.
-    return torch.optim.SGD(trained, lr=lr, fused=trained[0].is_cuda)
+def sgd(groups: list[dict]) -> torch.optim.Optimizer:
+    """SGD. Only the fused one reads its rate on the GPU, as a captured step has to."""
+    return torch.optim.SGD(groups, fused=groups[0]["params"][0].is_cuda)
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:

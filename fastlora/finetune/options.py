@@ -56,6 +56,25 @@ def folder_name(text: str) -> Path:
 MEMBER = {"lr": positive, "rank": whole(1, 1024), "alpha": positive, "seed": whole(0, 2**32 - 1)}
 
 
+def swept(text: str) -> dict[str, list]:
+    """An argparse type: "lr=0.3,1 rank=2" to the values of each key."""
+    values: dict[str, list] = {}
+    for part in text.split():
+        key, equals, given = part.partition("=")
+        if key not in MEMBER or not equals:
+            raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(MEMBER)} with =value,value,...")
+        try:
+            found = [MEMBER[key](value) for value in given.split(",")]
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{key}: {error}") from None
+        if key in values or len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"{key} is given twice, or one of its values")
+        values[key] = found
+    if not values:
+        raise argparse.ArgumentTypeError("it is empty; 'lr=0.3,1 rank=2,8' would be two rates times two ranks")
+    return values
+
+
 def add_shared(parser: argparse.ArgumentParser) -> None:
     """The flags of every `fastlora train` program. Those without a default leave the choice to the program (None)."""
     add = parser.add_argument
@@ -84,17 +103,24 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=tuple(PRECISIONS), help="default: fp32, or what the program prefers on a GPU")
     add("--no-graph", action="store_true", help="on a GPU: do not capture the step as a CUDA graph")
     add("--compile", action="store_true", help="pass the model through torch.compile")
+    text = f"train every combination of values at once, as in 'lr=0.3,1 rank=2,8'; {', '.join(MEMBER)} can be swept"
+    add("--sweep", type=swept, metavar="KEY=V,V...", help=text)
 
 
 def chosen(recipe, args: argparse.Namespace):
     """`recipe`, a dataclass, with what the flags give of it; UserError for a number that float32 has not."""
     given = {field.name: getattr(args, field.name, None) for field in fields(recipe)}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    check_numbers(recipe.lr, recipe.alpha / recipe.rank)
+    return recipe
+
+
+def check_numbers(lr: float, scaling: float) -> None:
+    """UserError for a rate or a scaling that float32 has not."""
     numbers = torch.finfo(torch.float32)
-    for what, value in (("--lr", recipe.lr), ("the scaling, --alpha / --rank,", recipe.alpha / recipe.rank)):
+    for what, value in (("--lr", lr), ("the scaling, --alpha / --rank,", scaling)):
         if not numbers.tiny <= value <= numbers.max:
             raise UserError(f"{what} is {value:g}, which is no number of float32")
-    return recipe
 
 
 def step_choices(args: argparse.Namespace, default: str = "fp32") -> dict:

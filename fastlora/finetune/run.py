@@ -21,17 +21,13 @@ from torch import nn
 import fastlora
 from fastlora.errors import UserError, shown
 from fastlora.files import FULL, clear_leftovers, read_json, write_bytes, write_json
-from fastlora.finetune.data import Data
-from fastlora.finetune.trainer import Trainer
-from fastlora.linear import EagerLoRALinear, FusedLoRALinear
 
-LAYERS = {"fused": FusedLoRALinear, "eager": EagerLoRALinear}
 SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
 CHECKPOINT, MODEL, VOCABULARY = "checkpoint.safetensors", "model.safetensors", "vocabulary.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, VOCABULARY,
-             "gpt2")  # fmt: skip
+             "gpt2", "adapters")  # fmt: skip
 LOCK = ".fastlora.lock"
 
 
@@ -112,30 +108,20 @@ def finished(path: Path) -> bool:
     return (path / REPORT).exists()
 
 
-def facts(args: argparse.Namespace, trainer: Trainer, data: Data) -> dict:
-    """What the programs of this package's trainer report alike."""
-    last = trainer.members[0].history[-1]
-    return {
-        "dataset": args.data if args.data in ("sample", "auto") else str(data.folder),
-        "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-        **data.facts,
-        **counts(trainer.model),
-        "train_seconds": round(trainer.seconds, 3),
-        "tokens_per_second": round(data.tokens * trainer.settings.epochs / max(trainer.seconds, 1e-9)),
-        "plain_steps_because": trainer.step.plain,
-        "train_accuracy": last["train_accuracy"],
-        "valid_accuracy": last["valid_accuracy"],
-    }
+def leave(
+    folder: Path, histories: Mapping[str | None, Sequence[Mapping]], title: str, device: torch.device, report: Mapping
+) -> None:
+    """Write history.csv, curves.png and, last, since it says that the run is finished, report.json.
 
-
-def leave(folder: Path, history: Sequence[Mapping], title: str, device: torch.device, report: Mapping) -> None:
-    """Write history.csv, curves.png and, last, since it says that the run is finished, report.json."""
+    `histories` are those of a sweep's runs by name, or that of None alone.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    rows = [({"run": name} if name else {}) | row for name, history in histories.items() for row in history]
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(rows)
     write_bytes(folder / "history.csv", text.getvalue().encode())
-    plot_history(folder / "curves.png", history, title)
+    plot_histories(folder / "curves.png", histories, title)
     report = {
         **report,
         "device": f"cpu ({torch.get_num_threads()} threads)",
@@ -156,22 +142,24 @@ def leave(folder: Path, history: Sequence[Mapping], title: str, device: torch.de
           f"{report['train_seconds']:.1f} s; everything is in {folder}")  # fmt: skip
 
 
-def plot_history(path: Path, history: Sequence[Mapping], title: str) -> None:
-    """Draw the rows of a history: loss on the left, accuracy on the right, training and validation."""
+def plot_histories(path: Path, histories: Mapping[str | None, Sequence[Mapping]], title: str) -> None:
+    """Draw loss on the left, accuracy on the right: training and validation of one run, or validation of several."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     figure.suptitle(title)
-    epochs = [row["epoch"] for row in history]
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for part in ("train", "valid"):
-            values = [row[f"{part}_{quantity}"] for row in history]
-            axes.plot(epochs, values, marker="o" if len(epochs) < 40 else None, markersize=3, label=part)
-        axes.set(xlabel="epoch", ylabel=quantity)
+        for name, history in histories.items():
+            for part in ("valid",) if name else ("train", "valid"):
+                values = [row[f"{part}_{quantity}"] for row in history]
+                marker = "o" if len(history) < 40 else None
+                axes.plot([row["epoch"] for row in history], values, marker=marker, markersize=3, label=name or part)
+        axes.set(xlabel="epoch", ylabel=f"validation {quantity}" if len(histories) > 1 else quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
+        if quantity == "accuracy" or None in histories:
+            axes.legend(fontsize="small" if None in histories else "xx-small")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_bytes(path, image.getvalue())
@@ -190,22 +178,20 @@ def read_report(folder: Path, **wanted: type) -> dict:
     return report
 
 
-def counts(model: nn.Module) -> dict[str, int]:
-    """The report's counts of parameters: what trains, everything, the adapter's, and its layers' weights."""
-    layers = [module for module in model.modules() if hasattr(module, "lora_A")]  # ours, and PEFT's
+def counts(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
+    """The report's counts of parameters: what trains, everything, the adapter's, and its layers' weights.
+
+    With `adapter` of several, of a model that has no other.
+    """
+    named = list(model.named_parameters())
+    own = [(name, p) for name, p in named if not (p.requires_grad and adapter and f".{adapter}." not in name)]
+    layers = {module.weight for module in model.modules() if hasattr(module, "lora_A")}  # ours, and PEFT's
     return {
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
-        "adapter_parameters": sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
-        "full_layer_parameters": sum(layer.weight.numel() for layer in layers),
+        "trainable_parameters": sum(p.numel() for _, p in own if p.requires_grad),
+        "total_parameters": sum(p.numel() for _, p in own),
+        "adapter_parameters": sum(p.numel() for name, p in own if "lora_" in name),
+        "full_layer_parameters": sum(weight.numel() for weight in layers),
     }
-
-
-def path_of(impl: str, layer: FusedLoRALinear, *lead: int) -> str:
-    """The path that a LoRA layer takes for an input of shape (*lead, in_features)."""
-    if impl == "eager":
-        return "eager"
-    return fastlora.explain(layer, torch.zeros(*lead, layer.in_features).to(layer.weight)).path
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,8 @@ from fastlora.finetune.data import FILES, Batches, Data, locate, read_texts
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
 from fastlora.finetune.options import add_steps, chosen, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL
-from fastlora.finetune.trainer import Member, Settings, Trainer
+from fastlora.finetune.trainer import Settings, Trainer
+from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
 from fastlora.linear import FusedLoRALinear
 
 LABELS, RANDOM = ("ham", "spam"), "random"
@@ -72,6 +73,7 @@ def train(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, world: parallel.World, device: torch.device) -> None:
     folder, recipe = args.output, chosen(Recipe(), args)
+    members = members_of(args, recipe)
     size = args.model or ("nano" if args.data == "sample" else "gpt2")
     weights = find_base(args.weights, size)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -90,31 +92,22 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
             write_checkpoint(folder / MODEL, _of_no_file(model, weights))
         model.to(device)
         model.grad_checkpointing = args.grad_checkpointing
-        torch.manual_seed(args.seed + 1)
-        adapt(model, recipe, args.impl)
+        adapt(model, members, args.impl, "all-linear")
         if how["precision"] != "float32":
             _store_frozen(model, getattr(torch, how["precision"]))
         training = Settings(epochs=recipe.epochs, every=recipe.eval_every, checkpoint=folder / CHECKPOINT, **how)
-        member = Member(seed=args.seed)
-        trainer = Trainer(model, make_optimiser(model, recipe), data.train, data.valid, training, (member,), world)
-        if begun and trainer.resume() and world.first:
-            print(f"resumed after step {trainer.steps}")
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        trainer.fit()
-        ((_, accuracy),) = trainer.evaluate(data.test)
-        if not world.first:
-            return
+        optimiser = torch.optim.AdamW(groups_of(model, members), weight_decay=recipe.weight_decay, fused=True)
+        trainer = Trainer(model, optimiser, data.train, data.valid, training, members, world)
 
-        fastlora.save_adapter(model, folder)
-        for file in FILES["gpt2"]:  # so that `predict` finds them
-            if (data.folder / file).exists():
-                (folder / "gpt2").mkdir(exist_ok=True)
-                shutil.copyfile(data.folder / file, folder / file)
-        path = runs.path_of(args.impl, model.blocks[0].attention.query, recipe.batch_size, data.facts["length"])
-        runs.leave(folder, member.history, f"Spam, {size}, {args.impl}: {accuracy:.1%} on test", device, {
-            **settings, **runs.facts(args, trainer, data), "path": path, "test_accuracy": accuracy,
-            "base": str(weights or "random weights, frozen")})  # fmt: skip
+        def keep(_) -> None:
+            for file in FILES["gpt2"]:  # so that `predict` finds them
+                if (data.folder / file).exists():
+                    (folder / "gpt2").mkdir(exist_ok=True)
+                    shutil.copyfile(data.folder / file, folder / file)
+
+        settings["base"] = str(weights or "random weights, frozen")
+        title, layer = f"Spam, {size}, {args.impl}", model.blocks[0].attention.query
+        fine_tune(args, settings, trainer, data, layer, begun, title, keep)
 
 
 def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, device: torch.device) -> Data:
@@ -142,7 +135,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, d
         print(f"{' + '.join(f'{size:,}' for size in sizes.values())} messages of {length} tokens", flush=True)
     train = batches("train")
     return Data(folder, digest.hexdigest(), train, batches("valid"), batches("test"),
-                len(train) * train.batch_size * length, {"length": length})  # fmt: skip
+                len(train) * train.batch_size * length, {"length": length}, (length,))  # fmt: skip
 
 
 def _encoding(data: object, folder: Path):
@@ -173,23 +166,11 @@ def _of_no_file(model: GPT2, weights: Path | None) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if weights is None or name.startswith("head.")}
 
 
-def adapt(model: GPT2, recipe: Recipe, impl: str) -> None:
-    """Put a LoRA layer in the place of every linear layer, and freeze the rest."""
-    fastlora.inject(model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear",
-                    layer_class=runs.LAYERS[impl])  # fmt: skip
-
-
 def _store_frozen(model: GPT2, dtype: torch.dtype) -> None:
     """Keep the frozen linear weights in the dtype that autocast would cast them to at every use."""
     for layer in model.modules():
         if isinstance(layer, FusedLoRALinear):
             layer.weight.data, layer.bias.data = layer.weight.data.to(dtype), layer.bias.data.to(dtype)
-
-
-def make_optimiser(model: GPT2, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW on what `model` trains."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:

@@ -47,6 +47,7 @@ class Step:
     """`step(group)` takes one optimiser step on a group of batches; float64 (n, 2): summed loss, correct rows.
 
     n adapters over one frozen base may train at once: a batch then holds as many rows of each, one after the other.
+    Where the loss or the gradient of a named one is not finite, no step is taken and its sums are NaN.
 
     Args:
         model: logits (batch, classes) of a batch's inputs; trained by cross-entropy, the mean over the group's rows.
@@ -55,7 +56,8 @@ class Step:
         world: the processes that train together; each is given as many rows of every batch.
 
     Attributes:
-        names: the adapters that a batch's rows belong to; None is the model's only one.
+        names: the adapters that a batch's rows belong to, in the order of the optimiser's groups; None is the model's
+            only one.
         plain: why steps are not captured as CUDA graphs, or None when they are.
         scaler: float16's loss scaling, switched off for other precisions.
     """
@@ -102,32 +104,50 @@ class Step:
         current.wait_stream(self._stream)
         return sums
 
-    def _run(self, group: Sequence[Batch]) -> Tensor:
+    def gradients(self, group: Sequence[Batch]) -> Tensor:
+        """Leave the group's gradients in the parameters; the sums."""
         self.optimiser.zero_grad(set_to_none=True)
         rows, sums = sum(len(batch[-1]) for batch in group), 0
         for i, (*inputs, labels) in enumerate(group, 1):
             apart = self.world.size > 1 and i < len(group)  # gradients are exchanged with the last batch's
-            with self._forward.no_sync() if apart else nullcontext():
+            with self._forward.no_sync() if apart else nullcontext(), self.routed(len(labels)):
                 losses, part = self.losses(inputs, labels)
                 loss = losses.sum() * (len(labels) / rows)
                 self.scaler.scale(loss).backward()
             sums = sums + part
         self.scaler.unscale_(self.optimiser)
+        if self.names[0] is not None:
+            grads = [[p.grad for p in trained["params"] if p.grad is not None] for trained in self.groups()]
+            fine = torch.stack([torch.stack(torch._foreach_norm(own, torch.inf)).isfinite().all() for own in grads])
+            sums = sums.masked_fill(~(fine & sums[:, 0].isfinite())[:, None], torch.nan)
+        return sums
+
+    def _run(self, group: Sequence[Batch]) -> Tensor:
+        sums = self.gradients(group)
+        if self.names[0] is not None and sums.isnan().any():
+            return sums
         if self.settings.clip is not None:
-            for trained in self.optimiser.param_groups:
+            for trained in self.groups():
                 nn.utils.clip_grad_norm_(trained["params"], self.settings.clip)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         return self.world.add(sums)
 
+    def groups(self) -> list[dict]:
+        """The optimiser's groups of the adapters in `names`."""
+        return [group for group in self.optimiser.param_groups if group.get("name") in self.names]
+
+    def routed(self, rows: int):
+        """A context in which the model's `rows` samples belong to `names`, as many to each."""
+        if self.names[0] is None:
+            return nullcontext()
+        return fastlora.route(self.model, [name for name in self.names for _ in range(rows // len(self.names))])
+
     def losses(self, inputs: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Each member's mean cross-entropy, (n,), and float64 (n, 2): its sum and the correct rows. No host waits."""
         n = len(self.names)
         forward = self._forward if torch.is_grad_enabled() else self.model
-        routed = nullcontext()
-        if self.names[0] is not None:
-            routed = fastlora.route(self.model, [name for name in self.names for _ in range(len(labels) // n)])
-        with routed, autocast(self.device, self.settings.precision):
+        with autocast(self.device, self.settings.precision):
             logits = forward(*inputs)
         parts = zip(logits.float().chunk(n), labels.chunk(n), strict=True)
         losses = torch.stack([F.cross_entropy(*part) for part in parts])

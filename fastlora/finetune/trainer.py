@@ -1,13 +1,14 @@
 """The one training loop of the programs here: `Trainer.fit`. Epochs of steps, evaluation, checkpoints.
 
 Nothing in the loop knows what a model or an adapter is: `Step` does. What `Trainer.save` writes is all that a run goes
-on from.
+on from. Several adapters over one base may train at once (`--sweep`): a plain run is a sweep of one.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fastlora.errors import UserError, WorkError
 from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
-from fastlora.finetune.data import Batches
+from fastlora.finetune.data import Batch, Batches
 from fastlora.finetune.parallel import ALONE, World
 from fastlora.finetune.step import Step, StepSettings
 
@@ -45,15 +46,24 @@ class Member:
     """One of the adapters that train at once; a plain run has one, without a name.
 
     Attributes:
-        name: its adapter's.
-        seed: of the order of its batches.
+        name: its adapter's in the model.
+        own: what it has of its own: lr, rank, alpha and seed, of its start and of the order of its batches.
         history: a row per evaluation: epoch (a fraction within an epoch), step, train_loss, train_accuracy,
             valid_loss, valid_accuracy, learning_rate, seconds (of training so far, evaluation left out).
+        stopped: why it trains no more, or None.
+        sums: float64 (2,), the summed loss and the correct rows since the last evaluation.
     """
 
     name: str | None = None
-    seed: int = 0
+    own: dict = field(default_factory=lambda: {"seed": 0})
     history: list[dict] = field(default_factory=list)
+    stopped: str | None = None
+    sums: Tensor | int = 0
+
+    @property
+    def label(self) -> str:
+        """Its settings as --sweep names them."""
+        return " ".join(f"{key}={value:g}" for key, value in self.own.items())
 
 
 class Trainer:
@@ -61,7 +71,7 @@ class Trainer:
 
     Args:
         model: logits (batch, classes) of a batch's inputs.
-        optimiser: one group of parameters for each member.
+        optimiser: one group of parameters for each member, with its name.
         train, valid: their batches.
         settings: how long and how.
         members: what trains at once.
@@ -80,7 +90,7 @@ class Trainer:
         train: Batches,
         valid: Batches | None,
         settings: Settings,
-        members: tuple[Member, ...] = (),
+        members: Sequence[Member] = (),
         world: World = ALONE,
         progress: bool = True,
     ):
@@ -88,6 +98,8 @@ class Trainer:
         self.settings, self.members, self.world = settings, members or (Member(),), world
         self.rates = [group["lr"] for group in optimiser.param_groups]
         self.step = Step(model, optimiser, settings, world)
+        if len(self.members) > 1:
+            self.step.plain = "the members of a sweep are looked after at each step"
         self.device, self.progress = self.step.device, progress and world.first
         self.epoch = self.position = self.steps = 0
         self.seconds = 0.0
@@ -101,10 +113,10 @@ class Trainer:
                 _set_rate(group, rate * settings.decay**self.epoch)
             with self._bar() as bar:
                 self._seed()
-                sums, rows, began = 0, 0, self._now()
+                rows, began = 0, self._now()
                 while self.position < len(self.train):
                     numbers = range(self.position, min(self.position + settings.accumulate, len(self.train)))
-                    sums += self.step([self.train.at(self.epoch, i, self._seeds()) for i in numbers])
+                    self._step(numbers)
                     rows += sum(map(self.train.rows, numbers))
                     self.position += len(numbers)
                     self.steps += 1
@@ -112,42 +124,48 @@ class Trainer:
                     last = self.position == len(self.train)
                     if last or (settings.every and self.steps % settings.every == 0):
                         self.seconds += self._now() - began
-                        self._record(sums.tolist(), rows, bar)
+                        self._record(rows)
                         if not last:
                             self.save()
                             self._seed()
-                        sums, rows, began = 0, 0, self._now()
+                        rows, began = 0, self._now()
             self.epoch, self.position = self.epoch + 1, 0
             self.save()
 
     @torch.no_grad()
-    def evaluate(self, batches: Batches) -> list[tuple[float, float]]:
-        """(mean cross-entropy, accuracy between 0 and 1) of each member over `batches`, in evaluation mode.
+    def evaluate(self, batches: Batches) -> list[tuple[Member, float, float]]:
+        """(member, mean cross-entropy, accuracy between 0 and 1) over `batches`, in evaluation mode.
 
-        Raises WorkError when the cross-entropy is not finite.
+        Members whose cross-entropy is not finite are stopped and left out; WorkError when it is the last one's.
         """
+        members = self._route(self.alive())
         training = self.model.training
         self.model.eval()
-        sums = torch.zeros(len(self.step.names), 2, device=self.device, dtype=torch.float64)
-        for *inputs, labels in batches.in_order(len(self.step.names)):
-            sums += self.step.losses(inputs, labels)[1]
+        sums = torch.zeros(len(members), 2, device=self.device, dtype=torch.float64)
+        for *inputs, labels in batches.in_order(len(members)):
+            with self.step.routed(len(labels)):
+                sums += self.step.losses(inputs, labels)[1]
         self.model.train(training)
         sums = self.world.add(sums).tolist()
-        for loss, _ in sums:
-            self._check(loss)
-        return [(loss / batches.size, correct / batches.size) for loss, correct in sums]
+        for member, (loss, _) in zip(members, sums, strict=True):
+            if not math.isfinite(loss):
+                self._stop(member, f"the loss is {loss}")
+        rows = zip(members, sums, strict=True)
+        return [(m, loss / batches.size, correct / batches.size) for m, (loss, correct) in rows if not m.stopped]
+
+    def alive(self) -> list[Member]:
+        """The members that still train."""
+        return [member for member in self.members if not member.stopped]
 
     def save(self) -> None:
         """Write the checkpoint, if one is kept; WorkError when a trained parameter is not finite."""
-        trained = self._trained()
-        if not torch.stack([p.isfinite().all() for p in trained.values()]).all():
-            self._check(math.nan)
+        self._check_parameters()
         if self.settings.checkpoint is not None and self.world.first:
             kept = {f"optimiser.{i}.{key}": value for i, held in self.optimiser.state_dict()["state"].items()
                     for key, value in held.items() if isinstance(value, Tensor)}  # fmt: skip
-            write_checkpoint(self.settings.checkpoint, trained | kept, epoch=self.epoch, position=self.position,
-                             steps=self.steps, seconds=self.seconds, scaler=self.step.scaler.state_dict(),
-                             histories=[member.history for member in self.members])  # fmt: skip
+            write_checkpoint(self.settings.checkpoint, self._trained() | kept, epoch=self.epoch, steps=self.steps,
+                             position=self.position, seconds=self.seconds, scaler=self.step.scaler.state_dict(),
+                             members=[[member.history, member.stopped] for member in self.members])  # fmt: skip
 
     def resume(self) -> bool:
         """Go back to the checkpoint; False when there is none. UserError when it is damaged or of another model."""
@@ -169,8 +187,8 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(tensors[name])
-        for member, history in zip(self.members, state["histories"], strict=True):
-            member.history = history
+        for member, (history, stopped) in zip(self.members, state["members"], strict=True):
+            member.history, member.stopped = history, stopped
         self.epoch, self.position, self.steps = state["epoch"], state["position"], state["steps"]
         self.seconds = state["seconds"]
         return True
@@ -178,15 +196,45 @@ class Trainer:
     def _trained(self) -> dict[str, Tensor]:
         return {f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _seeds(self) -> list[int]:
-        return [member.seed for member in self.members]
+    def _route(self, members: list[Member]) -> list[Member]:
+        self.step.names = tuple(member.name for member in members)
+        return members
 
-    def _record(self, sums: list[list[float]], rows: int, bar) -> None:
-        for loss, _ in sums:
-            self._check(loss)
-        valid = self.evaluate(self.valid) if self.valid is not None else [(None, None)] * len(sums)
-        parts = zip(self.members, sums, valid, self.optimiser.param_groups, strict=True)
-        for member, (loss, correct), (valid_loss, valid_accuracy), group in parts:
+    def _group(self, numbers: range, members: list[Member]) -> list[Batch]:
+        return [self.train.at(self.epoch, i, [member.own["seed"] for member in members]) for i in numbers]
+
+    def _step(self, numbers: range) -> None:
+        """A step on the batches `numbers`; a sweep's members that diverge in it are stopped, and the others' redone.
+
+        On a GPU one member's NaN reaches the others' gradients through products with zero: its own, without the others
+        in the batch, tells whose it is.
+        """
+        while True:
+            members = self._route(self.alive())
+            sums = self.step(self._group(numbers, members))
+            bad = []
+            if members[0].name is not None:
+                bad = [m for m, lost in zip(members, sums.isnan().any(1).tolist(), strict=True) if lost]
+            if not bad:
+                break
+            if len(bad) > 1:
+                alone = [m for m in bad if self.step.gradients(self._group(numbers, self._route([m]))).isnan().any()]
+                bad = alone or bad
+            for member in bad:
+                self._stop(member, "its loss or gradient is not finite")
+        for member, own in zip(members, sums, strict=True):
+            member.sums = member.sums + own
+
+    def _record(self, rows: int) -> None:
+        self._check_parameters()
+        for member in self.alive():
+            if not math.isfinite(loss := float(member.sums[0])):
+                self._stop(member, f"the loss is {loss}")
+        valid = self.evaluate(self.valid) if self.valid is not None else [(m, None, None) for m in self.alive()]
+        rates = {group.get("name"): group["lr"] for group in self.optimiser.param_groups}
+        for member, valid_loss, valid_accuracy in valid:
+            loss, correct = member.sums.tolist()
+            member.sums = 0
             member.history.append({
                 "epoch": round(self.epoch + self.position / len(self.train), 6),
                 "step": self.steps,
@@ -194,23 +242,32 @@ class Trainer:
                 "train_accuracy": correct / rows,
                 "valid_loss": valid_loss,
                 "valid_accuracy": valid_accuracy,
-                "learning_rate": float(f"{group['lr']:.12g}"),  # 0.01, not 0.010000000000000002
+                "learning_rate": float(f"{rates[member.name]:.12g}"),  # 0.01, not 0.010000000000000002
                 "seconds": round(self.seconds, 4),
             })  # fmt: skip
         if self.progress and self.valid is not None:
-            row = max((member.history[-1] for member in self.members), key=lambda row: row["valid_accuracy"])
-            bar.write(f"epoch {row['epoch']:.4g}, step {row['step']}: loss {row['train_loss']:.4f}, accuracy "
-                      f"{row['train_accuracy']:.2%}; validation loss {row['valid_loss']:.4f}, accuracy "
-                      f"{row['valid_accuracy']:.2%}")  # fmt: skip
+            member = best(self.alive())
+            row = member.history[-1]
+            _say(f"epoch {row['epoch']:.4g}, step {row['step']}: loss {row['train_loss']:.4f}, accuracy "
+                 f"{row['train_accuracy']:.2%}; validation loss {row['valid_loss']:.4f}, accuracy "
+                 f"{row['valid_accuracy']:.2%}" + (f" ({member.label})" if member.name else ""))  # fmt: skip
 
-    def _check(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            epoch = min(self.epoch + 1, self.settings.epochs)
-            raise WorkError(f"training diverged in epoch {epoch}: the loss is {loss}; a smaller --lr may help")
+    def _check_parameters(self) -> None:
+        for member in self._route(self.alive()):
+            (group,) = (group for group in self.optimiser.param_groups if group.get("name") == member.name)
+            if not torch.stack([p.isfinite().all() for p in group["params"]]).all():
+                self._stop(member, "a parameter is not finite")
+
+    def _stop(self, member: Member, why: str) -> None:
+        member.stopped = f"diverged in epoch {min(self.epoch + 1, self.settings.epochs)}: {why}; a smaller lr may help"
+        if not self.alive():
+            raise WorkError(f"training {member.stopped}")
+        if self.progress:
+            _say(f"{member.label} {member.stopped}")
 
     def _seed(self) -> None:
         """A seed of its own for what follows, so that no checkpoint holds a generator's state."""
-        seed = self.members[0].seed * 1_000_003 + self.steps
+        seed = self.members[0].own["seed"] * 1_000_003 + self.steps
         torch.manual_seed((seed * self.world.size + self.world.rank) % 2**63)
 
     def _now(self) -> float:
@@ -225,6 +282,17 @@ class Trainer:
             total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{self.settings.epochs}",
             unit="batch", disable=None if self.progress else True, mininterval=0.2,
         )  # fmt: skip
+
+
+def best(members: Sequence[Member]) -> Member:
+    """The member whose last validation accuracy is the highest; of those, whose loss is the lowest."""
+    return max(members, key=lambda m: (m.history[-1]["valid_accuracy"], -m.history[-1]["valid_loss"]))
+
+
+def _say(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line)
 
 
 def _set_rate(group: dict, rate: float | Tensor) -> None:

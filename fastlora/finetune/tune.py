@@ -1,0 +1,150 @@
+"""A run of this package's trainer: adapters put into a base, trained, tested and left in the run's folder.
+
+A plain run has one. `--sweep "lr=0.3,1 rank=2,8"` trains every combination of the values at once, over one frozen base:
+each has its adapter, head, group of the optimiser, order of batches and history.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.errors import UserError
+from fastlora.finetune import run as runs
+from fastlora.finetune.data import Data
+from fastlora.finetune.options import check_numbers
+from fastlora.finetune.trainer import Member, Trainer, best
+from fastlora.linear import EagerLoRALinear, FusedLoRALinear
+
+LAYERS = {"fused": FusedLoRALinear, "eager": EagerLoRALinear}
+
+
+def members_of(args: argparse.Namespace, recipe) -> list[Member]:
+    """The members of a run: the sweep's, or the only one, which has no name."""
+    own = {"lr": recipe.lr, "rank": recipe.rank, "alpha": recipe.alpha, "seed": args.seed}
+    if not args.sweep:
+        return [Member(None, own)]
+    if args.impl != "fused" or args.precision == "fp16" or args.compile or "RANK" in os.environ:
+        raise UserError("--sweep goes with --impl fused and fp32 or bf16, without --compile and torchrun")
+    product = [dict(zip(args.sweep, values, strict=True)) for values in itertools.product(*args.sweep.values())]
+    members = [Member(f"run{i}", own | chosen) for i, chosen in enumerate(product)]
+    for member in members:
+        check_numbers(member.own["lr"], member.own["alpha"] / member.own["rank"])
+    return members
+
+
+def adapt(model: nn.Module, members: list[Member], impl: str, targets: list[str] | str, head: str = "") -> None:
+    """Give `model` the members' LoRA layers, and each a `head` of its own, drawn by its seed; freeze the rest."""
+    adapters = {m.name: {"r": m.own["rank"], "lora_alpha": m.own["alpha"]} for m in members}
+    how = adapters.get(None, {"adapters": adapters})
+    heads = [head] if head else []
+    fastlora.inject(model, **how, target_modules=targets, modules_to_save=heads, layer_class=LAYERS[impl])
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
+    for i, member in enumerate(members):
+        torch.manual_seed(member.own["seed"] + 1)
+        for name in heads:
+            part_of(model.get_submodule(name), member).reset_parameters()
+        for layer in layers[i :: len(members)]:
+            layer.reset_lora_parameters()
+
+
+def part_of(module: nn.Module, member: Member) -> nn.Module:
+    """A member's own part of a module that `adapt` made the members' own."""
+    return module if member.name is None else getattr(module, "adapters", getattr(module, "copies", None))[member.name]
+
+
+def groups_of(model: nn.Module, members: Iterable[Member]) -> list[dict]:
+    """A group of the optimiser for each member."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return [{"params": [p for name, p in trained.items() if m.name is None or f".{m.name}." in name],
+             "lr": m.own["lr"], "name": m.name} for m in members]  # fmt: skip
+
+
+def announce(trainer: Trainer) -> None:
+    """Say what memory a sweep needs and how large one would fit; UserError where this one does not.
+
+    Measured, not known: what one member keeps for backward of its first batch, beside its gradients and the
+    optimiser's numbers.
+    """
+    member, kept = max(trainer.members, key=lambda member: member.own["rank"]), {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    trainer.step.names = (member.name,)
+    base = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    *inputs, labels = trainer.train.at(0, 0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.step.routed(len(labels)):
+        trainer.step.losses(inputs, labels)
+    (group,) = groups_of(trainer.model, [member])
+    states = 2 if isinstance(trainer.optimiser, torch.optim.AdamW) else 0  # numbers for each parameter
+    numbers = sum(p.numel() * p.element_size() for p in group["params"])
+    each = numbers * (2 + states) + sum(size for place, size in kept.items() if place not in base)
+    if trainer.device.type == "cuda":
+        free = torch.cuda.mem_get_info(trainer.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    count, fit = len(trainer.members), int(0.9 * free / each)
+    print(f"{count} runs at once, about {each / 2**20:,.1f} MiB each; {free / 2**20:,.0f} MiB are free, enough for "
+          f"{fit:,}", flush=True)  # fmt: skip
+    if count > fit:
+        raise UserError(f"--sweep: {count} runs need more memory than there is; at most {fit} fit")
+
+
+def fine_tune(
+    args: argparse.Namespace, settings: dict, trainer: Trainer, data: Data, layer: nn.Module, begun: bool, title: str,
+    keep: Callable[[Member], None],
+) -> None:  # fmt: skip
+    """Train, test, and leave everything in `args.output`; a sweep's adapters each, and its best as a plain run's.
+
+    Args:
+        settings: of the run, for its report.
+        layer: one of the LoRA layers, which tells the path.
+        begun: go on from the checkpoint.
+        keep: writes what else `predict` needs, of the member that it is given.
+    """
+    folder, model, several = args.output, trainer.model, len(trainer.members) > 1
+    resumed = begun and trainer.resume()
+    if resumed and trainer.world.first:
+        print(f"resumed after step {trainer.steps}")
+    if several:
+        announce(trainer)
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    trainer.fit()
+    tested = {member.name: accuracy for member, _, accuracy in trainer.evaluate(data.test)}
+    if not trainer.world.first:
+        return
+    member, report = best(trainer.alive()), {}
+    if several:
+        for one in trainer.alive():
+            fastlora.save_adapter(model, folder / "adapters" / one.label.replace(" ", ","), adapter=one.name)
+        report = {"best": member.label, "runs": [
+            {"name": one.label, **one.own, "valid_accuracy": one.history[-1]["valid_accuracy"] if one.history else None,
+             "test_accuracy": tested.get(one.name), "stopped": one.stopped} for one in trainer.members]}  # fmt: skip
+        for run in report["runs"]:
+            print(f"{run['name']}: {run['stopped'] or 'test accuracy {:.2%}'.format(run['test_accuracy'])}")
+        title = f"{title}, best of {len(trainer.members)}"
+    fastlora.save_adapter(model, folder, modules_to_save=[], adapter=member.name)  # heads are kept apart
+    keep(member)
+    rows = data.train.batch_size * len(trainer.step.names)
+    with trainer.step.routed(rows):
+        x = torch.zeros(rows, *data.shape, part_of(layer, member).in_features, device=trainer.device)
+        path = "eager" if args.impl == "eager" else fastlora.explain(layer, x.to(part_of(layer, member).weight)).path
+    histories = {one.label if several else None: one.history for one in trainer.members if one.history}
+    runs.leave(folder, histories, f"{title}: {tested[member.name]:.1%} on test", trainer.device, {
+        **settings, **member.own, **report, **data.facts, **runs.counts(model, member.name), "path": path,
+        "dataset": args.data if args.data in ("sample", "auto") else str(data.folder),
+        "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        "train_seconds": round(trainer.seconds, 3), "plain_steps_because": trainer.step.plain,
+        "tokens_per_second": round(
+            data.tokens * len(trainer.members) * trainer.settings.epochs / max(trainer.seconds, 1e-9)),
+        "train_accuracy": member.history[-1]["train_accuracy"],
+        "valid_accuracy": member.history[-1]["valid_accuracy"], "test_accuracy": tested[member.name]})  # fmt: skip
