@@ -30,7 +30,7 @@ def members_of(args: argparse.Namespace, recipe) -> list[Member]:
     own = {"lr": recipe.lr, "rank": recipe.rank, "alpha": recipe.alpha, "seed": args.seed}
     if not args.sweep:
         return [Member(None, own)]
-    if args.impl != "fused" or args.precision == "fp16" or args.compile or "RANK" in os.environ:
+    if args.impl != "fused" or args.precision == "fp16" or args.compile or torch.distributed.is_torchelastic_launched():
         raise UserError("--sweep goes with --impl fused and fp32 or bf16, without --compile and torchrun")
     product = [dict(zip(args.sweep, values, strict=True)) for values in itertools.product(*args.sweep.values())]
     members = [Member(f"run{i}", own | chosen) for i, chosen in enumerate(product)]

@@ -12,9 +12,9 @@ import small
 import torch
 from safetensors.torch import load_file
 
-import fastlora
 from fastlora.cli import main
 from fastlora.finetune import imdb
+from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 from fastlora.finetune.run import RUN_FILES
 from fastlora.finetune.trainer import Trainer
@@ -54,7 +54,11 @@ def run(tmp_path_factory):
 
 
 def test_a_run_leaves_everything(run, cpu_path):
-    assert {path.name for path in run.iterdir() if path.name[0] != "."} == set(RUN_FILES) - {"gpt2", "checkpoints"}
+    assert {path.name for path in run.iterdir() if path.name[0] != "."} == set(RUN_FILES) - {
+        "gpt2",
+        "checkpoints",
+        "adapters",
+    }
     made = json.loads((run / "report.json").read_text())
     assert set(small.FIELDS) <= set(made)
     assert (made["task"], made["impl"], made["path"], made["dataset"]) == ("imdb", "fused", cpu_path, "sample")
@@ -165,7 +169,7 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(run, tmp_path, monkeypatch
             record = Trainer._record
             patch.setattr(Trainer, "_record", lambda self, *a: killed() if self.steps > 13 else record(self, *a))
         else:
-            patch.setattr(imdb.runs, "leave", killed)
+            patch.setattr(runs, "leave", killed)
         with pytest.raises(Killed):
             train(tmp_path / "run")
     assert train(tmp_path / "run") == 2
