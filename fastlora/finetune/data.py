@@ -70,12 +70,12 @@ def found() -> dict[str, str]:
 
 
 def read_texts(
-    path: Path, classes: int, limit: int | None = None, text: str = "text", label: str = "label"
+    path: Path, classes: int, limit: int | None = None, text: str = "text", label: str = "label", least: int = 1
 ) -> tuple[list[str], list[int]]:
     """Texts and labels (0 .. classes - 1) of a parquet file's columns; of its first `limit` rows.
 
-    Raises UserError when the file is missing, damaged, empty or too large, lacks a column, or a row has no text or an
-    unknown label.
+    Raises UserError when the file is missing, damaged or too large, lacks a column or has fewer than `least` rows, or a
+    row has no text or an unknown label.
     """
     import pyarrow
     import pyarrow.parquet
@@ -108,8 +108,8 @@ def read_texts(
         again = "; delete it, and it is made again" if env.cache_dir() in Path(path).parents else ""
         why = shown(getattr(error, "strerror", None) or str(error)[:90])
         raise UserError(f"{path}: damaged or not a parquet file ({why}){again}") from None
-    if not texts:
-        raise UserError(f"{path}: holds no rows")
+    if len(texts) < least:
+        raise UserError(f"{path}: holds {len(texts) or 'no'} rows; at least {least} are needed")
     return texts, labels
 
 

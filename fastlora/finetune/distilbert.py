@@ -38,6 +38,7 @@ from fastlora.finetune.options import chosen, pick_device, positive, whole
 MODEL = "distilbert-base-uncased"
 CHECKPOINTS = "checkpoints"  # the Trainer's, in the run's folder until the run is finished
 TARGETS = {"distilbert": ["q_lin"], "bert": ["query", "value"]}  # by model_type; PEFT's own table for the others
+SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -72,38 +73,45 @@ def train(args: argparse.Namespace) -> None:
     with parallel.joined(pick_device(args.device)) as (world, device):
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
-        recipe = _recipe(args)
+        what = f"--model {args.model}"
+        name = hub.located(args.model, what)
+        config = hub.load_config(name, what)
+        targets = args.target_modules or TARGETS.get(config.model_type) or PEFT_TARGETS.get(config.model_type)
+        if not targets:
+            raise UserError(f"{what}: no default target modules for a {config.model_type!r}; name --target-modules")
+        args.model, args.target_modules, args.max_length = name, targets, min(args.max_length, hub.longest(config))
+        recipe = chosen(Recipe(name, targets, args.max_length, args.dropout), args)
         settings = runs.settings_of(args, recipe, device=device.type, processes=world.size)
         with runs.run_folder(args.output, settings, args.resume) if world.first else contextlib.nullcontext():
             if not (args.resume and runs.finished(args.output)):
-                _train(args, recipe, settings, device, world)
+                _train(args, recipe, settings, what, device, world)
 
 
-def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, device: torch.device, world) -> None:
-    folder, what = args.output, f"--model {args.model}"
-    texts = _texts(locate(args.data, "imdb"), args)
+def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, what: str, device: torch.device, world) -> None:
+    folder, texts = args.output, _texts(locate(args.data, "imdb"), args)
     set_seed(args.seed)
     tokenizer, model, base = hub.load_model(recipe.model, what)
     _check_targets(model, recipe.target_modules)
+    data = {name: _rows(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
     if world.first:
-        runs.record(folder, {"texts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-                             "base_sha256": base})  # fmt: skip
+        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        runs.record(folder, {"texts_sha256": digest, "base_sha256": base})
         if args.show_tokens:
             _show(tokenizer, texts["train"][0][0], recipe.max_length)
-    data = {name: TokenDataset(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
     model = get_peft_model(model, _lora_config(recipe))
     if args.impl == "fused":
         fastlora.peft.patch(model)
     counts = runs.counts(model)
     if world.first:
         print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
-    trainer = make_trainer(model, tokenizer, data, folder / CHECKPOINTS, args.seed, recipe, device, world)
+    trainer = make_trainer(model, tokenizer, data, folder / CHECKPOINTS, args.seed, recipe, device, world.size)
     trainer.fit()
     accuracy = trainer.predict(data["test"], metric_key_prefix="test").metrics["test_accuracy"]
     if not world.first:
         return
 
     history = [entry["row"] for entry in trainer.state.log_history if "row" in entry]
+    tokens = recipe.epochs * sum(len(row["input_ids"]) for row in data["train"])
     hub.save_adapter(model, folder)
     layers = fastlora.peft.report(model)
     how = ", ".join(sorted(set(map(str, layers.values()))))
@@ -113,8 +121,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, device: tor
     runs.leave(folder, {None: history}, title, trainer.args.device, {
         **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data, "base_sha256": base,
         "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
-        "train_seconds": round(trainer.seconds, 3),
-        "tokens_per_second": round(data["train"].tokens * recipe.epochs / max(trainer.seconds, 1e-9)),
+        "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
         "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
         "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls})  # fmt: skip
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -123,42 +130,15 @@ def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, device: tor
         print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
 
 
-class TokenDataset(torch.utils.data.Dataset):
-    """Tokenised texts: rows of input_ids, attention_mask (lists, not padded) and labels.
-
-    Sorted by length, so that the neighbours of an evaluation batch need little padding; training batches are drawn by
-    the Trainer's own sampler of similar lengths.
-    """
-
-    def __init__(self, tokenizer, texts: list[str], labels: list[int], max_length: int):
-        encoded = tokenizer(texts, truncation=True, max_length=max_length, return_token_type_ids=False)
-        rows = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
-        self.rows = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]
-        self.rows.sort(key=lambda row: -len(row["input_ids"]))
-        self.tokens = sum(len(row["input_ids"]) for row in self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.rows[index]
-
-
 class HubTrainer(Trainer):
     """The Trainer, with the accuracy of the training batches and a row of history at each evaluation.
 
     Its `seconds` leave evaluation out. What it goes on from are its own checkpoints.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._tally = torch.zeros(3, dtype=torch.float64)  # loss, correct rows, rows since the last evaluation
-        self._began = None
-        self.seconds = 0.0
-
     def fit(self) -> None:
         """Train, from the last whole checkpoint on if there is one; the best epoch's weights are left in the model."""
-        folder, last = Path(self.args.output_dir), None
+        folder, last, self.seconds = Path(self.args.output_dir), None, 0.0
         for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1])):
             with contextlib.suppress(OSError, ValueError):  # cut while it was written: the state comes last
                 last, then = path, json.loads((path / "trainer_state.json").read_text())
@@ -166,6 +146,7 @@ class HubTrainer(Trainer):
             self.seconds = then["log_history"][-1]["row"]["seconds"]
             then["best_model_checkpoint"] = str(folder / Path(then["best_model_checkpoint"]).name)
             write_json(last / "trainer_state.json", then)
+        self._start()
         try:
             self.train(resume_from_checkpoint=last and str(last))
         except BaseException:
@@ -177,17 +158,15 @@ class HubTrainer(Trainer):
                 folder.rmdir()
             raise
 
-    def training_step(self, *args, **kwargs):
-        """The Trainer's, the first of an epoch noted."""
-        self._began = time.perf_counter() if self._began is None else self._began
-        return super().training_step(*args, **kwargs)
+    def _start(self) -> None:
+        self._tally, self._began = torch.zeros(3, dtype=torch.float64), time.perf_counter()  # loss, correct, rows
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """The Trainer's, and what it came to in training added up."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             labels, logits = inputs["labels"], outputs["logits"].detach().float()
-            mean, correct = torch.nn.functional.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
+            mean, correct = nn.functional.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
             part = torch.stack([mean.double() * len(labels), correct.double(), correct.new_full((), len(labels))])
             self._tally = self._tally.to(part.device) + part
         return (loss, outputs) if return_outputs else loss
@@ -197,8 +176,7 @@ class HubTrainer(Trainer):
 
         Raises WorkError when training has diverged: nothing of such a run is kept.
         """
-        now = time.perf_counter()
-        self.seconds += now - (self._began or now)
+        self.seconds += time.perf_counter() - self._began
         loss, correct, rows = self.accelerator.reduce(self._tally.to(self.args.device), "sum").tolist()
         metrics = super().evaluate(*args, **kwargs)
         row = {
@@ -216,8 +194,7 @@ class HubTrainer(Trainer):
             raise WorkError(f"training diverged in epoch {row['epoch']:g}: the loss or the adapter is not finite; "
                             "a smaller --lr may help")  # fmt: skip
         self.state.log_history[-1]["row"] = row
-        self._tally.zero_()
-        self._began = None
+        self._start()
         return metrics
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
@@ -228,13 +205,12 @@ class HubTrainer(Trainer):
 
 
 def make_trainer(
-    model, tokenizer, data: dict[str, TokenDataset], folder: Path, seed: int, recipe: Recipe, device: torch.device,
-    world=parallel.ALONE,
-) -> HubTrainer:  # fmt: skip
+    model, tokenizer, data: dict[str, list], folder: Path, seed: int, recipe: Recipe, device: torch.device, processes=1
+) -> HubTrainer:
     """The trainer of one run: batches of similar length, evaluation and a checkpoint at each epoch's end, best kept.
 
     Args:
-        data: "train" and "valid".
+        data: rows for "train" and "valid".
         folder: for the checkpoints.
     """
     grouped = {"train_sampling_strategy": "group_by_length"}
@@ -246,10 +222,10 @@ def make_trainer(
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="accuracy", seed=seed, data_seed=seed,
         use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", report_to="none",
-        ddp_backend=("gloo" if device.type == "cpu" else "nccl") if world.size > 1 else None,
-        ddp_find_unused_parameters=False if world.size > 1 else None, **grouped,
+        ddp_backend=("gloo" if device.type == "cpu" else "nccl") if processes > 1 else None,
+        ddp_find_unused_parameters=False if processes > 1 else None, **grouped,
     )  # fmt: skip
-    if world.size == 1 and device.type == "cuda":
+    if processes == 1 and device.type == "cuda":
         settings._n_gpu = 1  # --device names one; the Trainer would spread over all that it sees
     return HubTrainer(model=model, args=settings, train_dataset=data["train"], eval_dataset=data["valid"],
                       data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=_accuracy)  # fmt: skip
@@ -267,8 +243,7 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     report = runs.read_report(run, model=str, max_length=int)
     what = f"{run}: its base model {shown(report['model'])}"
     with hub.quietly():
-        name = hub.located(report["model"], what)
-        tokenizer, model, base = hub.load_model(name, what)
+        tokenizer, model, base = hub.load_model(hub.located(report["model"], what), what)
         if base != report.get("base_sha256"):
             raise UserError(f"{what} is not the one that the run adapted: its weights, words or settings were changed")
         max_length = min(report["max_length"], hub.longest(model.config))
@@ -287,16 +262,6 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     return predict
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
-    what = f"--model {args.model}"
-    name = hub.located(args.model, what)
-    config = hub.load_config(name, what)
-    targets = args.target_modules or TARGETS.get(config.model_type) or PEFT_TARGETS.get(config.model_type)
-    if not targets:
-        raise UserError(f"{what}: no default target modules for a {config.model_type!r}; name them by --target-modules")
-    return chosen(Recipe(name, tuple(targets), min(args.max_length, hub.longest(config)), args.dropout), args)
-
-
 def _lora_config(recipe: Recipe) -> LoraConfig:
     return LoraConfig(task_type=TaskType.SEQ_CLS, r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,
                       target_modules=list(recipe.target_modules))  # fmt: skip
@@ -312,13 +277,24 @@ def _check_targets(model, names: tuple[str, ...]) -> None:
 
 
 def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], list[int]]]:
-    texts, labels = read_texts(folder / "imdb/train.parquet", len(LABELS), args.train_samples)
-    if len(texts) < 2:
-        raise UserError(f"{folder}/imdb/train.parquet: at least 2 reviews are needed, to train and to validate")
+    texts, labels = read_texts(folder / "imdb/train.parquet", len(LABELS), args.train_samples, least=2)
     train, valid = (
-        ([texts[i] for i in rows.tolist()], [labels[i] for i in rows.tolist()]) for rows in random_split(len(texts), 0)
+        ([texts[i] for i in rows], [labels[i] for i in rows])
+        for rows in (part.tolist() for part in random_split(len(texts), SPLIT_SEED))
     )
     return {"train": train, "valid": valid, "test": read_texts(folder / "imdb/test.parquet", 2, args.test_samples)}
+
+
+def _rows(tokenizer, texts: list[str], labels: list[int], max_length: int) -> list[dict]:
+    """The texts' input_ids and attention_mask, lists that are not padded, and labels.
+
+    Sorted by length, so that the neighbours of an evaluation batch need little padding; training batches are drawn by
+    the Trainer's own sampler of similar lengths.
+    """
+    encoded = tokenizer(texts, truncation=True, max_length=max_length, return_token_type_ids=False)
+    rows = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
+    made = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]
+    return sorted(made, key=lambda row: -len(row["input_ids"]))
 
 
 def _show(tokenizer, text: str, max_length: int) -> None:

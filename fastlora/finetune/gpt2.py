@@ -39,10 +39,7 @@ class GPT2Config:
 
 # nano is meant for random weights. Token vectors of spread 1 keep words apart as random features; attention that starts
 # nearly uniform reads the message as a bag of words, which LoRA then sharpens. More layers only learn it by heart.
-CONFIGS = {
-    "gpt2": GPT2Config(),
-    "nano": GPT2Config(width=384, heads=6, layers=1, token_std=1.0, position_std=0.02),
-}
+CONFIGS = {"gpt2": GPT2Config(), "nano": GPT2Config(width=384, heads=6, layers=1, token_std=1.0, position_std=0.02)}
 
 
 class Attention(nn.Module):

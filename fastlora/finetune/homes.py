@@ -137,13 +137,13 @@ def convert(name: str, parts: Sequence[Path], folder: Path) -> None:
         raise WorkError(f"{parts[0]}: not the archive of {name} ({error})") from None
 
 
-def write_tables(folder: Path, tables: dict) -> None:
-    """Write each table, a frame or rows of (text, label), to `<folder>/<its name>.parquet`, whole or not at all."""
+def write_tables(folder: Path, tables: dict, columns: Sequence[str] = ("text", "label")) -> None:
+    """Write each table, a frame or rows of `columns`, to `<folder>/<its name>.parquet`, whole or not at all."""
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
-        frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, columns=["text", "label"])
+        frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, columns=columns)
         write_bytes(folder / f"{name}.parquet", frame.to_parquet(index=False))
 
 

@@ -141,10 +141,10 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
     texts, labels = {}, {}
     for name, classes in (("imdb/train", 2), ("imdb/test", 2), ("ag_news/train", TOPICS), ("ag_news/test", TOPICS)):
         limit = args.train_samples if name.endswith("train") else args.test_samples
-        lines, labels[name] = read_texts(folder / f"{name}.parquet", classes, limit)
+        lines, labels[name] = read_texts(
+            folder / f"{name}.parquet", classes, limit, least=2 if name == "imdb/train" else 1
+        )
         texts[name] = [tokenise(line) for line in lines]
-    if len(labels["imdb/train"]) < 2:
-        raise UserError(f"{folder}/imdb/train.parquet: at least 2 reviews are needed, to train and to validate")
     train, valid = random_split(len(labels["imdb/train"]), BASE_SEED)
     reviews = [texts["imdb/train"][i] for i in train.tolist()]
     vocabulary = Vocabulary.of([*reviews, *texts["ag_news/train"]], WORDS, LEAST)

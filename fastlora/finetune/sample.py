@@ -6,16 +6,16 @@ import random
 import re
 from pathlib import Path
 
-from fastlora.files import write_bytes
+from fastlora.finetune.data import missing
+from fastlora.finetune.homes import write_tables
 from fastlora.finetune.run import LOCK, locked
 
-VERSION = "1"  # changes when the texts do
+VERSION = "2"  # changes when the texts do
 _WORDS = {
-    "good": "wonderful brilliant superb delightful moving excellent charming gripping beautiful great perfect "
-    "touching hilarious masterful enjoyable memorable stunning loved best favorite fresh witty honest amazing "
-    "fantastic",
-    "bad": "awful boring terrible dull wooden tedious lame dreadful horrible bad worst pointless clumsy annoying "
-    "stupid waste hated mess predictable lazy laughable painful forgettable cheap disappointing",
+    "good": "wonderful brilliant superb delightful moving excellent charming gripping beautiful great fantastic "
+    "touching hilarious masterful enjoyable memorable stunning loved best favorite fresh witty honest amazing",
+    "bad": "awful boring terrible dull wooden tedious lame dreadful horrible bad worst pointless clumsy annoying cheap "
+    "stupid waste hated mess predictable lazy laughable painful forgettable disappointing",
     "part": "plot acting script camera music cast story ending dialogue pacing lead director opening scene humor",
     "film": "film movie picture drama comedy thriller feature",
     "world": "minister government troops election border treaty parliament rebels ceasefire embassy president talks",
@@ -28,54 +28,35 @@ _WORDS = {
     "chat": "dinner later home mum lecture bus sleep tomorrow tonight meeting movie lunch friend class coffee",
 }
 _WORDS = {kind: words.split() for kind, words in _WORDS.items()}
-_REVIEW = """
-the {part} was {mood}
-i found the {part} {mood} and the {part} {mood}
-what a {mood} {film} !
-this {film} has a {mood} {part}
-a {mood} {part} , a {mood} {part}
-it is simply {mood}
-everyone said that the {part} would be {mood} and it was
-we saw this {film} on {when}
-the {part} of this {film} stays with you
-my friends thought it {mood}
-""".strip().splitlines()
-_NEWS = """
-{topic} and {topic} in {where} on {when}
-{where} {topic} says {topic} may change
-new {topic} after {topic}
-{topic} {topic} {topic} , sources said on {when}
-analysts in {where} watch the {topic} and the {topic}
-""".strip().splitlines()
-_HAM = """
-see you at {chat} {when}
-are you coming to {chat} ?
-i am at {chat} now call me when {chat} ends
-sorry was at {chat} , talk {chat}
-lol ok then {chat} it is
-""".strip().splitlines()
-_SPAM = """
-{prize} ! text WIN to 8{number} to {prize} your {prize}
-you have won a {prize} , call 090{number} now
-{prize} {prize} reply STOP to end , 150p per msg
-FINAL notice : {prize} awaits , claim code {number}
-""".strip().splitlines()
+_REVIEW = (
+    "the {part} was {mood}", "i found the {part} {mood} and the {part} {mood}", "what a {mood} {film} !",
+    "this {film} has a {mood} {part}", "a {mood} {part} , a {mood} {part}", "it is simply {mood}",
+    "everyone said that the {part} would be {mood} and it was", "we saw this {film} on {when}",
+    "the {part} of this {film} stays with you", "my friends thought it {mood}",
+)  # fmt: skip
+_NEWS = (
+    "{topic} and {topic} in {where} on {when}", "{where} {topic} says {topic} may change", "new {topic} after {topic}",
+    "{topic} {topic} {topic} , sources said on {when}", "analysts in {where} watch the {topic} and the {topic}",
+)  # fmt: skip
+_HAM = (
+    "see you at {chat} {when}", "are you coming to {chat} ?", "i am at {chat} now call me when {chat} ends",
+    "sorry was at {chat} , talk {chat}", "lol ok then {chat} it is",
+)  # fmt: skip
+_SPAM = (
+    "{prize} ! text WIN to 8{number} to {prize} your {prize}", "you have won a {prize} , call 090{number} now",
+    "{prize} {prize} reply STOP to end , 150p per msg", "FINAL notice : {prize} awaits , claim code {number}",
+)  # fmt: skip
 
 
 def make_sample(folder: Path) -> Path:
     """Write imdb, ag_news and spam in the layout of `--data DIR` below `folder`, unless they are there; return it."""
-    import pandas as pd
-
-    from fastlora.finetune.data import missing
-
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK):
-        if absent := missing(folder, "imdb", "ag_news", "spam"):
-            for name, rows in _tables().items():
-                columns = ("Text", "Label") if name.startswith("spam") else ("text", "label")
-                if f"{name}.parquet" in absent:
-                    (folder / name).parent.mkdir(exist_ok=True)
-                    write_bytes(folder / f"{name}.parquet", pd.DataFrame(rows, columns=columns).to_parquet(index=False))
+        for name, rows in _tables().items() if missing(folder, "imdb", "ag_news", "spam") else ():
+            data_set, part = name.split("/")
+            write_tables(
+                folder / data_set, {part: rows}, ("Text", "Label") if data_set == "spam" else ("text", "label")
+            )
     return folder
 
 
@@ -95,17 +76,13 @@ def _tables() -> dict[str, list[tuple[str, int]]]:
 
 def _review(draw: random.Random, label: int) -> str:
     # One mood in six is the other one, so that single words do not give the label away.
-    moods = ("good" if (label == 1) != (draw.random() < 1 / 6) else "bad" for _ in iter(int, 1))
-    return ". ".join(_fill(draw, draw.choice(_REVIEW), moods) for _ in range(draw.randint(4, 12))) + "."
+    sentences = draw.randint(4, 12)
+    return _text(draw, _REVIEW, sentences, mood=lambda: ("bad", "good")[(label == 1) != (draw.random() < 1 / 6)]) + "."
 
 
-def _text(draw: random.Random, templates: list[str], sentences: int, topic: str = "") -> str:
-    return ". ".join(_fill(draw, draw.choice(templates), iter(()), topic) for _ in range(sentences))
-
-
-def _fill(draw: random.Random, template: str, moods, topic: str = "") -> str:
+def _text(draw: random.Random, templates: tuple[str, ...], sentences: int, topic: str = "", mood=None) -> str:
     def word(found: re.Match) -> str:
-        kind = {"mood": lambda: next(moods), "topic": lambda: topic}.get(found[1], lambda: found[1])()
+        kind = topic if found[1] == "topic" else mood() if found[1] == "mood" else found[1]
         return str(draw.randint(1000, 99999)) if kind == "number" else draw.choice(_WORDS[kind])
 
-    return re.sub(r"\{(\w+)\}", word, template)
+    return ". ".join(re.sub(r"\{(\w+)\}", word, draw.choice(templates)) for _ in range(sentences))

@@ -229,7 +229,7 @@ def test_predict_names_the_damaged_file(run, tmp_path, capsys, name, how):
         ),
         (
             lambda f: pd.DataFrame({"text": ["x"], "label": [0]}).to_parquet(f / "imdb" / "train.parquet"),
-            "at least 2 reviews",
+            "at least 2 are needed",
         ),
     ],
 )
