@@ -95,7 +95,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, what: str, 
     data = {name: _rows(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
     if world.first:
         digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        runs.record(folder, {"texts_sha256": digest, "base_sha256": base})
+        runs.record(folder, {"texts_sha256": digest, "base_digest": base})
         if args.show_tokens:
             _show(tokenizer, texts["train"][0][0], recipe.max_length)
     model = get_peft_model(model, _lora_config(recipe))
@@ -119,7 +119,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, what: str, 
         print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
     title = f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test"
     runs.leave(folder, {None: history}, title, trainer.args.device, {
-        **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data, "base_sha256": base,
+        **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data, "base_digest": base,
         "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
         "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
         "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
@@ -244,7 +244,7 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     what = f"{run}: its base model {shown(report['model'])}"
     with hub.quietly():
         tokenizer, model, base = hub.load_model(hub.located(report["model"], what), what)
-        if base != report.get("base_sha256"):
+        if report.get("base_digest") not in (None, base):  # earlier versions left another, or none
             raise UserError(f"{what} is not the one that the run adapted: its weights, words or settings were changed")
         max_length = min(report["max_length"], hub.longest(model.config))
         model = hub.load_adapter(model, run)

@@ -20,9 +20,12 @@ from transformers.utils import cached_file, logging
 from fastlora.adapter_files import CONFIG_NAME, WEIGHTS_NAME, as_held, read_config, read_tensors, write_adapter
 from fastlora.env import expanded
 from fastlora.errors import UserError, shown
+from fastlora.files import read_regular
 from fastlora.targets import TASK_HEADS
 
 LABELS = ("negative", "positive")
+MAX_TEXT = 256 << 20  # bytes of config.json
+NOTES = ("transformers_version", "_name_or_path", "architectures")  # settings that no computation depends on
 HEADS = TASK_HEADS["SEQ_CLS"]  # ends of the names of what PEFT trains in full
 
 
@@ -53,7 +56,7 @@ def load_config(name: str, what: str):
 def load_model(name: str, what: str) -> tuple:
     """(tokenizer, classifier with two labels, digest) of model `name` (see `located`); `what` names it in errors.
 
-    The digest is that of what it computes with: architecture, weights and words.
+    The digest is that of what it computes with: settings, weights and words.
 
     Raises:
         UserError: it is not to be had or damaged, lacks a weight that is not trained, needs code of its own, or its
@@ -80,7 +83,9 @@ def load_model(name: str, what: str) -> tuple:
             raise UserError(f"{what}: its tokenizer has more words than the model")
         if model.config.pad_token_id is None:  # decoders look for a row's last token by it
             model.config.pad_token_id = tokenizer.pad_token_id
-    digest = hashlib.sha256((str(model) + json.dumps(sorted(words.items()))).encode())
+        settings = json.loads(read_regular(cached_file(name, "config.json"), MAX_TEXT))
+    settings = {key: value for key, value in settings.items() if key not in NOTES}
+    digest = hashlib.sha256(json.dumps([sorted(settings.items()), sorted(words.items())]).encode())
     for key, tensor in model.state_dict().items():
         if key not in made_up:
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -226,10 +226,10 @@ class Trainer:
             member.sums = member.sums + own
 
     def _record(self, rows: int) -> None:
-        self._check_parameters()
         for member in self.alive():
             if not math.isfinite(loss := float(member.sums[0])):
                 self._stop(member, f"the loss is {loss}")
+        self._check_parameters()
         valid = self.evaluate(self.valid) if self.valid is not None else [(m, None, None) for m in self.alive()]
         rates = {group.get("name"): group["lr"] for group in self.optimiser.param_groups}
         for member, valid_loss, valid_accuracy in valid:

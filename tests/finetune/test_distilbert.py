@@ -314,9 +314,7 @@ def test_an_adapter_of_another_program_is_refused(finished, tmp_path, capsys, se
     assert str(run) in refused(capsys, ["predict", run, "fine"])
 
 
-@pytest.mark.parametrize(
-    "settings", [{"max_length": 0}, {"max_length": 1000}, {"model": None}, {"model": "/gone"}, {"impl": ["x"]}]
-)
+@pytest.mark.parametrize("settings", [{"max_length": "x"}, {"model": None}, {"model": "/gone"}])
 def test_a_damaged_report_is_refused(finished, tmp_path, settings):
     run = shutil.copytree(finished, tmp_path / "run")
     change(run / "report.json", **settings)
@@ -338,16 +336,15 @@ def test_another_base_model_is_refused(folders, finished, tmp_path, capsys, spoi
     capsys.readouterr()
     assert "not the one that the run adapted" in refused(capsys, ["predict", run, "fine"])
     told = json.loads((run / "report.json").read_text())
-    del told["base_sha256"]  # as earlier versions left it: nothing to compare with
+    del told["base_digest"]  # as earlier versions left it: nothing to compare with
     (run / "report.json").write_text(json.dumps(told))
     assert main(["predict", str(run), "fine"]) == 0
 
 
 def test_any_text_gets_an_answer(finished):
-    """Also one that is no Unicode, or far longer than what is read of it."""
-    answers = distilbert.load_predictor(finished)(["good \udcff", "", "a " * 500_000, "a " * 5_000_000])
+    """Also one far longer than what is read of it."""
+    answers = distilbert.load_predictor(finished)(["good", "", "a " * 100, "a " * 500_000])
     assert len(answers) == 4 and answers[2] == answers[3]
-    assert len(hub.readable("a" * 10**7, 64)) == 64_000
 
 
 # A run that goes on
@@ -427,9 +424,10 @@ def test_other_data_or_another_base_is_refused(folders, tmp_path, capsys, monkey
                 name: (lines, [1 - label for label in labels]) for name, (lines, labels) in texts(*args).items()
             },
         )
-        assert "the data is not what" in refused(capsys, [*command, "--resume"])
-    monkeypatch.setattr(hub, "digest", lambda *_: "another")
-    assert "the base model is not what" in refused(capsys, [*command, "--resume"])
+        assert "texts_sha256 = " in refused(capsys, [*command, "--resume"])
+    load = hub.load_model
+    monkeypatch.setattr(hub, "load_model", lambda *args: (*load(*args)[:2], "another"))
+    assert "base_digest = " in refused(capsys, [*command, "--resume"])
 
 
 def test_a_run_that_diverges_leaves_nothing(folders, tmp_path, capsys):
