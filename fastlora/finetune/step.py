@@ -47,7 +47,7 @@ class Step:
     """`step(group)` takes one optimiser step on a group of batches; float64 (n, 2): summed loss, correct rows.
 
     n adapters over one frozen base may train at once: a batch then holds as many rows of each, one after the other.
-    Where the loss or the gradient of a named one is not finite, no step is taken and its sums are NaN.
+    They step by `gradients`, all or some at a time, and `update`; sums are NaN where a loss or gradient is not finite.
 
     Args:
         model: logits (batch, classes) of a batch's inputs; trained by cross-entropy, the mean over the group's rows.
@@ -56,8 +56,7 @@ class Step:
         world: the processes that train together; each is given as many rows of every batch.
 
     Attributes:
-        names: the adapters that a batch's rows belong to, in the order of the optimiser's groups; None is the model's
-            only one.
+        names: the adapters that a batch's rows belong to, in the order of the optimiser's groups; None: the only one.
         plain: why steps are not captured as CUDA graphs, or None when they are.
         scaler: float16's loss scaling, switched off for other precisions.
     """
@@ -105,8 +104,9 @@ class Step:
         return sums
 
     def gradients(self, group: Sequence[Batch]) -> Tensor:
-        """Leave the group's gradients in the parameters; the sums."""
-        self.optimiser.zero_grad(set_to_none=True)
+        """Leave the gradients of the adapters in `names` in their parameters; the sums."""
+        for p in (p for trained in self.groups() for p in trained["params"]):
+            p.grad = None
         rows, sums = sum(len(batch[-1]) for batch in group), 0
         for i, (*inputs, labels) in enumerate(group, 1):
             apart = self.world.size > 1 and i < len(group)  # gradients are exchanged with the last batch's
@@ -124,14 +124,16 @@ class Step:
 
     def _run(self, group: Sequence[Batch]) -> Tensor:
         sums = self.gradients(group)
-        if self.names[0] is not None and sums.isnan().any():
-            return sums
+        self.update()
+        return self.world.add(sums)
+
+    def update(self) -> None:
+        """Move the parameters of `names` by their gradients."""
         if self.settings.clip is not None:
             for trained in self.groups():
                 nn.utils.clip_grad_norm_(trained["params"], self.settings.clip)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        return self.world.add(sums)
 
     def groups(self) -> list[dict]:
         """The optimiser's groups of the adapters in `names`."""

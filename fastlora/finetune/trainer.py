@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,6 +79,7 @@ class Trainer:
         progress: show a progress bar and a line for each evaluation.
 
     Attributes:
+        at_once: members whose rows share a batch, on a CPU as many as its caches hold.
         step: takes one optimiser step on a list of batches; `step.plain` says why it is no CUDA graph, if it is none.
         epoch, position, steps: epochs done, batches done in this epoch, optimiser steps done in all.
     """
@@ -97,6 +98,7 @@ class Trainer:
         self.model, self.optimiser, self.train, self.valid = model, optimiser, train, valid
         self.settings, self.members, self.world = settings, members or (Member(),), world
         self.rates = [group["lr"] for group in optimiser.param_groups]
+        self.at_once = len(self.members)
         self.step = Step(model, optimiser, settings, world)
         if len(self.members) > 1:
             self.step.plain = "the members of a sweep are looked after at each step"
@@ -138,13 +140,13 @@ class Trainer:
 
         Members whose cross-entropy is not finite are stopped and left out; WorkError when it is the last one's.
         """
-        members = self._route(self.alive())
-        training = self.model.training
-        self.model.eval()
+        members, training = self.alive(), self.model.training
         sums = torch.zeros(len(members), 2, device=self.device, dtype=torch.float64)
-        for *inputs, labels in batches.in_order(len(members)):
-            with self.step.routed(len(labels)):
-                sums += self.step.losses(inputs, labels)[1]
+        self.model.eval()
+        for part, own in zip(self._parts(self.at_once), sums.split(self.at_once), strict=True):
+            for *inputs, labels in batches.in_order(len(part)):
+                with self.step.routed(len(labels)):
+                    own += self.step.losses(inputs, labels)[1]
         self.model.train(training)
         sums = self.world.add(sums).tolist()
         for member, (loss, _) in zip(members, sums, strict=True):
@@ -196,32 +198,36 @@ class Trainer:
     def _trained(self) -> dict[str, Tensor]:
         return {f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _route(self, members: list[Member]) -> list[Member]:
-        self.step.names = tuple(member.name for member in members)
-        return members
+    def _parts(self, size: int) -> Iterator[list[Member]]:
+        """The members that still train, at most `size` at a time; the step is told whose rows it gets."""
+        members = self.alive()
+        for i in range(0, len(members), size):
+            self.step.names = tuple(member.name for member in members[i : i + size])
+            yield members[i : i + size]
 
     def _group(self, numbers: range, members: list[Member]) -> list[Batch]:
         return [self.train.at(self.epoch, i, [member.own["seed"] for member in members]) for i in numbers]
 
     def _step(self, numbers: range) -> None:
-        """A step on the batches `numbers`; a sweep's members that diverge in it are stopped, and the others' redone.
+        """A step on the batches `numbers`. A sweep's members that diverge in it are stopped, and the others' redone.
 
-        On a GPU one member's NaN reaches the others' gradients through products with zero: its own, without the others
-        in the batch, tells whose it is.
+        On a GPU one member's NaN reaches the others' gradients through products with zero: one at a time tells whose.
         """
-        while True:
-            members = self._route(self.alive())
+        members, at_once = self.alive(), self.at_once
+        if members[0].name is None:
             sums = self.step(self._group(numbers, members))
-            bad = []
-            if members[0].name is not None:
-                bad = [m for m, lost in zip(members, sums.isnan().any(1).tolist(), strict=True) if lost]
-            if not bad:
-                break
-            if len(bad) > 1:
-                alone = [m for m in bad if self.step.gradients(self._group(numbers, self._route([m]))).isnan().any()]
-                bad = alone or bad
-            for member in bad:
-                self._stop(member, "its loss or gradient is not finite")
+        else:
+            while True:
+                sums = torch.cat([self.step.gradients(self._group(numbers, part)) for part in self._parts(at_once)])
+                lost = sums.isnan().any(1).tolist()
+                if not any(lost):
+                    break
+                for member, bad in zip(members, lost, strict=True):
+                    if bad and at_once == 1:
+                        self._stop(member, "its loss or gradient is not finite")
+                members, at_once = self.alive(), 1
+            (_,) = self._parts(len(members))
+            self.step.update()
         for member, own in zip(members, sums, strict=True):
             member.sums = member.sums + own
 
@@ -253,12 +259,15 @@ class Trainer:
                  f"{row['valid_accuracy']:.2%}" + (f" ({member.label})" if member.name else ""))  # fmt: skip
 
     def _check_parameters(self) -> None:
-        for member in self._route(self.alive()):
-            (group,) = (group for group in self.optimiser.param_groups if group.get("name") == member.name)
-            if not torch.stack([p.isfinite().all() for p in group["params"]]).all():
+        for (member,) in self._parts(1):
+            if not torch.stack([p.isfinite().all() for p in self.step.groups()[0]["params"]]).all():
                 self._stop(member, "a parameter is not finite")
 
     def _stop(self, member: Member, why: str) -> None:
+        for p in (
+            p for group in self.optimiser.param_groups if group.get("name") == member.name for p in group["params"]
+        ):
+            p.grad = None
         member.stopped = f"diverged in epoch {min(self.epoch + 1, self.settings.epochs)}: {why}; a smaller lr may help"
         if not self.alive():
             raise WorkError(f"training {member.stopped}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable
 
@@ -22,6 +23,7 @@ from fastlora.finetune.options import check_numbers
 from fastlora.finetune.trainer import Member, Trainer, best
 from fastlora.linear import EagerLoRALinear, FusedLoRALinear
 
+CPU_ROWS = 1024  # of a pass through the model: more fall out of the caches
 LAYERS = {"fused": FusedLoRALinear, "eager": EagerLoRALinear}
 
 
@@ -69,8 +71,7 @@ def groups_of(model: nn.Module, members: Iterable[Member]) -> list[dict]:
 def announce(trainer: Trainer) -> None:
     """Say what memory a sweep needs and how large one would fit; UserError where this one does not.
 
-    Measured, not known: what one member keeps for backward of its first batch, beside its gradients and the
-    optimiser's numbers.
+    Measured: what one member keeps for backward of its first batch, beside its gradients and the optimiser's numbers.
     """
     member, kept = max(trainer.members, key=lambda member: member.own["rank"]), {}
 
@@ -86,14 +87,17 @@ def announce(trainer: Trainer) -> None:
     (group,) = groups_of(trainer.model, [member])
     states = 2 if isinstance(trainer.optimiser, torch.optim.AdamW) else 0  # numbers for each parameter
     numbers = sum(p.numel() * p.element_size() for p in group["params"])
-    each = numbers * (2 + states) + sum(size for place, size in kept.items() if place not in base)
+    each, batch = numbers * (2 + states), sum(size for place, size in kept.items() if place not in base)
     if trainer.device.type == "cuda":
         free = torch.cuda.mem_get_info(trainer.device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    count, fit = len(trainer.members), int(0.9 * free / each)
-    print(f"{count} runs at once, about {each / 2**20:,.1f} MiB each; {free / 2**20:,.0f} MiB are free, enough for "
-          f"{fit:,}", flush=True)  # fmt: skip
+    count, together = len(trainer.members), batch * trainer.at_once
+    if trainer.at_once == count:
+        each, together = each + batch, 0
+    fit = max(0, int((0.9 * free - together) / each))
+    print(f"{count} runs at once: about {(together + count * each) / 2**20:,.1f} MiB of {free / 2**20:,.0f} that are "
+          f"free, enough for {fit:,}", flush=True)  # fmt: skip
     if count > fit:
         raise UserError(f"--sweep: {count} runs need more memory than there is; at most {fit} fit")
 
@@ -115,6 +119,9 @@ def fine_tune(
     if resumed and trainer.world.first:
         print(f"resumed after step {trainer.steps}")
     if several:
+        if trainer.device.type == "cpu":
+            rows = data.train.batch_size * math.prod(data.shape)
+            trainer.at_once = max(1, min(len(trainer.members), CPU_ROWS // rows))
         announce(trainer)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
