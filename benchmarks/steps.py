@@ -24,9 +24,9 @@ import fastlora
 from benchmarks.measure import interleave, metadata, ratio, summary, write_results
 from fastlora.finetune import gpt2, imdb, options, spam
 from fastlora.finetune.parallel import ALONE
-from fastlora.finetune.run import LAYERS
 from fastlora.finetune.step import PRECISIONS, Step, StepSettings
 from fastlora.finetune.trainer import Settings, Trainer
+from fastlora.finetune.tune import LAYERS
 
 ARMS = ("bare", "eager", "fused")
 SHARES = {"gpt2": 0.45, "imdb": 0.12, "imdb runs": 0.18, "spam runs": 0.25}
@@ -105,7 +105,7 @@ def _measure(what: str, arms: dict, batches: list, args: argparse.Namespace, sha
     for name in ("eager", "fused"):
         step = Step(*arms[name]())
         first = itertools.islice(itertools.cycle(batches), 5)
-        losses[name] = [step([batch])[0].item() / len(batch[-1]) for batch in first]
+        losses[name] = [step([batch])[0, 0].item() / len(batch[-1]) for batch in first]
     steps = {name: _stepping(Step(*arms[name]()), itertools.cycle(batches)) for name in arms}
     samples = interleave(steps, args.seconds * share, device=args.device, min_rounds=5)
     return {"what": what, "kind": "step", "losses": losses, "same_loss": _close(losses), **_compared(samples)}
@@ -137,8 +137,8 @@ def _imdb(args: argparse.Namespace, device: torch.device):
     with tempfile.TemporaryDirectory() as folder:
         given = _program_arguments(imdb, args, folder)
         recipe = imdb.RECIPES["default"]
-        data = imdb.load_data(imdb.locate(args.data, "imdb", "ag_news"), given, recipe, device)
-        base, _ = imdb.make_base(given.seed, recipe, data, device)
+        data = imdb.load_data(given, recipe, device)
+        base, _ = imdb.make_base(recipe, data, device)
     base.fc2 = nn.Linear(base.fc1.out_features, len(imdb.LABELS), device=device)
 
     def optimiser(trained):
@@ -150,13 +150,12 @@ def _imdb(args: argparse.Namespace, device: torch.device):
 
     settings = StepSettings(recipe.clip, args.precision)
     arms = {name: _arm(name, base, adapted, "fc2", optimiser, settings) for name in ARMS}
-    yield _measure("imdb, 64 reviews", arms, list(itertools.islice(data.train, 64)), args, SHARES["imdb"])
-
-    def schedule(optimiser):
-        return torch.optim.lr_scheduler.ExponentialLR(optimiser, recipe.decay)
+    yield _measure(
+        "imdb, 64 reviews", arms, [data.train.at(0, i) for i in range(min(64, len(data.train)))], args, SHARES["imdb"]
+    )
 
     parts = (data.train, data.valid, data.test)
-    yield _runs(f"imdb, {recipe.epochs} epochs", arms, parts, recipe.epochs, schedule, args, SHARES["imdb runs"])
+    yield _runs(f"imdb, {recipe.epochs} epochs", arms, parts, recipe.epochs, recipe.decay, args, SHARES["imdb runs"])
 
 
 def _spam_runs(args: argparse.Namespace, device: torch.device):
@@ -165,9 +164,7 @@ def _spam_runs(args: argparse.Namespace, device: torch.device):
     data = spam.load_data(given, spam.Recipe(), ALONE, device)
     torch.manual_seed(0)
     arms = _spam_arms(gpt2.GPT2(gpt2.CONFIGS["nano"]).to(device), device, args)
-    yield _runs(
-        "spam nano, 1 epoch", arms, (data.train, data.valid, data.test), 1, lambda _: None, args, SHARES["spam runs"]
-    )
+    yield _runs("spam nano, 1 epoch", arms, (data.train, data.valid, data.test), 1, 1.0, args, SHARES["spam runs"])
 
 
 def _program_arguments(program, args: argparse.Namespace, folder: str) -> argparse.Namespace:
@@ -177,7 +174,9 @@ def _program_arguments(program, args: argparse.Namespace, folder: str) -> argpar
     return parser.parse_args(["--data", args.data, "--device", args.device, "--output", folder])
 
 
-def _runs(what: str, arms: dict, parts: tuple, epochs: int, schedule, args: argparse.Namespace, share: float) -> dict:
+def _runs(
+    what: str, arms: dict, parts: tuple, epochs: int, decay: float, args: argparse.Namespace, share: float
+) -> dict:
     """Whole runs of eager and of fused, in turns: at least two of each."""
     end = time.perf_counter() + args.seconds * share
     train, valid, test = parts
@@ -188,14 +187,14 @@ def _runs(what: str, arms: dict, parts: tuple, epochs: int, schedule, args: argp
         for name in sorted(samples, reverse=len(samples["fused"]) % 2 == 1):
             model, optimiser, how = arms[name]()
             torch.manual_seed(2)
-            settings = Settings(epochs=epochs, clip=how.clip, precision=how.precision, graph=how.graph)
-            trainer = Trainer(model, optimiser, train, valid, settings, schedule(optimiser), progress=False)
+            settings = Settings(how.clip, how.precision, how.graph, epochs=epochs, decay=decay)
+            trainer = Trainer(model, optimiser, train, valid, settings, progress=False)
             began = time.perf_counter()
-            history = trainer.fit()
+            trainer.fit()
             samples[name].append(time.perf_counter() - began)
-            losses[name] = [row["train_loss"] for row in history]
+            losses[name] = [row["train_loss"] for row in trainer.members[0].history]
             if name not in accuracy:
-                accuracy[name] = trainer.evaluate(test)[1]
+                accuracy[name] = trainer.evaluate(test)[0][2]
     return {
         "what": what,
         "kind": "run",
