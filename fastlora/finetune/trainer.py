@@ -100,7 +100,7 @@ class Trainer:
         self.rates = [group["lr"] for group in optimiser.param_groups]
         self.at_once = len(self.members)
         self.step = Step(model, optimiser, settings, world)
-        if len(self.members) > 1:
+        if self.members[0].name is not None:
             self.step.plain = "the members of a sweep are looked after at each step"
         self.device, self.progress = self.step.device, progress and world.first
         self.epoch = self.position = self.steps = 0

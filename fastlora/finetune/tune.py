@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +89,7 @@ def announce(trainer: Trainer) -> None:
     states = 2 if isinstance(trainer.optimiser, torch.optim.AdamW) else 0  # numbers for each parameter
     numbers = sum(p.numel() * p.element_size() for p in group["params"])
     each, batch = numbers * (2 + states), sum(size for place, size in kept.items() if place not in base)
-    if trainer.device.type == "cuda":
-        free = torch.cuda.mem_get_info(trainer.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info(trainer.device)[0] if trainer.device.type == "cuda" else free_memory()
     count, together = len(trainer.members), batch * trainer.at_once
     if trainer.at_once == count:
         each, together = each + batch, 0
@@ -100,6 +98,15 @@ def announce(trainer: Trainer) -> None:
           f"free, enough for {fit:,}", flush=True)  # fmt: skip
     if count > fit:
         raise UserError(f"--sweep: {count} runs need more memory than there is; at most {fit} fit")
+
+
+def free_memory() -> int:
+    """Bytes of the machine's memory that a process may still take."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except OSError:  # not Linux: all of it
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def fine_tune(
@@ -114,7 +121,7 @@ def fine_tune(
         begun: go on from the checkpoint.
         keep: writes what else `predict` needs, of the member that it is given.
     """
-    folder, model, several = args.output, trainer.model, len(trainer.members) > 1
+    folder, model, several = args.output, trainer.model, bool(args.sweep)
     resumed = begun and trainer.resume()
     if resumed and trainer.world.first:
         print(f"resumed after step {trainer.steps}")

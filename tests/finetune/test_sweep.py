@@ -138,6 +138,11 @@ def test_a_mistake_is_one_line(sweep, said, tmp_path, capsys):
     assert said in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def test_a_sweep_of_one_and_one_under_accumulation(tmp_path):
+    assert main([*IMDB, "--sweep", "rank=3", "--accumulate", "2", "--output", str(tmp_path / "run")]) == 0
+    assert [run["rank"] for run in report(tmp_path / "run")["runs"]] == [3]
+
+
 def test_what_a_sweep_does_not_go_with(tmp_path, capsys):
     assert main([*IMDB, "--sweep", "lr=1", "--impl", "eager", "--output", str(tmp_path / "run")]) == 2
     assert "--sweep goes with --impl fused" in capsys.readouterr().err
@@ -216,7 +221,7 @@ def test_memory_is_said_and_too_large_a_sweep_refused(monkeypatch, capsys):
     run = trainer([0.1, 0.2])
     tune.announce(run)
     assert "2 runs at once: about" in capsys.readouterr().out
-    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    monkeypatch.setattr(tune, "free_memory", lambda: 1)
     with pytest.raises(UserError, match="2 runs need more memory than there is; at most 0 fit"):
         tune.announce(run)
 
