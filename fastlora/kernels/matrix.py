@@ -38,7 +38,7 @@ import triton
 from torch import Tensor
 
 from fastlora import env
-from fastlora.kernels import gemm, grads, hybrid, onepass, s, tiles
+from fastlora.kernels import gemm, grads, hybrid, onepass, s, shared, tiles
 from fastlora.kernels.dropout import Dropout, mask_bits, mask_launch
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import TARGETS, Target
@@ -123,6 +123,18 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
             yield mask_launch(Dropout(p, SEED), out)
 
 
+def _shared_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
+    """As many adapters of a rank as share a launch, with dropout and without, dX written and added to."""
+    n = 4096 if aligned else 4097
+    for (count, R), dropout in itertools.product(((3, 16), (2, 32), (1, 64), (1, 128)), (Dropout(0.1, SEED), None)):
+        x, y, dropouts = _tensor(M, n, dtype, aligned), _tensor(M, n, dtype, aligned), [dropout] * 2 * count
+        As = [_tensor(R, n, adapter) for _ in dropouts]
+        S = [_tensor(M, R, dtype) for _ in dropouts]
+        yield from shared.s_shared_launches(target, x, As, [2.0] * 2 * count, dropouts, S)[0]
+        yield from shared.da_dx_shared_launches(target, S, x, As, dropouts, As, y)  # the second launch adds
+        yield from shared.da_dx_shared_launches(target, S, x, As, dropouts, As, None)
+
+
 def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
     """Every tile of the GEMM: forward, dX with a mask and with none."""
     kind = tiles.kind_of(dtype, tiles.input_precision(dtype, target))
@@ -170,6 +182,7 @@ def launches(targets: Iterable[Target] = TARGETS, quick: bool = False) -> Iterat
             try:
                 torch.set_float32_matmul_precision("high" if fast else "highest")
                 made = [*_rank_launches(target, dtype, adapter, aligned)]
+                made += _shared_launches(target, dtype, adapter, aligned)
                 made += _gemm_launches(target, dtype, adapter, aligned)
                 made += _specialised_launches(target, dtype, adapter, aligned)
             finally:
