@@ -88,7 +88,7 @@ def node():
         Extension(
             f"fastlora.{name}",
             sources=["csrc/node.cpp"],
-            depends=[f"csrc/{header}.h" for header in ("call", "layer", "node_cpu", "record", "table")],
+            depends=[f"csrc/{header}.h" for header in ("call", "layer", "node_cpu", "node_shared", "record", "table")],
             include_dirs=[str(include), str(include / "torch" / "csrc" / "api" / "include")],
             library_dirs=[str(folder / "lib")],
             libraries=["torch_python", "torch_cpu", "c10"],

@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/utils/wrap_outputs.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
 
@@ -45,7 +46,8 @@ using torch::autograd::variable_list;
 // Given once by `prepare`, and kept for good.
 std::vector<PyObject*> paths;  // fastlora.paths.PATHS, then what has tiles of its own; a path is its place among them
 int path_cpu = -1;
-PyObject* python_gradients = nullptr;  // fastlora.autograd.gradients
+PyObject* python_gradients = nullptr;         // fastlora.autograd.gradients
+PyObject* python_shared_gradients = nullptr;  // fastlora.shared_autograd.gradients
 PyObject *python_forward = nullptr, *python_backward = nullptr;  // the ops of fastlora/ops.py
 
 // ---- the gate: which tensors are ordinary ----
@@ -166,15 +168,20 @@ Result forward(const Plan& plan, const Layer& layer) {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
   if (!plan.record) return fastlora::cpu::forward(layer);
   const Tensor none;
-  auto found = plan.record->run<6>({&layer.x, &layer.weight, &layer.lora_A, &layer.lora_B,
-                                    layer.bias ? &*layer.bias : &none, &layer.seed}, plan.stream);
+  const Tensor* inputs[] = {&layer.x,      &layer.weight,
+                            &layer.lora_A, &layer.lora_B,
+                            layer.bias ? &*layer.bias : &none, &layer.seed};
+  Tensor found[2];
+  plan.record->run(inputs, 6, found, plan.stream);
   return {std::move(found[0]), std::move(found[1])};
 }
 
 Gradients backward(const Plan& plan, const Incoming& in) {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
   if (!plan.record) return fastlora::cpu::backward(in);
-  auto found = plan.record->run<7>({&in.dy, &in.x, &in.weight, &in.lora_A, &in.lora_B, &in.S, &in.seed}, plan.stream);
+  const Tensor* inputs[] = {&in.dy, &in.x, &in.weight, &in.lora_A, &in.lora_B, &in.S, &in.seed};
+  Tensor found[3];
+  plan.record->run(inputs, 7, found, plan.stream);
   Gradients gradients;
   std::size_t next = 0;
   if (in.weight.defined()) gradients.dx = std::move(found[next++]);
@@ -268,6 +275,14 @@ Tensor shadow(const Tensor& x) {
   return zeros;
 }
 
+// dx (M, K) with the leading sizes of dy.
+Tensor shaped(const Tensor& dx, const Tensor& dy) {
+  if (dy.dim() == 2) return dx;
+  auto shape = dy.sizes().vec();
+  shape.back() = dx.size(1);
+  return dx.view(shape);
+}
+
 struct LoRALinear : torch::autograd::Function<LoRALinear> {
   // Only what may get a gradient stands before `layer`: torch keeps sizes of each.
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& lora_A,
@@ -313,12 +328,7 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
  private:
   static variable_list gradients(const Plan& plan, const Incoming& in, const Needs& needs) {
     Gradients found = ::backward(plan, in);
-    if (needs.x && in.dy.dim() != 2) {
-      auto shape = in.dy.sizes().vec();
-      shape.back() = in.lora_A.size(1);
-      found.dx = found.dx.view(shape);
-    }
-    return {found.dx, found.dA, found.dB, needs.bias ? fastlora::rows_of(in.dy).sum(0) : Tensor()};
+    return {needs.x ? shaped(found.dx, in.dy) : Tensor(), found.dA, found.dB, needs.bias ? fastlora::rows_of(in.dy).sum(0) : Tensor()};
   }
 };
 
@@ -422,8 +432,6 @@ TORCH_LIBRARY_FRAGMENT(fastlora, library) {
   library.impl("backward", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(op_backward));
 }
 
-// ---- the module ----
-
 // A path with tiles of its own (Path.with_tiles) is met here for the first time.
 int path_of(PyObject* object) {
   for (std::size_t i = 0; i < paths.size(); ++i)
@@ -431,6 +439,14 @@ int path_of(PyObject* object) {
   paths.push_back(Py_NewRef(object));
   return static_cast<int>(paths.size() - 1);
 }
+
+}  // namespace
+
+#include "node_shared.h"
+
+namespace {
+
+// ---- the module ----
 
 PyObject* lora_linear(PyObject*, PyObject* const* values, Py_ssize_t count) { return call(-1, values, count); }
 
@@ -440,10 +456,10 @@ PyObject* run(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return call(path, values + 1, count - 1);
 }
 
-// prepare(kernels or None, gradients, paths, the place of `cpu` among them): once, before anything else
+// prepare(kernels or None, gradients, those of projections that share x, paths, the place of `cpu` among them): once, before anything else
 PyObject* prepare(PyObject*, PyObject* arguments) {
-  PyObject *capsule, *gradients, *all;
-  if (!PyArg_ParseTuple(arguments, "OOO!i", &capsule, &gradients, &PyTuple_Type, &all, &path_cpu)) return nullptr;
+  PyObject *capsule, *gradients, *shared_gradients, *all;
+  if (!PyArg_ParseTuple(arguments, "OOOO!i", &capsule, &gradients, &shared_gradients, &PyTuple_Type, &all, &path_cpu)) return nullptr;
   if (capsule != Py_None) {
     const void* table = PyCapsule_GetPointer(capsule, fastlora::KERNELS);
     if (!table) return nullptr;
@@ -451,6 +467,7 @@ PyObject* prepare(PyObject*, PyObject* arguments) {
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(all); ++i) paths.push_back(Py_NewRef(PyTuple_GET_ITEM(all, i)));
   python_gradients = Py_NewRef(gradients);
+  python_shared_gradients = Py_NewRef(shared_gradients);
   Py_RETURN_NONE;
 }
 
@@ -539,19 +556,25 @@ PyObject* keep(PyObject*, PyObject* arguments) {
   END_HANDLE_TH_ERRORS
 }
 
-// replay(library, record, six tensors): the outputs of a record, on any tensors, by another library than the driver's
+// replay(library, record, tensors): the outputs of a record, on any tensors, by another library than the driver's
 PyObject* replay(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   const char* library;
   PyObject *object, *tensors;
   if (!PyArg_ParseTuple(arguments, "sOO!", &library, &object, &PyTuple_Type, &tensors)) return nullptr;
-  const Owned held(Py_NewRef(tensors));
-  const auto inputs = unwrapped<6>(held);
-  const auto record = fastlora::Record::parse(object, inputs[0]);
+  variable_list inputs(PyTuple_GET_SIZE(tensors));
+  std::vector<const Tensor*> addresses;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    PyObject* one = PyTuple_GET_ITEM(tensors, i);
+    if (one != Py_None) inputs[i] = THPVariable_Unpack(one);
+    addresses.push_back(&inputs[i]);
+  }
+  const auto record = fastlora::Record::parse(object, inputs.at(0));
   if (!record) return nullptr;
   TORCH_CHECK(fastlora::driver(library), "no driver in ", library);
-  const auto found = record->run<6>({&inputs[0], &inputs[1], &inputs[2], &inputs[3], &inputs[4], &inputs[5]}, nullptr);
-  return Py_BuildValue("(NNN)", wrapped(found[0]).release(), wrapped(found[1]).release(), wrapped(found[2]).release());
+  variable_list found(record->outputs());
+  record->run(addresses.data(), addresses.size(), found.data(), nullptr);
+  return torch::autograd::utils::wrap(found);
   END_HANDLE_TH_ERRORS
 }
 
@@ -569,6 +592,11 @@ PyMethodDef methods[] = {
     {"forget", forget, METH_NOARGS, "take back all that was chosen and recorded"},
     {"lacks", lacks, METH_VARARGS, "whether a record of this call would be of use"},
     {"keep", keep, METH_VARARGS, "hand over the record of a call, or None: there is none"},
+    {"lora_linears", fastcall<lora_linears>(), METH_FASTCALL, "y of projections that share x; None: left to Python"},
+    {"run_shared", fastcall<run_shared>(), METH_FASTCALL, "the same by the path given"},
+    {"choose_shared", fastcall<choose_shared>(), METH_FASTCALL, "say for which projections a path was chosen"},
+    {"lacks_shared", lacks_shared, METH_VARARGS, "whether a record of these projections would be of use"},
+    {"keep_shared", keep_shared, METH_VARARGS, "hand over the record of projections that share x, or None"},
     {"replay", replay, METH_VARARGS, "run a record by another library than the driver's, for tests"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -63,7 +63,8 @@ inline Result forward(const Layer& layer) {
   return {y, S};
 }
 
-inline Gradients backward(const Incoming& in) {
+// dx is added to `onto` (M, K), where that is defined.
+inline Gradients backward(const Incoming& in, const Tensor& onto = Tensor()) {
   const Tensor rows = dense_rows(in.dy), A = in.lora_A.contiguous(), B = in.lora_B.contiguous();
   const Tensor S = in.S.contiguous();
   Tensor x_rows;
@@ -84,9 +85,11 @@ inline Gradients backward(const Incoming& in) {
     found.dB = at::empty_like(B);
     call.dB = found.dB.data_ptr();
   }
-  call.add = is_bfloat16(rows);  // as in fastlora/paths/cpu.py
+  call.add = onto.defined() || is_bfloat16(rows);  // as in fastlora/paths/cpu.py
   if (in.weight.defined()) {
-    found.dx = call.add ? at::mm(rows, in.weight) : at::empty({call.M, call.K}, rows.options());
+    found.dx = onto.defined() ? onto
+               : call.add     ? at::mm(rows, in.weight)
+                              : at::empty({call.M, call.K}, rows.options());
     call.dx = found.dx.data_ptr();
   }
   call.dy = rows.const_data_ptr();
@@ -98,7 +101,7 @@ inline Gradients backward(const Incoming& in) {
   call.threads = at::get_num_threads();
   call.dropout = dropout(in.p, in.seed);
   TORCH_CHECK(kernels->backward(is_bfloat16(rows), is_bfloat16(A), call), "fastlora: out of memory");
-  if (in.weight.defined() && !call.add) found.dx.addmm_(rows, in.weight);
+  if (in.weight.defined() && (onto.defined() || !call.add)) found.dx.addmm_(rows, in.weight);
   return found;
 }
 

@@ -155,7 +155,7 @@ class Record {
   }
 
  public:
-  static constexpr int SLOTS = 16, PARAMETERS = 64, BYTES = 4096;
+  static constexpr int SLOTS = 40, PARAMETERS = 64, BYTES = 4096;
 
   // (outputs, workspace, steps), for tensors like `like`; null with an error of Python's set where it is none. A step
   // is the bytes of a Product, or (function, grid, threads, shared, attributes, parameters, places, pointers, maps).
@@ -199,26 +199,26 @@ class Record {
     return record;
   }
 
-  // The outputs, made anew. `inputs` may hold undefined tensors; `stream` is the current one of the first's device.
-  template <std::size_t COUNT>
-  std::array<Tensor, 3> run(const std::array<const Tensor*, COUNT>& inputs, void* stream) const {
+  std::size_t outputs() const { return outputs_.size(); }
+
+  // Makes the outputs anew. The `given` inputs may be undefined; `stream` is the current one of their device.
+  void run(const Tensor* const* inputs, std::size_t given, Tensor* outputs, void* stream) const {
     const Driver& driver = *fastlora::driver();
     const Tensor* slots[SLOTS];
     char* addresses[SLOTS];
-    std::array<Tensor, 3> outputs;
-    std::copy(inputs.begin(), inputs.end(), slots);
+    std::copy(inputs, inputs + given, slots);
     for (std::size_t i = 0; i < outputs_.size(); ++i) {
       const Output& output = outputs_[i];
       const Tensor& like = *inputs[output.like];
       const c10::DispatchKeySet keys(like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
       outputs[i] = at::detail::empty_generic(at::IntArrayRef(output.sizes, output.dims), allocator_, keys,
                                              like.scalar_type(), std::nullopt);
-      slots[COUNT + i] = &outputs[i];
+      slots[given + i] = &outputs[i];
     }
-    const std::size_t count = COUNT + outputs_.size();
+    const std::size_t count = given + outputs_.size();
     for (std::size_t i = 0; i < count; ++i) {
       const Tensor& t = *slots[i];
-      const void* address = !t.defined() ? nullptr : i < COUNT ? t.const_data_ptr() : t.data_ptr();
+      const void* address = !t.defined() ? nullptr : i < given ? t.const_data_ptr() : t.data_ptr();
       addresses[i] = static_cast<char*>(const_cast<void*>(address));
     }
     const c10::DataPtr workspace = workspace_ ? allocator_->allocate(workspace_) : c10::DataPtr();
@@ -231,7 +231,6 @@ class Record {
         start(driver, step.launch, addresses, stream);
       }
     }
-    return outputs;
   }
 
  private:

@@ -19,7 +19,7 @@
 namespace fastlora {
 
 class Key {
-  static constexpr int CAPACITY = 96;
+  static constexpr int CAPACITY = 288;  // of a call of several projections
   int64_t count_ = 0, values_[CAPACITY];
 
  public:
@@ -43,6 +43,10 @@ class Key {
     add(t.dim() << 16 | static_cast<int64_t>(t.scalar_type()) << 8 | static_cast<int64_t>(place));
     for (const int64_t size : t.sizes()) add(size);
     for (const int64_t stride : t.strides()) add(stride);
+  }
+  void add(const Key& other) {
+    for (int64_t i = 0; i < other.count_; ++i) add(other.values_[i]);
+    overflows = overflows || other.overflows;
   }
   bool operator==(const Key& other) const {
     return count_ == other.count_ && !std::memcmp(values_, other.values_, count_ * sizeof *values_);

@@ -7,7 +7,7 @@ cost); in its largest element, and in norm. The unit is that of the coarsest dty
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -160,6 +160,27 @@ def _of_bank(got: dict[str, Tensor], inputs: Inputs, units: float, known: tuple)
         who = f"adapter {i}" if ranks is not None else "no adapter"
         found += [f"{who}: {what}" for what in violations(own, one, units, truth)]
     return found
+
+
+def shared_violations(function: Callable, many: Sequence[Inputs], units: float = 2.0) -> list[str]:
+    """Every way in which `function`, a `lora_linears`, breaks the rule on inputs that share x and dropout_p.
+
+    The eager reference and the truth of dX are the sums of what the projections give one by one.
+    """
+    known = [expected(one) for one in many]
+    x = many[0].x.detach().requires_grad_()
+    leaves = [
+        [None if t is None else t.detach().requires_grad_() for t in (one.lora_A, one.lora_B, one.bias)] for one in many
+    ]
+    each = [(one.weight, *leaf, one.scaling) for one, leaf in zip(many, leaves, strict=True)]
+    ys = function(x, each, many[0].dropout_p)
+    torch.autograd.backward(list(ys), [one.dy for one in many])
+    found = []
+    for y, one, own, leaf in zip(ys, many, known, leaves, strict=True):
+        gradients = {f"d{n}": t.grad for n, t in zip(("A", "B", "bias"), leaf, strict=True) if t is not None}
+        found += violations({"Y": y.detach(), **gradients}, one, units, own)
+    sums = tuple({"dX": sum(own[which]["dX"] for own in known)} for which in range(3))
+    return found + violations({"dX": x.grad}, many[0], units, sums)
 
 
 def _largest(t: Tensor) -> Tensor:

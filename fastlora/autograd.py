@@ -19,7 +19,7 @@ from fastlora import node
 from fastlora.base_layer import Packed, dense
 from fastlora.gate import why_eager
 from fastlora.node import NODE
-from fastlora.paths import ATEN, PATHS, Path, cpu
+from fastlora.paths import ATEN, Path
 from fastlora.paths.bank import Bank
 from fastlora.paths.problem import Update, draw_seed, rows
 
@@ -144,5 +144,3 @@ def _differentiable(dy, x, weight, S, update, path, needs):
 
 
 _nothing = nullcontext()
-if NODE is not None:
-    NODE.prepare(cpu.kernels(), gradients, tuple(PATHS.values()), list(PATHS).index("cpu"))

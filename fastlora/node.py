@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastlora.paths.path import Path
 from fastlora.paths.problem import Update
+from fastlora.paths.shared import Gradients, Made, Needs, Projection, Shared
 from fastlora.record import observe
 
 
@@ -54,3 +55,40 @@ def backward(path: Path, dy: Tensor, x, weight, S: Tensor, update: Update, need_
     found, record, _ = observe(lambda: path.backward(dy, x, weight, S, update, need_B), inputs, wanted)
     NODE.keep(path, inputs, scaling, p, need_B, record)
     return found
+
+
+def forward_shared(path: Path, shared: Shared, x: Tensor, many: list[Projection]) -> Made:
+    """`shared.forward`, recorded where the node has use for it. An input's slot: x, then five for each projection."""
+    inputs = (x, *(t for weight, bias, u in many for t in (weight, u.lora_A, u.lora_B, bias, u.seed)))
+    call = path, inputs, tuple(one.update.scaling for one in many), many[0].update.dropout_p, None
+    if not _records(path, x) or not NODE.lacks_shared(*call):
+        return shared.forward(x, many)
+
+    def flat() -> tuple[Tensor, ...]:
+        ys, Ss = shared.forward(x, many)
+        return (*ys, *Ss)
+
+    found, record, _ = observe(flat, inputs, (True,) * 2 * len(many))
+    NODE.keep_shared(*call, record)
+    return list(found[: len(many)]), list(found[len(many) :])
+
+
+def backward_shared(
+    path: Path, shared: Shared, dys: list[Tensor], x, many: list[Projection], Ss: list[Tensor], needs: Needs, given
+) -> Gradients:
+    """`shared.backward` likewise: x, then six for each; `given` are the dy (..., N) before their rows were counted."""
+    n = len(many)
+    each = zip(given, Ss, many, strict=True)
+    inputs = (x, *(t for dy, S, (weight, _, u) in each for t in (dy, weight, u.lora_A, u.lora_B, S, u.seed)))
+    wanted = (needs.x, *needs.A, *needs.B)
+    call = path, inputs, tuple(one.update.scaling for one in many), many[0].update.dropout_p, wanted
+    if not _records(path, dys[0]) or not NODE.lacks_shared(*call):
+        return shared.backward(dys, x, many, Ss, needs)
+
+    def flat() -> tuple[Tensor | None, ...]:
+        dx, dAs, dBs = shared.backward(dys, x, many, Ss, needs)
+        return (dx, *dAs, *dBs)
+
+    found, record, _ = observe(flat, inputs, wanted)
+    NODE.keep_shared(*call, record)
+    return found[0], list(found[1 : n + 1]), list(found[n + 1 :])

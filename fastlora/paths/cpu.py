@@ -125,39 +125,43 @@ def _forward(y: Tensor, x: Tensor, S: Tensor, update: Update) -> None:
         )  # fmt: skip
 
 
-def backward(dy, x, weight, S, update, need_B):
+def backward(dy, x, weight, S, update, need_B, onto=None):
+    """Gradients; dx is added to `onto` (M, K), where that is given."""
     check_saved(dy, x, weight, S, update)
     dy, S, lora_A, lora_B, bank = _dense_rows(dy), _dense(S), update.lora_A, update.lora_B, update.bank
     x = None if x is None else _dense_rows(rows(x))
     add = dy.dtype is torch.bfloat16  # the kernels add to ATen's product; else ATen adds to what they wrote
     new = torch.empty if bank is None else torch.zeros  # an adapter, or a row, may have no part in it
     shape = dy.shape[0], lora_A.shape[1]
-    dx = None if weight is None else torch.mm(dy, weight) if add else new(shape, dtype=dy.dtype)
+    if onto is not None:
+        dx = onto
+    else:
+        dx = None if weight is None else torch.mm(dy, weight) if add else new(shape, dtype=dy.dtype)
     dA = None if x is None else new(lora_A.shape, dtype=lora_A.dtype)
     dB = new(lora_B.shape, dtype=lora_B.dtype) if need_B else None
     order = None if bank is None else bank.order
     if order is None:
-        _backward(dx, dy, x, S, dA, dB, update)
+        _backward(dx, dy, x, S, dA, dB, update, add or onto is not None)
     else:
         mine = None if dx is None else dx[order]
-        _backward(mine, dy[order], None if x is None else x[order], S[order], dA, dB, update)
+        _backward(mine, dy[order], None if x is None else x[order], S[order], dA, dB, update, add)
         if dx is not None:
             dx[order] = mine
     if bank is not None and dA is not None:
         dA *= bank.column
-    if dx is not None and not add:
+    if dx is not None and (onto is not None or not add):
         dx.addmm_(dy, weight)
     return dx, dA, dB
 
 
-def _backward(dx: Tensor | None, dy: Tensor, x: Tensor | None, S: Tensor, dA, dB, update: Update) -> None:
-    """dA (R, K) and dB (N, R), and what the rank gives to dx (M, K): written or, in bfloat16, added."""
+def _backward(dx: Tensor | None, dy: Tensor, x: Tensor | None, S: Tensor, dA, dB, update, add) -> None:
+    """dA (R, K) and dB (N, R), and what the rank gives to dx (M, K): written or added."""
     lora_A, lora_B, _, parts = _parts(update, dy.shape[0])
     K, (N, R), size, wide = lora_A.shape[1], lora_B.shape, dy.element_size(), lora_A.element_size()
     stride = 0 if x is None else x.stride(0)
     for row, count, rank, r, scaling, p, seed in parts:
         _cpu.backward(
-            _address(dx, row * K * size), dy.dtype is torch.bfloat16, _CODES[dy.dtype], _CODES[lora_A.dtype],
+            _address(dx, row * K * size), add, _CODES[dy.dtype], _CODES[lora_A.dtype],
             dy.data_ptr() + row * dy.stride(0) * size, dy.stride(0), _address(x, row * stride * size), stride,
             lora_A.data_ptr() + rank * K * wide, lora_B.data_ptr() + rank * wide,
             S.data_ptr() + (row * R + rank) * size, _address(dA, rank * K * wide), _address(dB, rank * wide),
