@@ -15,6 +15,7 @@ from fastlora.choice import explain, paths, selfcheck
 from fastlora.functional import lora_linear
 from fastlora.inject import inject
 from fastlora.linear import FusedLoRALinear
+from fastlora.shared import lora_linears
 
 __all__ = [
     "FusedLoRALinear",
@@ -23,6 +24,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linears",
     "paths",
     "peft",
     "reference",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def select(
     R, dropout = lora_A.shape[0], dropout_p > 0.0
     key = path, x.dtype, lora_A.dtype, R, dropout, bank
     if not x.is_cpu or path is not None:  # on a CPU only the rank matters
-        key = (*key, x.shape, N, K, x.device, _lies(x), _lies(weight), x.is_cuda and (_nothing_timed(), tf32()))
+        key = (*key, x.shape, N, K, x.device, _lies(x), _lies(weight), x.is_cuda and (nothing_timed(), tf32()))
     chosen = _selected.get(key)
     if chosen is None:
         problem = _problem(x, weight, R, x.dtype, lora_A.dtype, dropout, bank)
@@ -108,7 +108,7 @@ def choose(problem: Problem) -> Choice:
         return Choice(ATEN, "M, N or K is 0: nothing to multiply")
     if problem.device.type != "cuda":
         return Choice(ATEN, f"no other path is for device type {problem.device.type!r}")
-    forbidden = _nothing_timed()
+    forbidden = nothing_timed()
     if forbidden:
         return _guess(problem, forbidden)
     row = tuning.measured(problem)
@@ -127,7 +127,7 @@ def choose(problem: Problem) -> Choice:
     return Choice(plain, "measured fastest here", str(row))
 
 
-def _nothing_timed() -> str | None:
+def nothing_timed() -> str | None:
     """Why nothing may be timed now, or None: cheap, for it is asked in every call on a GPU."""
     if torch.cuda.is_current_stream_capturing():
         return "a graph is captured"
@@ -186,8 +186,15 @@ def explain(layer, x: Tensor) -> Choice:
         RuntimeError: FASTLORA_PATH names a path that cannot run here.
     """
     own = getattr(layer, "explain", None)
-    if callable(own):
-        return own(x)
+    choice = own(x) if callable(own) else _explain(layer, x)
+    group = getattr(layer, "_siblings", None)  # fastlora.siblings
+    names = group.names(layer) if group is not None and choice.path != "peft" else ()
+    if not names:
+        return choice
+    return replace(choice, reason=f"{choice.reason}; with those that read the same x: {', '.join(names)}")
+
+
+def _explain(layer, x: Tensor) -> Choice:
     if not isinstance(getattr(layer, "lora_A", None), Tensor):
         raise TypeError(f"layer is {type(layer).__name__}; it needs to be a FusedLoRALinear or a patched PEFT layer")
     if getattr(layer, "merged", False):
@@ -268,6 +275,11 @@ def _problem(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: b
     device, layout = check.indexed(x.device), None if layout == Layout(*plain, *plain) else layout
     precise = dtype is torch.float32 and tf32()
     return Problem(x.shape[0], N, K, R, dtype, adapter_dtype, device, dropout, layout, precise, bank)
+
+
+def problem_of(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> Problem:
+    """The problem of one call."""
+    return _problem(x, weight, lora_A.shape[0], x.dtype, lora_A.dtype, dropout_p > 0.0)
 
 
 def _lies(t: Tensor) -> tuple | None:

@@ -1,0 +1,121 @@
+"""Projections that share their input: `lora_linears`, several LoRA linear layers of one x as one autograd node.
+
+An attention's query, key and value read the same x, and so do a gated MLP's gate and up. Computed together they read x
+once for all their S, and the gradient of x is summed inside the products that make it, not by autograd afterwards:
+
+    import torch, fastlora
+
+    x = torch.randn(4, 16, 64, requires_grad=True)
+    qkv = [
+        (torch.randn(n, 64), torch.randn(8, 64, requires_grad=True), torch.zeros(n, 8, requires_grad=True), None, 2.0)
+        for n in (64, 32, 32)
+    ]
+    q, k, v = fastlora.lora_linears(x, qkv, dropout_p=0.1)  # each as fastlora.lora_linear(x, *one, dropout_p=0.1)
+
+`inject` and `fastlora.peft.patch` do it by themselves for layers that are seen to be called with one and the same x
+(`fastlora.siblings`): the first that is called computes all, the others hand over theirs. `fastlora.explain` and
+`fastlora.peft.report` name the group. Nothing else changes: outputs, gradients, masks and hooks are those of the layers
+one by one. Dropout costs a mask for each projection, as it does one by one; path `torch` then also reads x for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
+
+from fastlora import check_shared, env, shared_autograd
+from fastlora.arguments import check as check_arguments
+from fastlora.base_layer import Packed
+from fastlora.choice import nothing_timed, problem_of, select
+from fastlora.functional import cast_for_autocast, lora_linear
+from fastlora.gate import through_ops, why_eager
+from fastlora.node import NODE
+from fastlora.paths import PATHS
+from fastlora.paths.shared import KERNELS, SHARED
+from fastlora.shared_autograd import One
+
+
+def lora_linears(x: Tensor, projections: Sequence[One], dropout_p: float = 0.0, training: bool = True) -> list[Tensor]:
+    """`[lora_linear(x, *one, dropout_p, training) for one in projections]`, computed together.
+
+    Args:
+        x: (..., K), as for `lora_linear`.
+        projections: (weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) or None, scaling) of each; N and R may
+            differ. See `lora_linear` for dtypes.
+        dropout_p: probability, in [0, 1], that an element of x is dropped from an update; each has its own mask.
+        training: False turns dropout off.
+
+    Returns:
+        y (..., N) of each, as `lora_linear` returns it. Where they cannot be computed together (function transforms,
+        tensor subclasses, quantised weights, compilers, paths that differ) each is computed alone.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `lora_linear`.
+    """
+    ys = together(x, projections, dropout_p if training else 0.0)
+    return [lora_linear(x, *one, dropout_p, training) for one in projections] if ys is None else list(ys)
+
+
+def together(x: Tensor, projections: Sequence[One], p: float) -> Sequence[Tensor] | None:
+    """y of each, as one autograd node; None where each is to be computed alone."""
+    if len(projections) < 2 or through_ops() or not isinstance(p, Real):
+        return None
+    p = float(p)
+    if torch._C._is_any_autocast_enabled():
+        x, projections = _cast(x, projections)
+    forced = env.forced_path()
+    if NODE is not None and forced is None:
+        ys = NODE.lora_linears(x, projections, p)
+        if ys is not None:
+            return ys
+    name = path_for(x, projections, p, forced)
+    return None if name is None else shared_autograd.run(PATHS[name], x, projections, p)
+
+
+def path_for(x: Tensor, projections: Sequence[One], p: float, forced: str | None = None) -> str | None:
+    """The path by which these are computed together; None where each is to be computed alone, which also tells of a
+    wrong argument."""
+    learn = set()
+    try:
+        for weight, lora_A, lora_B, bias, scaling in projections:
+            check_arguments(x, weight, lora_A, lora_B, bias, p)
+            tensors = (x, weight, lora_A, lora_B, *(() if bias is None else (bias,)))
+            if (
+                weight.__class__ is Packed
+                or not isinstance(scaling, (float, int))
+                or weight.requires_grad
+                or (lora_A.dtype is torch.float64 and x.dtype is not torch.float64)
+                or any(unwrap_if_dead(t) is not t for t in tensors)
+                or any(t.device != x.device for t in tensors)
+                or why_eager(*tensors) is not None
+            ):
+                return None
+            learn.add(any(t.requires_grad for t in tensors))
+    except (TypeError, ValueError):
+        return None
+    if len(learn) > 1:  # one node makes one thing of them: what asks for no gradient would seem to
+        return None
+    chosen = [select(x, one[0], one[1], p, forced) for one in projections]
+    names = {(path.whole or path).name for path in chosen}
+    if len(names) > 1 and names <= KERNELS:
+        names = {"hybrid"}
+    name = names.pop()
+    if names or name not in SHARED or x.numel() == 0:
+        return None
+    if name in KERNELS and x.is_cuda:
+        problems = [problem_of(x, one[0], one[1], p) for one in projections]
+        if check_shared.admit(PATHS[name], SHARED[name], problems, bool(nothing_timed())) is not None:
+            return None
+    if NODE is not None and forced is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        NODE.choose_shared(PATHS[name], x, projections, p)
+    return name
+
+
+def _cast(x: Tensor, projections: Sequence[One]) -> tuple[Tensor, list[One]]:
+    """What autocast would hand to each."""
+    cast = [(*cast_for_autocast(x, one[0], one[3]), one) for one in projections]
+    return cast[0][0], [(weight, A, B, bias, scaling) for _, weight, bias, (_, A, B, _, scaling) in cast]
