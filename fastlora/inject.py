@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from fastlora import siblings
 from fastlora.bank import FusedLoRABank, RoutedCopies
 from fastlora.errors import warn_once
 from fastlora.linear import FusedLoRALinear
@@ -46,7 +47,8 @@ def inject(
 
     Layers are named as PEFT names them. Hooks on a replaced layer keep working. A layer that the model holds under
     several names is replaced under all of them and adapted once. The base weights stay where they are, shared with
-    whatever they were shared with. Nothing is changed when an error is raised.
+    whatever they were shared with. Query, key and value of a transformers model, and gate and up, are computed together
+    (`fastlora.siblings`). Nothing is changed when an error is raised.
 
     Args:
         model: any module that holds layers which `FusedLoRALinear.from_linear` takes.
@@ -175,6 +177,7 @@ def attach(
             if isinstance(part, FusedLoRALinear):
                 part.requires_grad_(True)
     _leave_fast_paths(model)
+    siblings.join(model, lambda layer: isinstance(layer, FusedLoRALinear))
     model.fastlora_config = plan.config if alone else {adapter: own.config for adapter, own in plans.items()}
     return model
 

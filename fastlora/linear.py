@@ -56,6 +56,7 @@ class FusedLoRALinear(nn.Module):
     scaling: float
     _lora_linear = staticmethod(lora_linear)
     _dora_linear = staticmethod(dora.dora_linear)
+    _siblings = None  # the group of layers that read the same x, see fastlora.siblings
     _quantised: nn.Module | None = None  # the layer taken over, for what it knows of its weight
 
     def __init__(
@@ -187,12 +188,25 @@ class FusedLoRALinear(nn.Module):
             return self._forward_special(x)
         if self._base is not None:
             return F.linear(x, self.weight, self.bias)
+        if self._siblings is not None:
+            y = self._siblings.y(self, x)
+            if y is not None:
+                return y
         try:  # past nn.Module.__getattr__, which costs half a microsecond a name
             own = self._parameters
             weight, bias, A, B = own["weight"], own["bias"], own["lora_A"], own["lora_B"]
         except KeyError:  # pruned or parametrised
             weight, bias, A, B = self.weight, self.bias, self.lora_A, self.lora_B
         return self._lora_linear(x, weight, A, B, bias, self.scaling, self.lora_dropout, self.training)
+
+    def _projection(self, x: Tensor) -> tuple | None:
+        """What `fastlora.siblings` computes together with others; None for a call that is more than `lora_linear`."""
+        own, kind = self._parameters, type(self)
+        plain = kind.forward is FusedLoRALinear.forward and kind._lora_linear is FusedLoRALinear._lora_linear
+        if self._special or self._base is not None or not plain or "forward" in self.__dict__ or "weight" not in own:
+            return None
+        dropout_p = float(self.lora_dropout) if self.training else 0.0
+        return (own["weight"], own["lora_A"], own["lora_B"], own["bias"], float(self.scaling)), dropout_p
 
     def _forward_special(self, x: Tensor) -> Tensor:
         """Over a quantised base, or DoRA."""

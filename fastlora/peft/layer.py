@@ -163,6 +163,12 @@ class Fused:
             if weight is None:
                 return Fused._examine(self, x, args, kwargs, parts)
             own, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
+        else:
+            group = self.__dict__.get("_siblings")
+            y = None if group is None else group.y(self, x)
+            if y is not None:
+                record.fused_calls += 1
+                return y
         if parts.base_type is Conv1D:
             weight = weight.t()
         p = drop.p if parts.drop_type is nn.Dropout and drop.training else 0.0
@@ -175,6 +181,20 @@ class Fused:
             return Fused._by_peft(self, record, y, x)
         record.fused_calls += 1
         return y if own is x else y.to(x_dtype)
+
+    def _projection(self, x: Tensor) -> tuple | None:
+        """What `fastlora.siblings` computes together with others; None for a call that is not known to be plain."""
+        record = self.__dict__.get("_fastlora")
+        parts = record.parts if record is not None else None
+        if parts is None or parts.special or "forward" in self.__dict__ or not parts.hold(self):
+            return None
+        if reasons.of_call(self, x, (), {}) is not None or parts.base.weight.requires_grad:
+            return None
+        scaling = self.scaling[parts.name]
+        if type(scaling) is not float or hasattr(parts.base.weight, "ds_id"):
+            return None
+        _, weight, lora_A, lora_B, bias, _, dropout_p = Fused._arguments(self, x)
+        return (weight, lora_A, lora_B, bias, scaling), float(dropout_p)
 
     def _examine(self, x, args, kwargs, parts: _Parts | None = None) -> Tensor:
         """The slow road: find out whether this call can be fused, and remember what the next ones may rely on.

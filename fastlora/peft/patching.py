@@ -8,6 +8,7 @@ import peft
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from fastlora import siblings
 from fastlora.errors import warn_once
 from fastlora.peft import reasons
 from fastlora.peft.layer import Fused, Record, fused_class
@@ -22,12 +23,14 @@ class LayerReport(str):
         fused: whether a call would be fused now.
         fused_calls, fallback_calls: eager calls so far; those inside compiled code are not counted.
         reasons: {reason: fallback calls} of the calls so far.
+        together: the names of the layers that are computed with this one, itself among them; () if it is alone.
     """
 
     fused: bool
     fused_calls: int
     fallback_calls: int
     reasons: dict[str, int]
+    together: tuple[str, ...] = ()
 
     def __new__(cls, text: str, fused: bool, record: Record | None = None):
         self = super().__new__(cls, text)
@@ -52,6 +55,7 @@ class Report(dict):
         width = max(map(len, self), default=0)
         lines = [
             f"{name:<{width}}  {entry}  [{entry.fused_calls} fused calls, {entry.fallback_calls} by PEFT]"
+            + f"  together: {', '.join(entry.together)}" * bool(entry.together)
             + "".join(f"\n{'':<{width}}    {calls} x {reason}" for reason, calls in entry.reasons.items())
             for name, entry in self.items()
         ]
@@ -84,6 +88,7 @@ def patch(module: nn.Module) -> nn.Module:
             layer.__class__ = kind
             layer.__dict__["_fastlora"] = Record(name)
         found = found or isinstance(layer, Fused)
+    siblings.join(module, lambda layer: isinstance(layer, Fused))
     if not found:
         warn_once(
             "fastlora.peft found nothing",
@@ -108,6 +113,7 @@ def unpatch(module: nn.Module) -> nn.Module:
         if own is not None and type(layer) is fused_class(own):
             layer.__class__ = own
             layer.__dict__.pop("_fastlora", None)
+            layer.__dict__.pop("_siblings", None)
         elif own is not None:  # fully_shard has put its own subclass on top
             warn_once(
                 ("fastlora.peft.unpatch", type(layer)),
@@ -127,7 +133,10 @@ def report(module: nn.Module) -> Report:
         TypeError: `module` is not an nn.Module.
     """
     _check_module(module)
-    return Report((name, _entry(layer)) for name, layer in module.named_modules() if isinstance(layer, LoraLayer))
+    found = Report((name, _entry(layer)) for name, layer in module.named_modules() if isinstance(layer, LoraLayer))
+    for name, entry in found.items():
+        entry.together = siblings.together_with(module.get_submodule(name))
+    return found
 
 
 def _entry(layer: LoraLayer) -> LayerReport:

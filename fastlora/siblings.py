@@ -1,0 +1,146 @@
+"""Layers of a model that read one and the same x: the first that is called computes all, the others hand over theirs.
+
+`inject` and `fastlora.peft.patch` look for them by architecture: query, key and value, or gate and up, of a module of
+transformers that has one input. What was computed for a layer is handed over when it is called with that very
+tensor, unchanged since, in the same mode and with the same parameters; otherwise it computes alone. So the numbers are
+those of the layers one by one, hooks on each layer run, and a group never waits for anything: each thread has its own
+outputs, of one call at most, dropped at the next. A layer for which twice in a row was computed in vain leaves.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from fastlora.shared import One, together
+
+FAMILIES = (
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+)
+_TWO_INPUTS = ("key_value_states", "encoder_hidden_states")  # of a forward whose key and value may read another tensor
+_IN_VAIN = 2
+
+
+class _Local(threading.local):
+    held: _Held | None = None
+
+
+class _Held:
+    """What one thread has computed and not yet handed over: y of each layer, and what it was computed with."""
+
+    __slots__ = ("mode", "version", "x", "ys")
+
+    def __init__(self, x: Tensor, mode: tuple, ys: dict[int, tuple[tuple, Tensor]]) -> None:
+        self.x, self.version, self.mode, self.ys = x, x._version, mode, ys
+
+
+class Siblings:
+    """Layers that share x: `members` are (layer, its name in the model).
+
+    A layer has a method `_projection(x)`: ((weight, lora_A, lora_B, bias, scaling), dropout_p) of a call that is to be
+    computed by `lora_linear` and nothing else, or None.
+    """
+
+    def __init__(self, members: tuple[tuple[nn.Module, str], ...]) -> None:
+        self.members, self._missed, self._local = members, {}, _Local()
+
+    def __getstate__(self) -> dict:
+        return {"members": self.members}  # a copy has computed nothing
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def names(self, layer: nn.Module) -> tuple[str, ...]:
+        """Of those that `layer` is computed with, its own among them; () where it computes alone."""
+        members = self.members
+        return tuple(name for _, name in members) if len(members) > 1 and any(o is layer for o, _ in members) else ()
+
+    def y(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """y of `layer`, computed now or before; None where it is to be computed alone."""
+        if is_compiling() or x.__class__ is not Tensor or x.is_inference():
+            return None
+        held, mode = self._local.held, _mode(x)
+        if held is not None:
+            found = held.ys.get(id(layer))
+            if found is not None and held.x is x and held.version == x._version and held.mode == mode:
+                own = layer._projection(x)
+                if own is not None and _signature(own) == found[0]:
+                    return self._handed_over(held, layer)
+            self._drop(held)
+        return self._computed(layer, x, mode) if self.names(layer) else None
+
+    def _handed_over(self, held: _Held, layer: nn.Module) -> Tensor:
+        y = held.ys.pop(id(layer))[1]
+        self._missed.pop(id(layer), None)
+        if not held.ys:
+            self._local.held = None
+        return y
+
+    def _drop(self, held: _Held) -> None:
+        """They did not come, or not as they were expected."""
+        self._local.held = None
+        for key in held.ys:
+            self._missed[key] = self._missed.get(key, 0) + 1
+        self.members = tuple(one for one in self.members if self._missed.get(id(one[0]), 0) < _IN_VAIN)
+
+    def _computed(self, layer: nn.Module, x: Tensor, mode: tuple) -> Tensor | None:
+        layers = [one for one, _ in self.members]
+        found = [one._projection(x) for one in layers]
+        if None in found or len({p for _, p in found}) > 1:
+            return None
+        signatures = [_signature(one) for one in found]
+        ys = together(x, [one for one, _ in found], found[0][1])
+        if ys is None:
+            return None
+        held = {id(one): (mark, y) for one, mark, y in zip(layers, signatures, ys, strict=True)}
+        y = held.pop(id(layer))[1]
+        self._local.held = _Held(x, mode, held)
+        return y
+
+
+def _mode(x: Tensor) -> tuple:
+    """What beside tensors decides what is computed."""
+    autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+    return torch.is_grad_enabled(), autocast and torch.get_autocast_dtype(x.device.type)
+
+
+def _signature(own: tuple[One, float]) -> tuple:
+    (weight, lora_A, lora_B, bias, scaling), p = own
+    marks = [(id(t), t._version, t.requires_grad) for t in (weight, lora_A, lora_B) if t is not None]
+    return (*marks, bias is None or (id(bias), bias._version), scaling, p)
+
+
+def join(model: nn.Module, takes: Callable[[nn.Module], bool]) -> None:
+    """Make groups of the layers of `model` that `takes` accepts."""
+    for prefix, parent in model.named_modules():
+        if not _one_input(prefix, parent):
+            continue
+        for family in FAMILIES:
+            found = {name: parent._modules.get(name) for name in family}
+            found = {name: layer for name, layer in found.items() if layer is not None and takes(layer)}
+            layers = list(found.values())
+            if len(layers) > 1 and len(set(map(id, layers))) == len(layers):
+                group = Siblings(tuple((layer, f"{prefix}.{name}".lstrip(".")) for name, layer in found.items()))
+                for layer in layers:
+                    layer.__dict__["_siblings"] = group
+
+
+def together_with(layer: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that `layer` is computed with, itself among them; () if it is computed alone."""
+    group = layer.__dict__.get("_siblings")
+    return () if group is None else group.names(layer)
+
+
+def _one_input(name: str, parent: nn.Module) -> bool:
+    kind = type(parent)
+    if not kind.__module__.startswith("transformers.models.") or "cross" in (name + kind.__name__).lower():
+        return False
+    return not any(other in inspect.signature(kind.forward).parameters for other in _TWO_INPUTS)
