@@ -8,7 +8,7 @@ of rank R are counted too. A read that a cache serves is not seen here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fastlora.paths.problem import Problem
@@ -168,6 +168,43 @@ def _cuda(work: Work) -> Passes:
         [Pass(sum(one.bytes for one in each), max(one.flops for one in each), max(one.tiles for one in each), True)]
         for each in split(work)
     )
+
+
+def apart(path: str, many: Sequence[Work]) -> list[Pass]:
+    """Projections of one x, each by a call of its own: their passes, and autograd's sums of dX."""
+    one = many[0]
+    sums = [Pass(3.0 * one.M * one.K * one.size)] * (len(many) - 1)
+    return [each for work in many for direction in PATHS[path](work) for each in direction] + sums
+
+
+def together(path: str, many: Sequence[Work]) -> list[Pass]:
+    """The same computed together (fastlora/paths/shared.py): what has the rank reads x once each way, dX is summed in
+    the products. With dropout `torch` makes and reads a dropped x for each."""
+    one, ranks = many[0], sum(work.R for work in many)
+    M, K, e, triton = one.M, one.K, one.size, path != "torch"
+    rows = M * K * e
+    if path == "cpu" or (path == "torch" and one.dropout):  # only the sums are gone
+        return apart(path, many)[: 1 - len(many)] + [Pass(rows)] * (len(many) - 1)
+    passes = [Pass(rows + e * ranks * (M + K), 2.0 * M * K * ranks, triton=triton)]  # S
+    for work in many:
+        N, R = work.N, work.R
+        if path == "torch":
+            passes += [product(work, M, K, N), product(work, M, R, N, extra=M * N * e)]
+            passes += [product(work, M, N, R), product(work, N, M, R)]
+        elif path == "hybrid":
+            passes += [product(work, M, R, N, triton=True), product(work, M, K, N, extra=M * N * e), _ds_db(work)]
+        else:
+            passes += [split(work)[0][-1], _ds_db(work)]
+    written = len(many) if triton else len(many) - 1  # products that add to a dX which is there
+    passes += [product(w, M, w.N, K, extra=rows * (i < written)) for i, w in enumerate(many)]
+    if triton:
+        return [*passes, Pass(2.0 * rows + e * ranks * (M + 2 * K), 4.0 * M * K * ranks, triton=True)]
+    return [*passes, Pass(rows + e * ranks * (M + K), 2.0 * M * K * ranks), Pass(2.0 * rows + e * ranks * (M + K))]
+
+
+def moved(passes: Sequence[Pass]) -> float:
+    """Bytes of all these."""
+    return sum(one.bytes for one in passes)
 
 
 PATHS: dict[str, Callable[[Work], Passes]] = {

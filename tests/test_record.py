@@ -14,6 +14,7 @@ from fastlora.kernels.tiles import WARP_SPECIALISED
 from fastlora.node import NODE
 from fastlora.paths import PATHS
 from fastlora.paths.problem import Update
+from fastlora.paths.shared import SHARED, Needs, Projection
 
 C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
@@ -116,6 +117,47 @@ def test_a_driver_is_given_what_the_launches_say(path, imaginary_gpu, driver, mo
         assert given == tuple(b if a is ... else a for a, b in zip(same, given, strict=True))
     fixed = {a.data_ptr(): b.data_ptr() for a, b in zip((*inputs, y, S), (*inputs, *found[:2]), strict=True)}
     assert not launches.differences([("", old) for _, old in wanted], [("", new) for _, new in rows], fixed)[0]
+
+
+@pytest.mark.parametrize("path", ["hybrid", "split"])
+def test_a_driver_is_given_what_the_launches_of_several_projections_say(path, imaginary_gpu, driver, monkeypatch):
+    from fastlora.kernels import launch
+
+    seen = []
+    run = launch.Launch.run
+    monkeypatch.setattr(launch.Launch, "run", lambda self: (run(self), seen.append(launch._recorded.get()[-1])))
+    many = [tensors(N=N, R=R)[:5] for N, R in ((96, 8), (32, 4), (64, 20))]
+    x, seeds = many[0][0], [torch.tensor(i) for i in range(3)]
+    updates = [Update(one[2], one[3], 2.0, 0.25, seed) for one, seed in zip(many, seeds, strict=True)]
+    each = [Projection(one[1], one[4], update) for one, update in zip(many, updates, strict=True)]
+    Ss = [torch.randn(64, u.lora_A.shape[0]).bfloat16() for u in updates]
+    dys = [torch.randn(64, one[1].shape[0]).bfloat16() for one in many]
+    forward = [t for w, bias, u in each for t in (w, u.lora_A, u.lora_B, bias, u.seed)]
+    backward = [
+        t for dy, S, (w, _, u) in zip(dys, Ss, each, strict=True) for t in (dy, w, u.lora_A, u.lora_B, S, u.seed)
+    ]
+    needs = Needs(True, (True,) * 3, (True,) * 3)
+
+    def flat(dx, dAs, dBs):
+        return [dx, *dAs, *dBs]
+
+    calls = [
+        (forward, 6, lambda: [t for found in SHARED[path].forward(x, each) for t in found]),
+        (backward, 7, lambda: flat(*SHARED[path].backward(dys, x, each, Ss, needs))),
+    ]
+    for inputs, count, call in calls:
+        seen.clear()
+        outputs, made, obstacle = record.observe(call, (x, *inputs), (True,) * count)
+        assert obstacle is None and seen
+        trace = launches.Trace(driver)
+        found = NODE.replay(driver, made, (x, *inputs))
+        rows = trace.take()
+        assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in outputs]
+        wanted = [expected(*one) for one in seen]
+        for (same, _), (given, _) in zip(wanted, rows, strict=True):
+            assert given == tuple(b if a is ... else a for a, b in zip(same, given, strict=True))
+        fixed = {a.data_ptr(): b.data_ptr() for a, b in zip((x, *inputs, *outputs), (x, *inputs, *found), strict=True)}
+        assert not launches.differences([("", old) for _, old in wanted], [("", new) for _, new in rows], fixed)[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,300 @@
+"""Layers that read one x: who computes for whom, and when each computes alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora import siblings
+from fastlora.linear import EagerLoRALinear, FusedLoRALinear
+from fastlora.siblings import Siblings
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """One entry for each time that layers were computed together: how many."""
+    calls, real = [], siblings.together
+
+    def together(x, projections, p):
+        ys = real(x, projections, p)
+        calls.extend([] if ys is None else [len(projections)])
+        return ys
+
+    monkeypatch.setattr(siblings, "together", together)
+    return calls
+
+
+def trio(p=0.0, kinds=(FusedLoRALinear,) * 3):
+    torch.manual_seed(0)
+    layers = [kind(24, n, r=4, lora_dropout=p) for kind, n in zip(kinds, (24, 16, 16), strict=True)]
+    for layer in layers:
+        nn.init.normal_(layer.weight)
+        nn.init.normal_(layer.lora_B)
+    group = Siblings(tuple(zip(layers, "qkv", strict=True)))
+    for layer in layers:
+        layer.__dict__["_siblings"] = group
+    return layers
+
+
+def alone(layers):
+    found = copy.deepcopy(layers)
+    for layer in found:
+        layer.__dict__.pop("_siblings")
+    return found
+
+
+def llama(**keywords):
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=50, **keywords,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def bert():
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=50,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return transformers.BertModel(config)
+
+
+def distilbert():
+    config = transformers.DistilBertConfig(
+        dim=32, hidden_dim=64, n_layers=1, n_heads=4, vocab_size=50, dropout=0.0, attention_dropout=0.0
+    )
+    return transformers.DistilBertModel(config)
+
+
+X = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (llama, (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")) * 2),
+        (bert, (("query", "key", "value"),)),
+        (distilbert, (("q_lin", "k_lin", "v_lin"),)),
+    ],
+)
+def test_inject_finds_them_and_the_model_computes_the_same(make, names, computed):
+    model = fastlora.inject(make(), r=4)
+    found = {layer._siblings for layer in model.modules() if getattr(layer, "_siblings", None)}
+    assert sorted(tuple(n.split(".")[-1] for _, n in group.members) for group in found) == sorted(names)
+    for layer in model.modules():
+        if isinstance(layer, FusedLoRALinear):
+            nn.init.normal_(layer.lora_B, std=0.1)
+    lonely = copy.deepcopy(model)
+    for layer in lonely.modules():
+        layer.__dict__.pop("_siblings", None)
+    results = []
+    for one in (model, lonely):
+        y = one(torch.arange(12).view(2, 6))[0]
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad for p in one.parameters() if p.requires_grad)])
+    assert len(computed) == len(names)  # the lonely one none
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_explain_and_report_name_the_group():
+    model = fastlora.inject(llama(), r=4)
+    layer = model.model.layers[0].self_attn.k_proj
+    assert "model.layers.0.self_attn.v_proj" in str(fastlora.explain(layer, torch.randn(3, 32)))
+    assert "same x" not in str(fastlora.explain(model.model.layers[0].self_attn.o_proj, torch.randn(3, 32)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_peft_layers_hand_over_and_are_counted(p, computed):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_dropout=p, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False
+    )
+    model = fastlora.peft.patch(peft.get_peft_model(llama(), config))
+    ids = torch.arange(12).view(2, 6)
+    for _ in range(2):
+        model(ids)[0].sum().backward()
+    assert computed == [3] * 2  # by the second forward each layer is known
+    report = fastlora.peft.report(model)
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    assert report[name].together == tuple(name.replace("q_", which) for which in ("q_", "k_", "v_"))
+    assert report.fused_calls == 12 and "together: " in str(report)
+    fastlora.peft.unpatch(model)
+    assert not any("_siblings" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_first_called_computes_all(p, computed):
+    layers = trio(p)
+    others = alone(layers)
+    torch.manual_seed(3)
+    got = [layer(X) for layer in layers]
+    torch.manual_seed(3)
+    assert all(torch.equal(a, other(X)) for a, other in zip(got, others, strict=True))
+    assert computed == [3] and layers[0]._siblings._local.held is None
+
+
+def test_another_tensor_and_a_changed_one_compute_alone(computed):
+    q, k, v = trio()
+    others = alone([q, k, v])
+    x = X.clone()
+    q(x)
+    assert torch.equal(k(x.clone()), others[1](x))  # equal, but not the same
+    x = X.clone()
+    q(x)
+    x.add_(1.0)
+    assert torch.equal(k(x), others[1](x))
+
+
+@pytest.mark.parametrize("change", ["lora_A", "weight", "scaling", "grad mode", "eval", "frozen"])
+def test_what_has_changed_since_is_computed_again(change):
+    q, k, _ = trio(p=0.3 if change == "eval" else 0.0)
+    q(X)
+    if change in ("lora_A", "weight"):
+        with torch.no_grad():
+            getattr(k, change).mul_(2.0)
+    elif change == "scaling":
+        k.scaling = 5.0
+    elif change == "eval":
+        k.eval()
+    elif change == "frozen":
+        k.requires_grad_(False)
+    with torch.set_grad_enabled(change != "grad mode"):
+        y, own = k(X), alone([k])[0](X)
+    assert torch.equal(y, own) and y.requires_grad == own.requires_grad
+
+
+def test_who_never_comes_leaves_the_group(computed):
+    q, k, v = trio()
+    for _ in range(4):
+        x = X.clone()
+        q(x), k(x)
+    assert computed == [3, 3, 2, 2]
+    assert [name for _, name in q._siblings.members] == ["q", "k"]
+    for _ in range(4):
+        v(X)  # alone
+    assert computed == [3, 3, 2, 2]
+
+
+def test_one_call_cut_short_changes_nothing(computed):
+    q, k, v = trio()
+    q(X)  # an error, say, before k and v
+    for _ in range(3):
+        x = X.clone()
+        q(x), k(x), v(x)
+    assert computed == [3] * 4
+
+
+def test_nothing_is_kept_for_longer_than_the_next_call():
+    q, k, v = trio()
+    x = X.clone()
+    left = weakref.ref(x)
+    q(x)
+    del x
+    y = X.clone()
+    q(y), k(y), v(y)
+    gc.collect()
+    assert left() is None and q._siblings._local.held is None
+
+
+def test_each_thread_has_its_own(computed):
+    q, k, v = trio()
+    others, wrong = alone([q, k, v]), []
+
+    def work(seed):
+        for i in range(50):
+            x = torch.randn(5, 24, generator=torch.Generator().manual_seed(100 * seed + i))
+            for layer, other in zip((q, k, v), others, strict=True):
+                if not torch.equal(layer(x), other(x)):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and computed == [3] * 200
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_computes_the_same(reentrant, computed):
+    layers = trio(p=0.3)
+
+    def run(x):
+        return sum(layer(x).square().sum() for layer in layers)
+
+    parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    x = X.clone().requires_grad_()
+    torch.manual_seed(2)
+    plain = torch.autograd.grad(run(x), [x, *parameters])
+    for _ in range(3):
+        x.grad = None
+        for p in parameters:
+            p.grad = None
+        torch.manual_seed(2)
+        checkpoint(run, x, use_reentrant=reentrant).backward()
+        assert all(torch.equal(a, b.grad) for a, b in zip(plain, [x, *parameters], strict=True))
+    assert computed == [3] * 7
+
+
+def test_hooks_on_each_module_run(computed):
+    layers, seen = trio(), []
+    for name, layer in zip("qkv", layers, strict=True):
+        layer.register_forward_pre_hook(lambda *a, name=name: seen.append(f"before {name}"))
+        layer.register_forward_hook(lambda *a, name=name: seen.append(f"after {name}"))
+    layers[2].register_forward_pre_hook(lambda module, given: (given[0] * 2.0,))
+    x = X.clone()
+    ys = [layer(x) for layer in layers]
+    assert seen == [f"{when} {name}" for name in "qkv" for when in ("before", "after")]
+    assert torch.equal(ys[2], alone(layers)[2].forward(x * 2.0))
+
+
+@pytest.mark.parametrize("kind", ["eager", "merged", "dora", "dropouts that differ", "inference"])
+def test_a_layer_that_is_more_than_lora_linear_keeps_all_alone(kind, computed):
+    layers = trio(kinds=(FusedLoRALinear, EagerLoRALinear, FusedLoRALinear)) if kind == "eager" else trio()
+    if kind == "merged":
+        layers[1].merge()
+    elif kind == "dora":
+        layers[1]._keep_base(None)
+        layers[1].__dict__["_special"], layers[1].use_dora = True, False
+    elif kind == "dropouts that differ":
+        layers[1].lora_dropout = 0.5
+    with torch.inference_mode(kind == "inference"):
+        x = X.clone()
+        for layer in layers:
+            layer(x)
+    assert computed == []
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_the_model_has_groups_of_its_own(how, computed):
+    model = fastlora.inject(llama(), r=4)
+    model(torch.arange(4).view(1, 4))
+    computed.clear()
+    other = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    other(torch.arange(4).view(1, 4))
+    assert computed == [3, 2] * 2
+    layer = other.model.layers[0].self_attn.q_proj
+    assert layer._siblings is not model.model.layers[0].self_attn.q_proj._siblings
+    assert any(one is layer for one, _ in layer._siblings.members)
+
+
+def test_cross_attention_is_no_group():
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=50,
+    )  # fmt: skip
+    model = fastlora.inject(transformers.BartModel(config), r=4)
+    assert not any("_siblings" in layer.__dict__ for layer in model.modules())
