@@ -83,7 +83,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:14} {numbers} {row['over']:6.2f}{goal}")
     case = {"M": M, "N": N, "K": K, "R": R, "dropout_p": DROPOUT, "dtype": "bfloat16"}
     payload = {"metadata": taken, "case": case, "rows": rows}
-    print(write_results("host", payload | {"unit": "microseconds a step", "goals for the ratio": GOALS, "goal for sharing": SHARED_GOAL}))
+    print(
+        write_results(
+            "host",
+            payload | {"unit": "microseconds a step", "goals for the ratio": GOALS, "goal for sharing": SHARED_GOAL},
+        )
+    )
     return 0
 
 

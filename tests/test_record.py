@@ -9,11 +9,11 @@ import pytest
 import torch
 from campaigns import launches, sync
 
-from fastlora import record
+from fastlora import check_shared, record
 from fastlora.kernels.tiles import WARP_SPECIALISED
 from fastlora.node import NODE
 from fastlora.paths import PATHS
-from fastlora.paths.problem import Update
+from fastlora.paths.problem import Problem, Update
 from fastlora.paths.shared import SHARED, Needs, Projection
 
 C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -158,6 +158,16 @@ def test_a_driver_is_given_what_the_launches_of_several_projections_say(path, im
             assert given == tuple(b if a is ... else a for a, b in zip(same, given, strict=True))
         fixed = {a.data_ptr(): b.data_ptr() for a, b in zip((x, *inputs, *outputs), (x, *inputs, *found), strict=True)}
         assert not launches.differences([("", old) for _, old in wanted], [("", new) for _, new in rows], fixed)[0]
+
+
+@pytest.mark.parametrize("path", ["hybrid", "split", "onepass"])
+def test_the_self_check_of_projections_that_share_x_names_their_kernels(path, imaginary_gpu):
+    kind, gpu = torch.bfloat16, torch.device("cuda", 0)
+    problems = [Problem(4096, N, 512, 8, kind, kind, gpu, True) for N in (512, 128, 128)]
+    names = {one.split()[0] for one in check_shared._kernels(SHARED[path], problems)}
+    assert {"s_shared_kernel", "da_dx_shared_kernel", "ds_db_kernel"} <= names
+    plain = [one._replace(dropout=False) for one in problems]
+    assert check_shared._kernels(SHARED[path], plain) != check_shared._kernels(SHARED[path], problems)
 
 
 @pytest.mark.parametrize(
