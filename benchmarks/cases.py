@@ -44,16 +44,23 @@ class Case:
     dropout: float
     base: str = ""  # "nf4": the weight is bitsandbytes' NF4 with double quantisation
     dora: bool = False
+    adapters: int = 1  # over the weight, each with its share of the rows
+    projections: int = 1  # that share x
 
     @property
     def name(self) -> str:
         drop = f"-p{self.dropout:g}" if self.dropout else ""
         kind = f"-{self.base}" * bool(self.base) + "-dora" * self.dora
+        kind += f"-{self.adapters}adapters" * (self.adapters > 1) + f"-{self.projections}share" * (self.projections > 1)
         return f"{self.family}-{self.M}x{self.K}x{self.N}-r{self.R}-{SHORT[self.dtype]}{drop}{kind}"
 
     @property
     def plain(self) -> bool:
-        return not self.base and not self.dora
+        return not self.base and not self.dora and not self.several
+
+    @property
+    def several(self) -> bool:
+        return self.adapters > 1 or self.projections > 1
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -101,6 +108,11 @@ def variants(case: Case) -> list[Case]:
     return [replace(case, base="nf4"), replace(case, dora=True), replace(case, base="nf4", dora=True)]
 
 
+def several(case: Case) -> list[Case]:
+    """`case` with eight adapters, and as query, key and value of one x."""
+    return [replace(case, adapters=8), replace(case, projections=3)]
+
+
 def cpu_jobs() -> list[Job]:
     """What two cores measure in about ten minutes. float16 has no fast product there: training steps only, last."""
     jobs = []
@@ -113,6 +125,9 @@ def cpu_jobs() -> list[Job]:
     for dtype in ("bfloat16", "float32"):
         for sizes in ((64, 100, 128, 2), (960, 768, 768, 16), (512, 1024, 4096, 16)):
             jobs += [Job(case, TRAIN, 2) for case in variants(Case("variant", *sizes, dtype, 0.0))]
+        for sizes in ((64, 100, 128, 2), (960, 768, 768, 16)):
+            for dropout in (0.0, 0.1):
+                jobs += [Job(case, TRAIN, 2) for case in several(Case("several", *sizes, dtype, dropout))]
     jobs += [Job(case, FORWARD, 3) for case in llama("llama3-8b", 0.0, (1, 16))]
     jobs += [Job(Case("llama3-8b-qo", 512, 4096, 4096, 16, "bfloat16", 0.1), TRAIN, 3)]
     jobs += [Job(case, TRAIN, 4) for case in classifier("float16", 0.0)]
@@ -135,6 +150,9 @@ def gpu_jobs() -> list[Job]:
     jobs += [Job(case, FORWARD, 3, captured) for case in llama("llama3-8b", 0.0, (1, 16))]
     jobs += [Job(case, TRAIN, 3, captured) for case in ranks()]
     jobs += [Job(case, TRAIN, 3) for one in headline for case in variants(one)]
+    jobs += [
+        Job(case, TRAIN, 3, captured) for one in [*headline, *classifier("bfloat16", 0.1)] for case in several(one)
+    ]
     jobs += [Job(case, TRAIN, 4) for one in llama("llama3-8b", 0.0, (512, 8192)) for case in variants(one)]
     jobs += [Job(case, FORWARD, 5, captured) for case in headline]
     jobs += [Job(case, TRAIN, 5, captured) for case in lorafusion("float16")[:3] + lorafusion("float32")[:1]]

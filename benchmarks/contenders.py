@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.cases import COMPILED, GRAPH, PLAIN, Case
 from benchmarks.measure import ROOT
+from benchmarks.several import Parts
 from fastlora import lora_linear, reference
 from fastlora.choice import choose
 from fastlora.linear import EagerLoRALinear
@@ -87,7 +88,7 @@ def draw(case: Case, count: int, device: torch.device, seed: int = 0) -> list[In
 class Contender:
     """Who is measured. `calls`: (case, sets of inputs, whether compiled) -> a call for each set, or `Unavailable`;
     `where`: on which cases and devices; `colour`: a rival's in the figure, else None; `ours`: fastlora's; `variants`:
-    also over a quantised base and with DoRA."""
+    also over a quantised base and with DoRA; `several`: several adapters, or projections of one x."""
 
     name: str
     calls: Callable[[Case, list[Inputs], bool], list[Call]]
@@ -96,18 +97,21 @@ class Contender:
     colour: str | None = None
     ours: bool = False
     variants: bool = False
+    several: bool = False
 
 
 def names(case: Case, device: torch.device) -> list[str]:
     """The contenders of a case on a device, the floor first; those that cannot run say so when they are built."""
-    return [name for name, one in CONTENDERS.items() if (case.plain or one.variants) and one.where(case, device)]
+    takes = {name: one.several if case.several else case.plain or one.variants for name, one in CONTENDERS.items()}
+    return [name for name, one in CONTENDERS.items() if takes[name] and one.where(case, device)]
 
 
 def chosen_path(case: Case, device: torch.device) -> str:
     """The path that `fastlora` takes for a case when none is forced."""
     M, N, K, R, dtype = case.M, case.N, case.K, case.R, case.torch_dtype
     dropout = case.dropout > 0 and not case.dora  # which drops elements of x itself
-    return choose(Problem(M, N, K, R, dtype, dtype, device, dropout)).path
+    R, bank = R * (1 if device.type == "cpu" else case.adapters), case.adapters > 1
+    return choose(Problem(M, N, K, R, dtype, dtype, device, dropout, bank=bank)).path
 
 
 def _layer(function: Callable, float32: bool = False) -> Callable[[Case, list[Inputs], bool], list[Call]]:
@@ -127,6 +131,8 @@ def _layer(function: Callable, float32: bool = False) -> Callable[[Case, list[In
 
 
 def _bare(case: Case, sets: list[Inputs], compiled: bool) -> list[Call]:
+    if case.several:
+        return [Call(*Parts(case, t).bare()) for t in sets]
     if case.base:
         return [Call(functools.partial(_base(case, t), t.x), (t.x,), t.dy) for t in sets]
     run = torch.compile(F.linear, dynamic=False) if compiled else F.linear
@@ -152,6 +158,8 @@ def _base(case: Case, t: Inputs) -> torch.nn.Module:
 
 def _eager(case: Case, sets: list[Inputs], compiled: bool) -> list[Call]:
     """The reference; over a quantised base with a weight that is dequantised for each call, and kept for backward."""
+    if case.several:
+        return _apart(reference.lora_linear)(case, sets, compiled)
     if case.plain:
         return _layer(reference.lora_linear)(case, sets, compiled)
     made = []
@@ -198,7 +206,14 @@ def _peft(case: Case, sets: list[Inputs], compiled: bool, float32: bool = False,
 
 def _fastlora(case: Case, sets: list[Inputs], compiled: bool) -> list[Call]:
     """Our function; a variant as PEFT's users have it, by `fastlora.peft.patch`."""
+    if case.several:
+        return [Call(*Parts(case, t).together()) for t in sets]
     return _layer(lora_linear)(case, sets, compiled) if case.plain else _peft(case, sets, compiled, patched=True)
+
+
+def _apart(function: Callable) -> Callable[[Case, list[Inputs], bool], list[Call]]:
+    """Several by a call of `function` each."""
+    return lambda case, sets, compiled: [Call(*Parts(case, t).apart(function)) for t in sets]
 
 
 def _without_dora(case: Case, sets: list[Inputs], compiled: bool, patched: bool = False) -> list[Call]:
@@ -261,6 +276,10 @@ def _narrow(case: Case, device: torch.device) -> bool:
     return case.dtype != "float32"
 
 
+def _several(case: Case, device: torch.device) -> bool:
+    return case.several
+
+
 def _dora(case: Case, device: torch.device) -> bool:
     return case.dora
 
@@ -276,8 +295,8 @@ _ALL = (PLAIN, COMPILED, GRAPH)
 CONTENDERS: dict[str, Contender] = {
     one.name: one
     for one in (
-        Contender("bare", _bare, modes=_ALL, variants=True),
-        Contender("eager", _eager, modes=_ALL, colour="#d1495b", variants=True),
+        Contender("bare", _bare, modes=_ALL, variants=True, several=True),
+        Contender("eager", _eager, modes=_ALL, colour="#d1495b", variants=True, several=True),
         Contender("peft", _peft, colour="#edae49", variants=True),
         Contender("peft-lora", _without_dora, _dora, variants=True),
         Contender("peft-float32", functools.partial(_peft, float32=True), _narrow, colour="#c98b2b"),
@@ -291,7 +310,8 @@ CONTENDERS: dict[str, Contender] = {
         *map(_path, PATHS),
         Contender("fastlora-float32", _layer(lora_linear, float32=True), _narrow, ours=True),
         Contender("fastlora-lora", functools.partial(_without_dora, patched=True), _dora, ours=True, variants=True),
-        Contender("fastlora", _fastlora, modes=_ALL, ours=True, variants=True),
+        Contender("fastlora-apart", _apart(lora_linear), _several, (PLAIN, GRAPH), ours=True, several=True),
+        Contender("fastlora", _fastlora, modes=_ALL, ours=True, variants=True, several=True),
     )
 }
 RIVALS = tuple(name for name, one in CONTENDERS.items() if one.colour)

@@ -6,9 +6,11 @@ Its numbers are predictions, at ceilings that are measured on the device before 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from benchmarks import several
 from benchmarks.cases import TRAIN, Case
 from benchmarks.measure import interleave, summary
 from fastlora.node import NODE
@@ -30,6 +32,8 @@ def passes(case: Case, contender: str, direction: str) -> list[Pass]:
     name = contender.removesuffix("+compiled")
     work = Work(case.M, case.N, case.K, case.R, SIZE[case.dtype], case.dropout > 0)
     plan = _PLANS["eager+compiled" if name == "eager" != contender else name]
+    if case.several:
+        plan = partial(several.passes, case, name, plan=plan)
     forward, backward = plan(replace(work, dropout=work.dropout and not case.dora))  # DoRA drops elements of x itself
     if case.dora and name != "bare":
         more = _dora(work, name)
@@ -49,7 +53,8 @@ def predict(case: Case, contender: str, direction: str, ceilings: Ceilings, capt
 
 def useful_flops(case: Case, direction: str, lora: bool = True) -> float:
     """Operations of the function itself, whoever computes it; no gradient for the frozen weight."""
-    base, rank = 2.0 * case.M * case.N * case.K, 2.0 * case.M * case.R * (case.N + case.K)
+    rows = case.M * case.projections
+    base, rank = 2.0 * rows * case.N * case.K, 2.0 * rows * case.R * (case.N + case.K)
     if direction == TRAIN:
         return 2 * base + (3 * rank if lora else 0.0)
     return base + (rank if lora else 0.0)

@@ -14,6 +14,7 @@ from benchmarks.measure import RESULTS, ROOT
 from fastlora.errors import UserError
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+SEVERAL = ", of eight adapters at once or of three projections that share x"
 VARIANTS = ", over NF4 with double quantisation or with DoRA"
 LEVEL = 1.03  # nearer than this two times are level: no loss, no regression
 Row = dict
@@ -86,10 +87,13 @@ def grouped(rows: list[Row], direction: str, mode: str) -> dict[str, Group]:
 
 
 def kinds(groups: dict[str, Group]) -> dict[str, dict[str, Group]]:
-    """The cases of plain LoRA, and those over a quantised base or with DoRA, each where there are some."""
+    """The cases of plain LoRA, those over a quantised base or with DoRA, and those of several at once, each where there
+    are some."""
     found: dict[str, dict[str, Group]] = {}
     for case, group in groups.items():
-        found.setdefault(VARIANTS if _variant(group["bare"]) else "", {})[case] = group
+        several = any(group["bare"].get(many, 1) > 1 for many in ("adapters", "projections"))
+        kind = SEVERAL if several else VARIANTS if _variant(group["bare"]) else ""
+        found.setdefault(kind, {})[case] = group
     return found
 
 
@@ -247,7 +251,8 @@ def _sections(rows: list[Row]) -> Iterator[tuple[str, str, dict[str, Group]]]:
 
 def _variant(row: Row) -> str:
     base, dora = row.get("base"), row.get("dora")  # which older files lack
-    return (f", {base}" if base else "") + (", DoRA" if dora else "")
+    several = [f", {row[many]} {many}" for many in ("adapters", "projections") if row.get(many, 1) > 1]
+    return (f", {base}" if base else "") + (", DoRA" if dora else "") + "".join(several)
 
 
 def _markdown(heads: list[str], lines: list[list[str]]) -> str:

@@ -134,6 +134,8 @@ def _rates(job: Job, entry: Entry, path: str, seconds: float, ceilings: model.Ce
     No bytes and no prediction for a contender that the model does not know.
     """
     case, worker = job.case, path if entry.name.startswith("fastlora") else entry.name
+    if entry.name == "fastlora-apart":
+        worker = "apart"  # of which the model has no plan
     if entry.name.endswith("-lora"):
         case, worker = replace(case, dora=False), worker.removesuffix("-lora")
     worker = f"{worker}+{entry.mode}" if entry.mode == COMPILED else worker

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import cases, contenders, gpu, measure, model, runner, suite
+from benchmarks import cases, contenders, gpu, measure, model, runner, several, suite
 from benchmarks.__main__ import main
 from benchmarks.cases import FORWARD, PLAIN, TRAIN, Case, Job
 from benchmarks.contenders import CONTENDERS
@@ -18,7 +18,7 @@ from fastlora import reference
 from fastlora.paths import PATHS
 
 CPU = torch.device("cpu")
-OF_DORA = ("peft-lora", "fastlora-lora")
+OF_VARIANTS = ("peft-lora", "fastlora-lora", "fastlora-apart")
 TINY = Case("tiny", 8, 12, 16, 2, "float32", 0.0)
 
 
@@ -54,7 +54,7 @@ def test_patterns_select_by_case_or_job():
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize(
-    "name", [name for name in CONTENDERS if name not in {"bare", "lorafusion", *PATHS, *OF_DORA} - {"torch"}]
+    "name", [name for name in CONTENDERS if name not in {"bare", "lorafusion", *PATHS, *OF_VARIANTS} - {"torch"}]
 )
 def test_every_contender_computes_the_same_step(name, dtype):
     if name.startswith("peft"):
@@ -91,6 +91,30 @@ def test_a_variants_contenders_compute_the_same_and_are_predicted(variant, dropo
     rows = {row["contender"]: row for row in runner.run_job(Job(case, TRAIN, 0), CPU, 0.0, ceilings)}
     assert not any("skipped" in row for row in rows.values())
     assert rows["fastlora"]["predicted_over_bare"] > 1 and ("predicted" in rows["peft"]) != case.dora
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("which", range(2), ids=["adapters", "projections"])
+def test_several_at_once_compute_what_they_do_apart_and_are_predicted(which, dropout):
+    case = cases.several(replace(TINY, K=64, dropout=dropout))[which]
+    names = contenders.names(case, CPU)
+    assert names == ["bare", "eager", "fastlora-apart", "fastlora"]
+    parts = several.Parts(case, contenders.draw(case, 1, CPU)[0])
+    parts.case = replace(case, dropout=0.0)
+    found = {}
+    for how in (parts.together(), parts.apart(reference.lora_linear)):
+        call, leaves, dy = how
+        y = call()
+        gradients = torch.autograd.grad(y, leaves, dy)
+        dx, rest = gradients[: len(leaves) - len(parts.adapters)], gradients[-len(parts.adapters) :]
+        y = y if isinstance(y, torch.Tensor) else torch.cat(y)
+        found[len(found)] = [y, torch.cat(dx), *rest]
+    for got, want in zip(*found.values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    ceilings = model.Ceilings(1e10, {"float32": 1e11})
+    rows = {row["contender"]: row for row in runner.run_job(Job(case, TRAIN, 0), CPU, 0.0, ceilings)}
+    assert not any("skipped" in row for row in rows.values())
+    assert 1 < rows["fastlora"]["predicted_over_bare"] < rows["eager"]["predicted_over_bare"]
 
 
 @pytest.mark.parametrize("name", ["eager", "peft", "optimised", "torch", "fastlora"])
