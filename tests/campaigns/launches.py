@@ -221,7 +221,7 @@ def cases(quick: bool) -> Iterator[tuple]:
 
 
 def specialised_cases(quick: bool) -> Iterator[tuple]:
-    """As `cases`, of what the warp-specialised GEMM takes; without a gradient of A its mask comes from the seed."""
+    """As `cases`, of what the warp-specialised GEMM takes."""
     every = itertools.product(SIZES[::2], (8, 128), sync.DTYPES[1:3], (0.1, 0.0), NEEDS)
     for i, (sizes, R, dtypes, dropout_p, needs) in enumerate(every):
         if not quick or i in (0, 1):
