@@ -42,7 +42,8 @@ def add_update(
     RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + S U for one tile, float32 [BLOCK_M, BLOCK_N]; U is cast to S's dtype in registers."""
-    if BLOCK_R == 16 and RANK_STEPS > 1:  # products without matrix instructions: unrolled, they would spill
+    # products without matrix instructions, and those of many steps: unrolled, they would spill
+    if (BLOCK_R == 16 and RANK_STEPS > 1) or RANK_STEPS > 4:
         for step in tl.range(0, RANK_STEPS, num_stages=1):
             acc = add_step(
                 acc, s_ptr, u_ptr, start_m, start_n, step * BLOCK_R, M, N, R,
