@@ -80,6 +80,18 @@ def test_four_bits_are_dequantised_as_bitsandbytes_does(quant_type, double, dtyp
     assert torch.equal(dense(weight), want) and torch.equal(dense(weight, keep=True), want)
 
 
+@pytest.mark.parametrize("N, K", [(40, 96), (5, 16), (33, 48), (2, 1), (40, 128)])
+def test_four_bits_of_rows_that_are_no_whole_blocks(N, K, monkeypatch):
+    """bitsandbytes' own CPU kernel gets some of these wrong."""
+    layer = four_bit(K, N, torch.float32, double=False)
+    state, q = layer.weight.quant_state, layer.weight.data.view(-1)
+    values = state.code[torch.stack([q >> 4, q & 15], 1).view(-1).long()][: N * K]
+    want = (values * state.absmax.repeat_interleave(64)[: N * K]).view(N, K)
+    assert torch.equal(dense(packed_of(layer, torch.float32)), want)
+    monkeypatch.setattr(packed, "_CHUNK", 64)
+    assert torch.equal(dense(packed_of(layer, torch.float32)), want)
+
+
 @pytest.mark.parametrize("kind", ["int8", "torchao int8", "torchao int4", "torchao float8"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_others_are_dequantised_as_their_package_does(kind, dtype):

@@ -49,14 +49,20 @@ def quantise(kind: str, weight: Tensor) -> nn.Module:
 
 
 def dequantised(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """Its weight, by bitsandbytes' own functions."""
+    """Its weight, by the formula."""
     import bitsandbytes.functional as bnb
 
     weight = layer.weight
     if weight.dtype is torch.int8:
         scales = layer.state.SCB if weight.SCB is None else weight.SCB
         return bnb.int8_vectorwise_dequant(weight.data, scales).to(dtype)
-    return bnb.dequantize_4bit(weight.data, weight.quant_state).view(layer.out_features, layer.in_features)
+    state, packed = weight.quant_state, weight.data.view(-1)
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+    shape = layer.out_features, layer.in_features
+    values = state.code[torch.stack([packed >> 4, packed & 15], 1).view(-1).long()][: shape[0] * shape[1]]
+    return (values * absmax.repeat_interleave(state.blocksize)[: len(values)]).to(dtype).view(shape)
 
 
 def magnitude_of(case: Case, inputs: Inputs) -> Tensor:

@@ -16,7 +16,7 @@ from fastlora.dora import row_norms
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = ("nf4", "fp4", "int8", "torchao", "torchao int4")
-WIDTH, OUT = 128, 96
+WIDTH, OUT = 128, 192  # whole blocks of 64: others bitsandbytes itself gets wrong on some CPUs
 
 
 def quantised(kind: str, dtype=torch.float32, compute=None) -> nn.Module:
