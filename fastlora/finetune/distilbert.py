@@ -33,7 +33,7 @@ from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import locate, random_split, read_texts
 from fastlora.finetune.hub import LABELS
-from fastlora.finetune.options import chosen, pick_device, positive, whole
+from fastlora.finetune.options import chosen, number, pick_device, whole
 
 MODEL = "distilbert-base-uncased"
 CHECKPOINTS = "checkpoints"  # the Trainer's, in the run's folder until the run is finished
@@ -62,7 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default=MODEL, metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
     length = "tokens a review is cut at (default 512)"
     add("--max-length", type=whole(8, 65536), default=512, metavar="N", help=length)
-    add("--dropout", type=_probability, default=0.01, metavar="P", help="lora_dropout (default 0.01)")
+    add(
+        "--dropout",
+        type=number(float, 0, 1 - 1e-9, "at least 0 and below 1"),
+        default=0.01,
+        metavar="P",
+        help="lora_dropout (default 0.01)",
+    )
     targets = "the layers to adapt (default: by architecture; q_lin for DistilBERT)"
     add("--target-modules", nargs="+", metavar="NAME", help=targets)
     add("--show-tokens", action="store_true", help="print the tokens of the first review")
@@ -301,10 +307,3 @@ def _show(tokenizer, text: str, max_length: int) -> None:
     encoded = tokenizer(text, truncation=True, max_length=max_length)
     print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
     print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
-
-
-def _probability(text: str) -> float:
-    value = 0.0 if text.strip() in ("0", "0.0") else positive(text)
-    if value >= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
-    return value

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora.errors import UserError, shown
+from fastlora.finetune.checkpoint import fill, read_checkpoint
+from fastlora.finetune.data import FILES
 from fastlora.finetune.homes import SOURCES
 
 
@@ -142,36 +143,22 @@ def find_weights(folder: Path | None) -> Path:
 
 
 def load_weights(model: GPT2, path: Path) -> None:
-    """Fill every weight of `model` but its head from Hugging Face's file. Only these are read, after their shapes.
+    """Fill every weight of `model` but its head from Hugging Face's file.
 
     Raises UserError, and leaves the model as it was, when the file is damaged, misses a tensor, or one has another
-    shape, is not of floats, or has a value that is not finite in the model's dtype.
+    shape or a value that is not finite in the model's dtype.
     """
-    ours: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = {name.removeprefix("transformer."): name for name in file.keys()}  # noqa: SIM118 - not a mapping
-            for name, held in model.state_dict().items():
-                *layer, part, ending = name.split(".")
-                if part in ("head", "key", "value"):  # the last two come along with the query
-                    continue
-                parts = [name.replace("query", part) for part in _QKV] if part == "query" else [name]
-                key = f"{f'h.{layer[1]}.' if layer else ''}{_THEIRS[part]}.{ending}"
-                wanted = (held.shape[0] * len(parts), *held.shape[1:])
-                transposed = ".c_" in key and ending == "weight"
-                wanted = wanted[::-1] if transposed else wanted
-                shape = tuple(file.get_slice(names[key]).get_shape()) if key in names else "not there"
-                if shape != wanted:
-                    raise UserError(f"{path}: {key} is {shape}, in a GPT-2 of this size {wanted}")
-                whole = file.get_tensor(names[key])
-                whole = whole.mT if transposed else whole
-                for name, value in zip(parts, whole.chunk(len(parts)), strict=True):
-                    ours[name] = value.to(held.dtype, copy=True)
-                    if not (whole.is_floating_point() and ours[name].isfinite().all()):
-                        raise UserError(f"{path}: {key} holds values that are not finite floats")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable weights file ({shown(str(error))})") from None
-    model.load_state_dict(ours, strict=False)
+    theirs, ours = {name.removeprefix("transformer."): t for name, t in read_checkpoint(path)[0].items()}, {}
+    for name, held in model.state_dict().items():
+        *layer, part, ending = name.split(".")
+        if part == "head":
+            continue
+        key = f"{f'h.{layer[1]}.' if layer else ''}{_THEIRS['query' if part in _QKV else part]}.{ending}"
+        if key not in theirs:
+            raise UserError(f"{path}: holds no {key}, so it is not a GPT-2 of this size")
+        tensor = theirs[key].mT if ".c_" in key and ending == "weight" else theirs[key]
+        ours[name] = (tensor.chunk(3)[_QKV.index(part)] if part in _QKV else tensor).to(held.dtype)
+    fill(model, path, ours, set(ours))
 
 
 # The encoding: from OpenAI's files, with no network.
@@ -194,8 +181,7 @@ def gpt2_encoding(data: Path):
     import tiktoken
     import tiktoken.load
 
-    sums = [remote.sha256 for remote in SOURCES["gpt2"]]
-    encoder, merges = (data / "gpt2" / remote.name for remote in SOURCES["gpt2"])
+    sums, (encoder, merges) = SOURCES["gpt2"].values(), (data / file for file in FILES["gpt2"])
     try:
         if not (encoder.exists() or merges.exists()):
             return tiktoken.get_encoding("gpt2")

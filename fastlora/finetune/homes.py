@@ -19,7 +19,6 @@ import tarfile
 import urllib.error
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastlora.errors import UserError, WorkError, shown
@@ -33,34 +32,21 @@ _REVIEW = re.compile(r"aclImdb/(train|test)/(neg|pos)/(\d+)_\d+\.txt")
 _MOST = 100_000_000  # bytes of the SMS Spam Collection, two hundred times its size
 
 
-@dataclass(frozen=True)
-class Remote:
-    """A file on the network: where it is, and the checksum that it must have."""
-
-    url: str
-    sha256: str
-
-    @property
-    def name(self) -> str:
-        """What the file is called here."""
-        return self.url.rsplit("/", 1)[-1]
-
-
 _IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 _SPAM = "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip"
 _GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-SOURCES: dict[str, tuple[Remote, ...]] = {
-    "imdb": (Remote(_IMDB, "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"),),
-    "ag_news": (
-        Remote(_AG_NEWS + "train.csv", "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e"),
-        Remote(_AG_NEWS + "test.csv", "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699"),
-    ),
-    "spam": (Remote(_SPAM, "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3"),),
-    "gpt2": (
-        Remote(_GPT2 + "encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
-        Remote(_GPT2 + "vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
-    ),
+SOURCES = {  # where the files of a data set are, and the sha256 that each must have
+    "imdb": {_IMDB: "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"},
+    "ag_news": {
+        _AG_NEWS + "train.csv": "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e",
+        _AG_NEWS + "test.csv": "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699",
+    },
+    "spam": {_SPAM: "1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3"},
+    "gpt2": {
+        _GPT2 + "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        _GPT2 + "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    },
 }
 
 
@@ -79,40 +65,38 @@ def fetch(name: str, folder: Path) -> None:
     with locked(folder / f".{name}.lock"):
         if missing(folder, name):
             downloads = folder / f".{name}"
-            convert(name, [download(remote, downloads) for remote in SOURCES[name]], folder / name)
+            convert(name, [download(*source, downloads) for source in SOURCES[name].items()], folder / name)
             shutil.rmtree(downloads, ignore_errors=True)
 
 
-def download(remote: Remote, folder: Path) -> Path:
-    """Fetch `remote` into `folder`, with a progress bar, and return its path. It has the right checksum.
+def download(url: str, sum: str, folder: Path) -> Path:
+    """Fetch `url` into `folder`, with a progress bar, and return its path. Its sha256 is `sum`.
 
     Raises WorkError when the third attempt failed too: no connection, a refusal, content with a wrong checksum.
     """
     from torch.hub import download_url_to_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    path, before = folder / remote.name, socket.getdefaulttimeout()
-    if path.is_file() and sha256(path) == remote.sha256:  # of a call that was killed
+    path, before = folder / url.rpartition("/")[2], socket.getdefaulttimeout()
+    if path.is_file() and sha256(path) == sum:  # of a call that was killed
         return path
     socket.setdefaulttimeout(TIMEOUT)  # torch sets none
     try:
         for _ in range(ATTEMPTS):
             try:
-                download_url_to_file(remote.url, str(path), hash_prefix=remote.sha256)
+                download_url_to_file(url, str(path), hash_prefix=sum)
                 return path
             except urllib.error.HTTPError as error:
                 why = f"the server says {error.code} {shown(error.reason)}"
                 if error.code < 500:
                     break
             except RuntimeError:  # torch's, for a wrong checksum
-                why = (
-                    f"its sha256 is not the expected {remote.sha256[:16]}…: damaged on its way or replaced at its home"
-                )
+                why = f"its sha256 is not the expected {sum[:16]}…: damaged on its way or replaced at its home"
             except (http.client.HTTPException, urllib.error.URLError, ConnectionError, TimeoutError) as error:
                 why = shown(str(getattr(error, "reason", error)) or type(error).__name__)
     finally:
         socket.setdefaulttimeout(before)
-    raise WorkError(f"{remote.url}: cannot be fetched ({why}); give a folder with the data by --data DIR, "
+    raise WorkError(f"{url}: cannot be fetched ({why}); give a folder with the data by --data DIR, "
                     "or try --data sample")  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
 
     return Reviews(
         folder, digest.hexdigest(), batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"),
-        sets["imdb/train"].words(train), {"vectors": source, "vocabulary": len(vocabulary)}, vocabulary=vocabulary,
+        len(corpus), {"vectors": source, "vocabulary": len(vocabulary)}, vocabulary=vocabulary,
         vectors=vectors, news=batches("ag_news/train"), news_test=batches("ag_news/test"),
     )  # fmt: skip
 

@@ -8,7 +8,8 @@ To add a program: a module with `add_arguments(parser)`, `train(args)` and `load
 from __future__ import annotations
 
 import argparse
-import math
+import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,30 +21,24 @@ from fastlora.errors import UserError
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+def number(kind: type, least: float, most: float, what: str) -> Callable[[str], float]:
+    """An argparse type: an int or float from `least` to `most`, `what` in words."""
+
+    def parsed(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return parsed
+
+
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     """An argparse type: a whole number from `least` to `most`."""
-
-    def whole_number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
-        return value
-
-    return whole_number
+    return number(int, least, most, f"a whole number from {least} to {most}")
 
 
-def positive(text: str) -> float:
-    """An argparse type: a finite number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above zero")
-    return value
+positive = number(float, sys.float_info.min, sys.float_info.max, "a finite number above zero")
 
 
 def folder_name(text: str) -> Path:

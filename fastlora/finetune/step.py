@@ -21,7 +21,7 @@ from fastlora.errors import warn_once
 from fastlora.finetune.data import Batch
 from fastlora.finetune.parallel import ALONE, World
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = ("float32", "bfloat16", "float16")
 WARM_UP = 3  # plain steps of a shape before its capture: libraries set themselves up, kernels are compiled
 MAX_GRAPHS = 32  # shapes captured; each keeps the memory of its activations
 
@@ -187,6 +187,7 @@ def why_plain(device: torch.device, settings: StepSettings, world: World = ALONE
 
 
 def autocast(device: torch.device, precision: str):
-    """torch.autocast to a key of `PRECISIONS`; it keeps no casts from one step to another, as graphs demand."""
-    dtype = PRECISIONS[precision]
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype, cache_enabled=False)
+    """torch.autocast to one of `PRECISIONS`; it keeps no casts from one step to another, as graphs demand."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, precision), cache_enabled=False)

@@ -112,7 +112,11 @@ class Trainer:
         self.model.train()
         while self.epoch < settings.epochs:
             for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
-                _set_rate(group, rate * settings.decay**self.epoch)
+                rate *= settings.decay**self.epoch
+                if isinstance(group["lr"], Tensor):  # the very tensor that a captured step reads
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
             with self._bar() as bar:
                 self._seed()
                 rows, began = 0, self._now()
@@ -302,10 +306,3 @@ def _say(line: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(line)
-
-
-def _set_rate(group: dict, rate: float | Tensor) -> None:
-    if isinstance(group["lr"], Tensor):  # the very tensor that a captured step reads
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate

@@ -90,10 +90,6 @@ class TextDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def words(self, rows: Tensor) -> int:
-        """How many words the texts `rows` have together."""
-        return int((self.offsets[rows + 1] - self.offsets[rows]).sum())
-
     def batch(self, rows: Tensor, pad_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """The texts `rows` (int64) one after the other, nothing between them.
 

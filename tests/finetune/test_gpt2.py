@@ -65,15 +65,14 @@ def test_wrong_weights_leave_the_model_alone(tmp_path):
 
     for content in (good[:-5], b""):
         path.write_bytes(content)
-        refused("not a readable weights file")
+        refused("damaged")
     save_file({name: value for name, value in tensors.items() if name != "h.1.mlp.c_fc.bias"}, path)
-    refused(r"h\.1\.mlp\.c_fc\.bias is not there")
+    refused(r"holds no h\.1\.mlp\.c_fc\.bias")
     for key, value, said in (
-        ("wpe.weight", torch.zeros(8, 24), r"wpe\.weight is \(8, 24\)"),
-        ("h.0.attn.c_attn.weight", torch.zeros(24, 71), r"\(24, 71\), in a GPT-2 of this size \(24, 72\)"),
+        ("wpe.weight", torch.zeros(8, 24), "positions.weight is not of this model's shape"),
+        ("h.0.attn.c_attn.weight", torch.zeros(24, 71), "query.weight is not of this|value.weight is not of this"),
         ("h.0.ln_1.bias", torch.full((24,), torch.nan), "not finite"),
         ("h.0.ln_1.bias", torch.full((24,), 1e300, dtype=torch.float64), "not finite"),
-        ("h.0.ln_1.bias", torch.ones(24, dtype=torch.int64), "not finite floats"),
     ):
         save_file(tensors | {key: value}, path)
         refused(said)
