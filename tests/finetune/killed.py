@@ -1,6 +1,6 @@
 """SIGKILL a training run at random moments, resume it, and compare what it leaves with a run that was never killed.
 
-    python tests/finetune/killed.py KILLS [--seed N] [--program spam|imdb|distilbert]
+    python tests/finetune/killed.py KILLS [--seed N] [--program spam|imdb|sweep|distilbert]
 
 Every kill falls at a moment drawn evenly from the run's whole life; every second one is followed by another during the
 resumed run. The parent imports everything once and forks, so that a kill costs no start-up.
@@ -22,6 +22,7 @@ import small
 RUNS = {
     "spam": "train spam --data sample --model nano --epochs 2 --train-samples 400",
     "imdb": "train imdb --data sample --epochs 8",
+    "sweep": "train imdb --data sample --epochs 8 --sweep lr=0.1,0.3,1",
     "distilbert": "train distilbert --data sample --epochs 3 --train-samples 120 --test-samples 20 --batch-size 16"
     " --device cpu --model",
 }

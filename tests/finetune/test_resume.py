@@ -47,7 +47,7 @@ def test_killed_and_resumed_ends_in_the_same_bits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["spam", "imdb", "distilbert"])
+@pytest.mark.parametrize("program", ["spam", "imdb", "sweep", "distilbert"])
 def test_killed_twenty_times(program):
     campaign(20, "--program", program)
 
