@@ -161,7 +161,12 @@ def test_a_driver_is_given_what_the_launches_of_several_projections_say(path, im
 
 
 @pytest.mark.parametrize("path", ["hybrid", "split", "onepass"])
-def test_the_self_check_of_projections_that_share_x_names_their_kernels(path, imaginary_gpu):
+def test_the_self_check_of_projections_that_share_x_names_their_kernels(path, monkeypatch):
+    pytest.importorskip("triton")
+    from fastlora.kernels import tiles
+
+    monkeypatch.setattr(tiles, "target_of", lambda device: tiles.Target("cuda", 90))
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device, target: 132)
     kind, gpu = torch.bfloat16, torch.device("cuda", 0)
     problems = [Problem(4096, N, 512, 8, kind, kind, gpu, True) for N in (512, 128, 128)]
     names = {one.split()[0] for one in check_shared._kernels(SHARED[path], problems)}
