@@ -11,6 +11,7 @@ hash is computed for every adapter. Adapters that do not fit the registers toget
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -28,6 +29,7 @@ from fastlora.kernels.tiles import Target
 
 MOST = 3  # adapters of a launch
 RANKS = 64  # of one launch together, each padded
+WARPS = {"s": 4, "da_dx": 8}  # which spill nothing; the rest of a tile is that of the kernel of one adapter
 
 
 @triton.jit
@@ -213,7 +215,7 @@ def s_shared_launches(
     for chunk in chunks([A.shape[0] for A in lora_As]):
         As, dropout = lora_As[chunk], dropouts[chunk][0]
         padded = tiles.padded_rank(max(A.shape[0] for A in As))
-        tile = tiles.rank_tiles("s", target, len(As) * padded, tiles.kind_of(x.dtype, precision))[0]
+        tile = _tile("s", target, len(As) * padded, tiles.kind_of(x.dtype, precision))
         splits, split_k = tiles.split_k(target, M, K, tile)
         outs = None if S is None else S[chunk]
         if splits > 1 or outs is None:
@@ -268,7 +270,7 @@ def da_dx_shared_launches(
                     wanted[i] = None
         if dx is None and not any(dA is not None for dA in wanted):
             continue
-        tile = tiles.rank_tiles("da_dx", target, len(As) * padded, tiles.kind_of(dSs[0].dtype, precision))[0]
+        tile = _tile("da_dx", target, len(As) * padded, tiles.kind_of(dSs[0].dtype, precision))
         reads = any(dA is not None for dA in wanted)
         splits, split_m = tiles.split_m(target, M, K, tile) if reads else (triton.cdiv(M, tile.block_m), tile.block_m)
         outs = wanted
@@ -287,6 +289,10 @@ def da_dx_shared_launches(
         launches.append(Launch(da_dx_shared_kernel, (triton.cdiv(K, tile.block_k), splits), args, tile.options))
         add = True
     return launches + sums
+
+
+def _tile(kernel: str, target: Target, R: int, kind: str) -> tiles.Tile:
+    return replace(tiles.rank_tiles(kernel, target, R, kind)[0], num_warps=WARPS[kernel])
 
 
 def _each(name: str, values: Sequence) -> dict:
