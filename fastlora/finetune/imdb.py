@@ -98,7 +98,7 @@ def train(args: argparse.Namespace) -> None:
     folder, device = args.output, pick_device(args.device)
     recipe, how = chosen(RECIPES[args.recipe], args), step_choices(args)
     members = members_of(args, recipe)
-    settings = runs.settings_of(args, recipe, **how, device=device.type)
+    settings = runs.settings_of(args, recipe, precision=how["precision"], device=device.type)
     with runs.run_folder(folder, settings, args.resume) as begun:
         if begun and runs.finished(folder):
             return
@@ -107,8 +107,8 @@ def train(args: argparse.Namespace) -> None:
         data.vocabulary.save(folder / VOCABULARY)
         model, pretrained = load_base(folder, data) if (folder / MODEL).exists() else make_base(recipe, data, device)
         model.to(device)
-        write_checkpoint(folder / MODEL, model.body(), pretrained=pretrained)
         body = model.body()
+        write_checkpoint(folder / MODEL, body, pretrained=pretrained)
         model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=device)
         adapt(model, members, args.impl, ["fc1"], head="fc2")
         training = Settings(epochs=recipe.epochs, decay=recipe.decay, clip=recipe.clip, checkpoint=folder / CHECKPOINT,

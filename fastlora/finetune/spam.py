@@ -89,6 +89,9 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         model = make_base(size, weights)
         if world.first:
             runs.record(folder, {"texts_sha256": data.digest})
+        if begun and (folder / MODEL).exists():
+            load_base(model, weights, folder)
+        elif world.first:
             write_checkpoint(folder / MODEL, _of_no_file(model, weights))
         model.to(device)
         model.grad_checkpointing = args.grad_checkpointing
@@ -162,6 +165,11 @@ def make_base(size: str, weights: Path | None) -> GPT2:
     return model
 
 
+def load_base(model: GPT2, weights: Path | None, folder: Path) -> None:
+    """Read into `model` what its run kept of it, which another version of torch might draw otherwise."""
+    fill(model, folder / MODEL, read_checkpoint(folder / MODEL)[0], set(_of_no_file(model, weights)))
+
+
 def _of_no_file(model: GPT2, weights: Path | None) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if weights is None or name.startswith("head.")}
 
@@ -186,7 +194,7 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     encoding, model = _encoding(report.get("dataset"), run), make_base(size, weights)
     if weights and report.get("weights_sha256") not in (None, sha256(weights)):  # earlier versions left none
         raise UserError(f"{weights}: not the base weights that {run} was trained on")
-    fill(model, run / MODEL, read_checkpoint(run / MODEL)[0], set(_of_no_file(model, weights)))
+    load_base(model, weights, run)
     fastlora.load_adapter(model, run).eval()
 
     @torch.inference_mode()

@@ -97,7 +97,7 @@ def test_other_settings_and_damaged_files_are_refused_by_name(whole, monkeypatch
     refused("go on with it by --resume")
     refused("started with lr = 0.0008, not 0.1", "--resume", "--lr", "0.1")
     refused("started with seed = 0, not 1", "--resume", "--seed", "1")
-    for name in ("checkpoint.safetensors", "run.json"):
+    for name in ("checkpoint.safetensors", "model.safetensors", "run.json"):
         good = (run / name).read_bytes()
         for bad in (good[: len(good) // 2], b""):
             (run / name).write_bytes(bad)
