@@ -298,3 +298,11 @@ def test_cross_attention_is_no_group():
     )  # fmt: skip
     model = fastlora.inject(transformers.BartModel(config), r=4)
     assert not any("_siblings" in layer.__dict__ for layer in model.modules())
+
+
+def test_a_compiled_model_computes_each_alone(computed):
+    model = fastlora.inject(llama(), r=4)
+    block = model.model.layers[0].mlp
+    x = torch.randn(2, 32)
+    torch.testing.assert_close(torch.compile(block, backend="aot_eager", fullgraph=True)(x), block(x))
+    assert computed == [2]  # the second call's
