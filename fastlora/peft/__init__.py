@@ -7,9 +7,11 @@ Every module that is exactly a `peft.tuners.lora.Linear`, or PEFT's layer over a
 bits) or torchao, with DoRA or without, becomes, in place, an instance of a subclass that overrides `forward`: same
 object, state dict, repr, config and hooks. Where the fused function would not compute what PEFT computes, PEFT's own
 forward runs, and `report(model)` says why. So it does for GPTQ, AWQ and HQQ, whose kernels read their own packing; for
-experts (`target_parameters`), whose update goes into a parameter that the experts' code reads itself; and for decoding
-from 4 bits on a GPU.
-bitsandbytes' 8-bit layers round x to 8 bits as well, on a GPU and in eval mode; here x stays as it is.
+experts (`target_parameters`), whose update goes into a parameter that the experts' code reads itself; for torchao's
+weights that it cannot dequantise (Int4Tensor and its kin) or that change x too; and for decoding from 4 bits on a GPU.
+A quantised base is kept for backward as it is, in compiled code too, and dequantised again there. Two things differ:
+bitsandbytes' 8-bit layers round x to 8 bits as well, on a GPU and in eval mode, where here x stays as it is; and its
+4-bit kernel for CPUs takes wrong blocks where a row is no whole number of them, where here they are right.
 """
 
 from __future__ import annotations
