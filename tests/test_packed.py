@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from dataclasses import replace
 
 import accuracy
@@ -168,6 +169,20 @@ def test_a_layer_over_a_quantised_base(kind, use_dora):
     torch.testing.assert_close(layer(x), y)
     if "nf4" in kind:
         assert {"weight.absmax", "weight.nested_absmax"} <= layer.state_dict().keys()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_backward_keeps_what_is_packed_and_nothing_dense(use_dora):
+    layer = fastlora.FusedLoRALinear.from_linear(four_bit(128, 96, torch.float32), r=4, use_dora=use_dora)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        y = layer(torch.randn(5, 128, requires_grad=True))
+    assert kept and torch.Size((96, 128)) not in kept
+    with_graph = sys.getrefcount(layer.weight)
+    y.sum().backward()
+    del y
+    without = sys.getrefcount(layer.weight)
+    assert without == with_graph - 1
 
 
 def test_inject_over_four_bits_and_the_adapter_of_a_base_that_computes_in_16_bits():
