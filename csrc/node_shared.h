@@ -75,15 +75,15 @@ fastlora::Key record_key(int path, const std::vector<Incoming>& each) {
 }
 
 // Who computes them: path `cpu`, or a record.
-template <typename Calls>
-MaybePlan plan_together(int path, const Tensor& t, const fastlora::Key& key, const Calls& each) {
+template <typename Calls, typename KeyOf>
+MaybePlan plan_together(int path, const Tensor& t, const Calls& each, const KeyOf& key) {
   if (path == path_cpu) {
     for (const auto& one : each)
       if (!::plan(path, one)) return std::nullopt;
     return MaybePlan({path, nullptr, nullptr});
   }
   if (!t.device().is_cuda()) return std::nullopt;
-  const auto record = fastlora::records.find(key);
+  const auto record = fastlora::records.find(key());
   if (!record || !*record) return std::nullopt;
   const fastlora::Stream stream = stream_for(t);
   return stream.known ? MaybePlan({path, *record, stream.handle}) : std::nullopt;
@@ -248,7 +248,7 @@ struct LoRALinears : torch::autograd::Function<LoRALinears> {
         return {};
     }
     const int path = static_cast<int>(numbers.path);
-    const MaybePlan plan = plan_together(path, dys[0], record_key(path, each), each);
+    const MaybePlan plan = plan_together(path, dys[0], each, [&] { return record_key(path, each); });
     if (!plan) return {};
     std::vector<Gradients> found = ::backward(*plan, each);
     variable_list g(needs.size());
@@ -281,7 +281,7 @@ PyObject* call_shared(int path, PyObject* x, PyObject* projections, PyObject* p)
       Py_RETURN_NONE;
     if (shared.x.is_cuda() && !stream_for(shared.x).known) Py_RETURN_NONE;
   }
-  const MaybePlan plan = plan_together(path, shared.x, record_key(path, shared), shared.each);
+  const MaybePlan plan = plan_together(path, shared.x, shared.each, [&] { return record_key(path, shared); });
   if (!plan) Py_RETURN_NONE;
   int capturing = 0;
   if (plan->record && (fastlora::driver()->cuStreamIsCapturing(plan->stream, &capturing) || capturing)) Py_RETURN_NONE;

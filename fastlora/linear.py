@@ -202,11 +202,15 @@ class FusedLoRALinear(nn.Module):
     def _projection(self, x: Tensor) -> tuple | None:
         """What `fastlora.siblings` computes together with others; None for a call that is more than `lora_linear`."""
         own, kind = self._parameters, type(self)
-        plain = kind.forward is FusedLoRALinear.forward and kind._lora_linear is FusedLoRALinear._lora_linear
-        if self._special or self._base is not None or not plain or "forward" in self.__dict__ or "weight" not in own:
+        if kind is not FusedLoRALinear and (
+            kind.forward is not FusedLoRALinear.forward or kind._lora_linear is not FusedLoRALinear._lora_linear
+        ):
             return None
-        dropout_p = float(self.lora_dropout) if self.training else 0.0
-        return (own["weight"], own["lora_A"], own["lora_B"], own["bias"], float(self.scaling)), dropout_p
+        if self._special or self._base is not None or "forward" in self.__dict__ or "weight" not in own:
+            return None
+        scaling, p = self.scaling, self.lora_dropout if self.training else 0.0
+        scaling = scaling if scaling.__class__ is float else float(scaling)
+        return (own["weight"], own["lora_A"], own["lora_B"], own["bias"], scaling), p
 
     def _forward_special(self, x: Tensor) -> Tensor:
         """Over a quantised base, or DoRA."""

@@ -34,11 +34,11 @@ class _Local(threading.local):
 
 
 class _Held:
-    """What one thread has computed and not yet handed over: y of each layer, and what it was computed with."""
+    """What one thread has computed and not yet handed over: by layer what y was computed with, its state, and y."""
 
     __slots__ = ("mode", "version", "x", "ys")
 
-    def __init__(self, x: Tensor, mode: tuple, ys: dict[int, tuple[tuple, Tensor]]) -> None:
+    def __init__(self, x: Tensor, mode: tuple, ys: dict[int, tuple[tuple, tuple, Tensor]]) -> None:
         self.x, self.version, self.mode, self.ys = x, x._version, mode, ys
 
 
@@ -72,14 +72,20 @@ class Siblings:
             found = held.ys.get(id(layer))
             if found is not None and held.x is x and held.version == x._version and held.mode == mode:
                 own = layer._projection(x)
-                if own is not None and _signature(own) == found[0]:
+                if own is not None and _same(own, found[0]) and _state(own) == found[1]:
                     return self._handed_over(held, layer)
             self._drop(held)
-        return self._computed(layer, x, mode) if self.names(layer) else None
+        members = self.members
+        if len(members) > 1:
+            for one, _ in members:
+                if one is layer:
+                    return self._computed(members, layer, x, mode)
+        return None
 
     def _handed_over(self, held: _Held, layer: nn.Module) -> Tensor:
-        y = held.ys.pop(id(layer))[1]
-        self._missed.pop(id(layer), None)
+        y = held.ys.pop(id(layer))[2]
+        if self._missed:
+            self._missed.pop(id(layer), None)
         if not held.ys:
             self._local.held = None
         return y
@@ -91,17 +97,18 @@ class Siblings:
             self._missed[key] = self._missed.get(key, 0) + 1
         self.members = tuple(one for one in self.members if self._missed.get(id(one[0]), 0) < _IN_VAIN)
 
-    def _computed(self, layer: nn.Module, x: Tensor, mode: tuple) -> Tensor | None:
-        layers = [one for one, _ in self.members]
-        found = [one._projection(x) for one in layers]
-        if None in found or len({p for _, p in found}) > 1:
-            return None
-        signatures = [_signature(one) for one in found]
-        ys = together(x, [one for one, _ in found], found[0][1])
+    def _computed(self, members: tuple, layer: nn.Module, x: Tensor, mode: tuple) -> Tensor | None:
+        found = [one._projection(x) for one, _ in members]
+        first = found[0]
+        for own in found:
+            if own is None or own[1] != first[1]:
+                return None
+        states = list(map(_state, found))  # before anything else can change them
+        ys = together(x, [own[0] for own in found], first[1])
         if ys is None:
             return None
-        held = {id(one): (mark, y) for one, mark, y in zip(layers, signatures, ys, strict=True)}
-        y = held.pop(id(layer))[1]
+        held = {id(one): each for (one, _), each in zip(members, zip(found, states, ys, strict=True), strict=True)}
+        y = held.pop(id(layer))[2]
         self._local.held = _Held(x, mode, held)
         return y
 
@@ -112,10 +119,18 @@ def _mode(x: Tensor) -> tuple:
     return torch.is_grad_enabled(), autocast and torch.get_autocast_dtype(x.device.type)
 
 
-def _signature(own: tuple[One, float]) -> tuple:
+def _same(own: tuple[One, float], before: tuple[One, float]) -> bool:
     (weight, lora_A, lora_B, bias, scaling), p = own
-    marks = [(id(t), t._version, t.requires_grad) for t in (weight, lora_A, lora_B) if t is not None]
-    return (*marks, bias is None or (id(bias), bias._version), scaling, p)
+    one, other = before[0], before[1]
+    same = weight is one[0] and lora_A is one[1] and lora_B is one[2] and bias is one[3]
+    return same and scaling == one[4] and p == other
+
+
+def _state(own: tuple[One, float]) -> tuple:
+    """What changes of tensors that stay the same: versions only grow, so their sum tells."""
+    weight, lora_A, lora_B, bias, _ = own[0]
+    versions = weight._version + lora_A._version + lora_B._version + (0 if bias is None else bias._version)
+    return versions, lora_A.requires_grad, lora_B.requires_grad
 
 
 def join(model: nn.Module, takes: Callable[[nn.Module], bool]) -> None:
