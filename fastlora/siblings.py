@@ -4,7 +4,8 @@
 transformers that has one input. What was computed for a layer is handed over when it is called with that very
 tensor, unchanged since, in the same mode and with the same parameters; otherwise it computes alone. So the numbers are
 those of the layers one by one, hooks on each layer run, and a group never waits for anything: each thread has its own
-outputs, of one call at most, dropped at the next. A layer for which twice in a row was computed in vain leaves.
+outputs, of one call at most, dropped at the next. A layer for which twice in a row was computed in vain leaves. On a CPU
+small calls are computed alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ FAMILIES = (
 )
 _TWO_INPUTS = ("key_value_states", "encoder_hidden_states")  # of a forward whose key and value may read another tensor
 _IN_VAIN = 2
+LEAST_ON_CPU = 1 << 16  # elements of x: below, handing over takes longer there than it saves
 
 
 class _Local(threading.local):
@@ -66,6 +68,8 @@ class Siblings:
     def y(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """y of `layer`, computed now or before; None where it is to be computed alone."""
         if is_compiling() or x.__class__ is not Tensor or x.is_inference():
+            return None
+        if x.is_cpu and x.numel() < LEAST_ON_CPU:
             return None
         held, mode = self._local.held, _mode(x)
         if held is not None:

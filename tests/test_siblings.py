@@ -21,6 +21,11 @@ from fastlora.siblings import Siblings
 transformers = pytest.importorskip("transformers")
 
 
+@pytest.fixture(autouse=True)
+def _small_calls_too(monkeypatch):
+    monkeypatch.setattr(siblings, "LEAST_ON_CPU", 0)
+
+
 @pytest.fixture
 def computed(monkeypatch):
     """One entry for each time that layers were computed together: how many."""
@@ -306,3 +311,10 @@ def test_a_compiled_model_computes_each_alone(computed):
     x = torch.randn(2, 32)
     torch.testing.assert_close(torch.compile(block, backend="aot_eager", fullgraph=True)(x), block(x))
     assert computed == [2]  # the second call's
+
+
+def test_small_calls_on_a_cpu_are_computed_alone(computed, monkeypatch):
+    monkeypatch.setattr(siblings, "LEAST_ON_CPU", X.numel() + 1)
+    for layer in trio():
+        layer(X)
+    assert computed == []
