@@ -28,7 +28,7 @@ FAMILIES = (
 )
 _TWO_INPUTS = ("key_value_states", "encoder_hidden_states")  # of a forward whose key and value may read another tensor
 _IN_VAIN = 2
-LEAST_ON_CPU = 1 << 16  # elements of x: below, handing over takes longer there than it saves
+LEAST_ON_CPU = 1 << 17  # elements of x: below, handing over takes longer there than it saves
 
 
 class _Local(threading.local):
