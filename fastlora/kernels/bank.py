@@ -40,8 +40,13 @@ def threshold_of(threshold, rows_ptr, offs_m, M):
     return threshold
 
 
+def is_bank(number: float | Bank) -> bool:
+    """Whether a scaling or a probability is a bank, which knows it for each row."""
+    return not isinstance(number, (int, float))
+
+
 def scale(scaling: float | Bank) -> dict[str, float | Tensor | None]:
     """The arguments `rows_ptr` and `scaling` of a kernel."""
-    if isinstance(scaling, (int, float)):
-        return {"rows_ptr": None, "scaling": float(scaling)}  # an int would be compiled in
-    return {"rows_ptr": scaling.rows, "scaling": scaling.factors}
+    if is_bank(scaling):
+        return {"rows_ptr": scaling.rows, "scaling": scaling.factors}
+    return {"rows_ptr": None, "scaling": float(scaling)}  # an int would be compiled in

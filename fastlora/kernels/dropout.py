@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.kernels.bank import scale, threshold_of
+from fastlora.kernels.bank import is_bank, scale, threshold_of
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import Target
 
@@ -42,12 +42,12 @@ class Dropout:
 
     @property
     def rows(self) -> torch.Tensor | None:
-        return None if isinstance(self.p, (int, float)) else self.p.rows
+        return self.p.rows if is_bank(self.p) else None
 
     @property
     def threshold(self) -> int | torch.Tensor:
         """What the 16 bits of an element must reach for it to be kept."""
-        return round(self.p * BITS) if isinstance(self.p, (int, float)) else self.p.thresholds
+        return self.p.thresholds if is_bank(self.p) else round(self.p * BITS)
 
 
 def arguments(dropout: Dropout | None, scaling: float | Bank | None = None) -> dict[str, torch.Tensor | float | None]:

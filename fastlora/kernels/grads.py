@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.bank import scale, scaled, threshold_of
+from fastlora.kernels.bank import is_bank, scale, scaled, threshold_of
 from fastlora.kernels.dropout import Dropout, arguments, bits_of, drop, how, keep_signs
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch, sum_pair_launch
@@ -165,7 +165,10 @@ def da_launches(
     M, K = x.shape
     R = dS.shape[1]
     precision = tiles.input_precision(x.dtype, target)
-    tile = tile or tiles.rank_tiles("da", target, R, tiles.kind_of(x.dtype, precision))[0]
+    tile = (
+        tile
+        or tiles.rank_tiles("da", target, R, tiles.kind_of(x.dtype, precision), bool(dropout) and is_bank(dropout.p))[0]
+    )
     splits, split_m = tiles.split_m(target, M, K, tile)
     partials = dA if splits == 1 else torch.empty(splits, R * K, dtype=torch.float32, device=x.device)
     args = {

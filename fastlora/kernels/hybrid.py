@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.bank import threshold_of
+from fastlora.kernels.bank import is_bank, threshold_of
 from fastlora.kernels.dropout import Dropout, arguments, drop, how, keep_of, keep_signs
 from fastlora.kernels.grads import da_launches
 from fastlora.kernels.launch import Launch, run
@@ -150,7 +150,7 @@ def s_y_launches(
     M, K = x.shape
     N, R = lora_B.shape
     precision = tiles.input_precision(x.dtype, target)
-    tile = tile or tiles.rank_tiles("s_y", target, R, tiles.kind_of(x.dtype, precision))[0]
+    tile = tile or tiles.rank_tiles("s_y", target, R, tiles.kind_of(x.dtype, precision), is_bank(scaling))[0]
     splits, _ = tiles.split_k(target, M, K, tile)
     tail = {
         "stride_bn": lora_B.stride(0), "stride_br": lora_B.stride(1),

@@ -99,17 +99,17 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
         x, y, W = _tensor(m, n, dtype, aligned), _tensor(m, n, dtype, aligned), _tensor(n, n, dtype, aligned)
         S, A, B = _tensor(m, R, dtype), _tensor(R, n, adapter, aligned), _tensor(n, R, adapter, aligned)
         if R != 16:  # the tables' cuts are for 32 and 128, but for ds_db
-            for tile in tiles.rank_tiles("s", target, R, kind):
+            for tile in tiles.rank_tiles("s", target, R, kind, several):
                 yield from s.s_launches(target, x, A, scaling, dropout, S, tile)
-            for tile in tiles.rank_tiles("s_y", target, R, kind):
+            for tile in tiles.rank_tiles("s_y", target, R, kind, several):
                 yield from hybrid.s_y_launches(target, x, A, B, bias, scaling, dropout, S, y, tile)
-            for tile in tiles.rank_tiles("da", target, R, kind):
+            for tile in tiles.rank_tiles("da", target, R, kind, several and drops):
                 for bits in [None] if dropout is None else [None, mask_bits(m, n, x.device)]:
                     yield from grads.da_launches(target, S, x, dropout, A, tile, bits)
             for tile in tiles.rank_tiles("da_dx", target, R, kind):
                 for dA in (A, None):
                     yield from hybrid.da_dx_launches(target, S, x, A, dropout, dA, y, tile)
-            for tile in tiles.rank_tiles("onepass", target, R, kind):
+            for tile in tiles.rank_tiles("onepass", target, R, kind, several):
                 yield onepass.onepass_launch(target, x, W, bias, A, B, scaling, dropout, y, S, tile)
         if dropout is None or several or m == FEW or adapter != dtype:
             for tile in tiles.rank_tiles("ds_db", target, R, kind):

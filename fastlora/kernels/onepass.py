@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.bank import scaled, threshold_of
+from fastlora.kernels.bank import is_bank, scaled, threshold_of
 from fastlora.kernels.dropout import Dropout, arguments, drop, how, keep_signs
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import Target, Tile
@@ -88,7 +88,7 @@ def onepass_launch(
     M, K = x.shape
     N, R = lora_B.shape
     precision = tiles.input_precision(x.dtype, target)
-    tile = tile or tiles.rank_tiles("onepass", target, R, tiles.kind_of(x.dtype, precision))[0]
+    tile = tile or tiles.rank_tiles("onepass", target, R, tiles.kind_of(x.dtype, precision), is_bank(scaling))[0]
     args = {
         "x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "a_ptr": lora_A, "b_ptr": lora_B, "y_ptr": y, "s_ptr": S,
         **arguments(dropout, scaling), "M": M, "N": N, "K": K,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.bank import scaled, threshold_of
+from fastlora.kernels.bank import is_bank, scaled, threshold_of
 from fastlora.kernels.dropout import Dropout, arguments, drop, how, keep_signs
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
@@ -98,7 +98,7 @@ def s_launches(
     M, K = x.shape
     R = lora_A.shape[0]
     precision = tiles.input_precision(x.dtype, target)
-    tile = tile or tiles.rank_tiles("s", target, R, tiles.kind_of(x.dtype, precision))[0]
+    tile = tile or tiles.rank_tiles("s", target, R, tiles.kind_of(x.dtype, precision), is_bank(scaling))[0]
     splits, split_k = tiles.split_k(target, M, K, tile)
     out = S if splits == 1 else torch.empty(splits, M, R, dtype=torch.float32, device=x.device)
     args = {

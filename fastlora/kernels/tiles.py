@@ -324,12 +324,12 @@ INTERPRETER_RANK = Tile(32, 64, 64, 4, 1)
 
 
 @functools.cache
-def rank_tiles(kernel: str, target: Target, R: int, kind: str) -> tuple[Tile, ...]:
+def rank_tiles(kernel: str, target: Target, R: int, kind: str, bank: bool = False) -> tuple[Tile, ...]:
     """At most three tiles of a kernel of RANK_TILES, the default first; () where no tile holds that rank."""
     limits, wide = HOLDS[kernel], BANK_TILES.get(kernel, {})
     if target.backend == "interpreter":
         return (INTERPRETER_RANK,) if limits[-1] >= R or (wide and R <= BANK_RANK) else ()
-    if limits[-1] < R:
+    if limits[-1] < R or (bank and wide and kind == "ieee"):  # whose thresholds would spill in the other tiles
         keys = (target.family, kind), (LIKE.get(target.family), kind), kind
         cut = next((wide[key] for key in keys if key in wide), None) if R <= BANK_RANK else None
         return (Tile(*cut),) if cut else ()

@@ -213,7 +213,8 @@ def tiles(kernels: tuple[str, ...], problem: Problem) -> dict[str, tuple]:
         elif kernel == "gemm_dx":
             found[kernel] = gemm.candidates(target, dy, weight, lora_A, problem.dropout, torch.empty_like(x))
         elif kernel != "ds_db" or tables.ds_db_tile(target, problem.M, problem.N, R, kind, problem.dtype.itemsize):
-            found[kernel] = tables.rank_tiles(kernel, target, R, kind)
+            knows = problem.bank and kernel != "da_dx" and (problem.dropout or kernel != "da")
+            found[kernel] = tables.rank_tiles(kernel, target, R, kind, knows)
     return found
 
 
