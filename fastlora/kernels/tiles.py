@@ -329,7 +329,8 @@ def rank_tiles(kernel: str, target: Target, R: int, kind: str, bank: bool = Fals
     limits, wide = HOLDS[kernel], BANK_TILES.get(kernel, {})
     if target.backend == "interpreter":
         return (INTERPRETER_RANK,) if limits[-1] >= R or (wide and R <= BANK_RANK) else ()
-    if limits[-1] < R or (bank and wide and kind == "ieee"):  # whose thresholds would spill in the other tiles
+    spills = kind == "ieee" or (kernel == "onepass" and kind == "tf32")  # with a threshold for each row
+    if limits[-1] < R or (bank and wide and spills):
         keys = (target.family, kind), (LIKE.get(target.family), kind), kind
         cut = next((wide[key] for key in keys if key in wide), None) if R <= BANK_RANK else None
         return (Tile(*cut),) if cut else ()
