@@ -4,8 +4,8 @@
 transformers that has one input. What was computed for a layer is handed over when it is called with that very
 tensor, unchanged since, in the same mode and with the same parameters; otherwise it computes alone. So the numbers are
 those of the layers one by one, hooks on each layer run, and a group never waits for anything: each thread has its own
-outputs, of one call at most, dropped at the next. A layer for which twice in a row was computed in vain leaves. On a CPU
-small calls are computed alone.
+outputs, of one call at most, dropped at the next. A layer for which twice in a row was computed in vain leaves. Small
+calls on a CPU are computed alone.
 """
 
 from __future__ import annotations
