@@ -35,7 +35,7 @@ from fastlora.functional import cast_for_autocast, lora_linear
 from fastlora.gate import through_ops, why_eager
 from fastlora.node import NODE
 from fastlora.paths import PATHS
-from fastlora.paths.shared import KERNELS, SHARED
+from fastlora.paths.shared import KERNELS, SHARED, WIDEST
 from fastlora.shared_autograd import One
 
 
@@ -105,6 +105,8 @@ def path_for(x: Tensor, projections: Sequence[One], p: float, forced: str | None
         names = {"hybrid"}
     name = names.pop()
     if names or name not in SHARED or x.numel() == 0:
+        return None
+    if name in KERNELS and max(one[1].shape[0] for one in projections) > WIDEST:
         return None
     if name in KERNELS and x.is_cuda:
         problems = [problem_of(x, one[0], one[1], p) for one in projections]

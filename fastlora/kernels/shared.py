@@ -29,7 +29,7 @@ from fastlora.kernels.tiles import Target
 
 MOST = 3  # adapters of a launch
 RANKS = 64  # of one launch together, each padded
-WARPS = {"s": 4, "da_dx": 8}  # which spill nothing; the rest of a tile is that of the kernel of one adapter
+WARPS = {"s": 4, "da_dx": 8}
 
 
 @triton.jit
@@ -292,7 +292,9 @@ def da_dx_shared_launches(
 
 
 def _tile(kernel: str, target: Target, R: int, kind: str) -> tiles.Tile:
-    return replace(tiles.rank_tiles(kernel, target, R, kind)[0], num_warps=WARPS[kernel])
+    """That of the kernel of one adapter, with as many warps as keep it in registers."""
+    tile = tiles.rank_tiles(kernel, target, R, kind)[0]
+    return tile if kind != "half" and kernel == "s" else replace(tile, num_warps=WARPS[kernel])
 
 
 def _each(name: str, values: Sequence) -> dict:

@@ -180,3 +180,4 @@ SHARED = {
     "split": Shared(split_forward, kernel_backward),
 }
 KERNELS = frozenset({"hybrid", "onepass", "split"})  # one mask and one S: what they forward, each may take back
+WIDEST = 64  # rank that these kernels add to dX from registers; wider ones are computed one by one
