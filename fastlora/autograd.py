@@ -138,7 +138,8 @@ def _differentiable(dy, x, weight, S, update, path, needs):
         scaled = S.detach().to(wide) * (path.s_factor(scaling, p, S.device) if bank is None else 1.0)
         if dropped is not None and torch.is_grad_enabled():  # S again, with its history
             again = dropped @ A.t() * scaling if bank is None else bank.masked(dropped @ A.t())
-            scaled = again if need_A else scaled + again  # the latter: x is a shadow, zero everywhere
+            # `needs` may be of a call that asks for less; where lora_A is frozen x is a shadow, zero everywhere
+            scaled = again if lora_A.requires_grad else scaled + again
         dB = (dy_wide.transpose(-1, -2) @ scaled).to(lora_B.dtype)
     return dx, dA, dB, dy.sum(0) if need_bias else None
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from threading import get_ident
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +31,11 @@ from fastlora.paths.bank import Bank
 class Route:
     """The adapter of each sample of a batch, by name, or None; and the banks that layers were given for it."""
 
-    def __init__(self, names: Sequence[str | None]) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: tuple[str | None, ...], thread: int) -> None:
+        self.names, self.thread = names, thread
         self.used = tuple(dict.fromkeys(name for name in self.names if name is not None))
         self._banks: dict[tuple, Bank] = {}
+        self._where: dict[torch.device, dict[str | None, Tensor]] = {}
 
     @property
     def for_peft(self) -> list[str]:
@@ -43,15 +46,23 @@ class Route:
         """Those of the batch's adapters that a layer has."""
         return tuple(name for name in self.used if name in adapters)
 
-    def bank(self, adapters: tuple[str, ...], layers: Sequence[tuple[int, float, float]], x: Tensor) -> Bank:
-        """The bank of `adapters`, of which (rank, scaling, dropout probability) are `layers`, for x (samples, ..., K).
-
-        Raises:
-            ValueError: x has another number of samples.
-        """
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless x (samples, ...) has as many samples as there are names."""
         if x.dim() < 2 or x.shape[0] != len(self.names):
             raise ValueError(f"x has shape {tuple(x.shape)}; its first dimension needs to be the {len(self.names)} "
                              "samples that route was told of")  # fmt: skip
+
+    def where(self, device: torch.device) -> dict[str | None, Tensor]:
+        """The samples of each, int64."""
+        if device not in self._where:
+            found: dict[str | None, list[int]] = {}
+            for sample, name in enumerate(self.names):
+                found.setdefault(name, []).append(sample)
+            self._where[device] = {name: torch.tensor(samples, device=device) for name, samples in found.items()}
+        return self._where[device]
+
+    def bank(self, adapters: tuple[str, ...], layers: Sequence[tuple[int, float, float]], x: Tensor) -> Bank:
+        """The bank of `adapters`, whose (rank, scaling, dropout probability) are `layers`, for x (samples, ..., K)."""
         each = x.shape[1:-1].numel()
         key = adapters, tuple(layers), each, x.device
         if key not in self._banks:
@@ -75,25 +86,37 @@ class FusedLoRABank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (samples, ..., K) -> (samples, ..., N)."""
         route = _routed(self)
+        route.check(x)
         names = route.here(self.adapters)
-        if len(names) == 1 and None not in route.names and set(route.names) == set(names):
+        if len(names) == 1 and set(route.names) == set(names):  # the base alone is nobody's
             return self.adapters[names[0]](x)
         given, (x, weight, bias) = x, self._base(x)
         if not names:
-            return F.linear(x, dense(weight), bias).to(given.dtype)
+            y = F.linear(x, dense(weight), bias)
+            return y if x is given else y.to(given.dtype)
         A = torch.cat([self.adapters[name].lora_A for name in names])
         B = torch.cat([self.adapters[name].lora_B for name in names], 1)
-        return bank_linear(x, weight, A, B, bias, self._bank(names, x)).to(given.dtype)
+        y = bank_linear(x, weight, A, B, bias, self._bank(names, x))
+        return y if x is given else y.to(given.dtype)
+
+    weight = property(lambda self: self._one.weight)
+    bias = property(lambda self: self._one.bias)
+    in_features = property(lambda self: self._one.in_features)
+    out_features = property(lambda self: self._one.out_features)
+
+    @property
+    def _one(self) -> FusedLoRALinear:
+        return next(iter(self.adapters.values()))
 
     def explain(self, x: Tensor) -> Choice:
         """Which path `self(x)` runs, and why."""
         names = _routed(self).here(self.adapters) or tuple(self.adapters)[:1]
         (x, weight, _), bank = self._base(x), self._bank(names, x)
         first = self.adapters[names[0]]
-        return explain_call(x, weight, bank.R, x.dtype, first.lora_A.dtype, bank.drops, True)
+        return explain_call(x, weight, bank.R, x.dtype, first.lora_A.dtype, bank.drops, max(bank.ranks))
 
     def _base(self, x: Tensor) -> tuple[Tensor, Tensor | Packed, Tensor | None]:
-        one = next(iter(self.adapters.values()))
+        one = self._one
         return (x, one._base_weight(), one.bias) if one._quantised is None else weight_of(one._quantised, x)
 
     def _bank(self, names: tuple[str, ...], x: Tensor) -> Bank:
@@ -113,17 +136,14 @@ class RoutedCopies(nn.Module):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x (samples, ...): each adapter's samples go through its copy."""
         route = _routed(self)
-        if len(route.names) != x.shape[0]:
-            raise ValueError(f"x has {x.shape[0]} samples; route was told of {len(route.names)}")
-        kinds = dict.fromkeys(name if name in self.copies else None for name in route.names)
-        modules = {name: self.base if name is None else self.copies[name] for name in kinds}
-        if len(kinds) == 1:
+        route.check(x)
+        where = route.where(x.device)
+        copies = dict(self.copies.items())
+        modules = {name: copies.get(name, self.base) for name in where}
+        if len(where) == 1:
             return next(iter(modules.values()))(x, *args, **kwargs)
-        where = {name: [i for i, other in enumerate(route.names) if other == name] for name in kinds if name}
-        where[None] = sorted(set(range(len(route.names))) - {i for own in where.values() for i in own})
-        parts = [modules[name](x[where[name]], *args, **kwargs) for name in kinds]
-        order = [i for name in kinds for i in where[name]]
-        return torch.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
+        parts = [modules[name](x[own], *args, **kwargs) for name, own in where.items()]
+        return torch.cat(parts)[torch.cat(list(where.values())).argsort()]
 
 
 @contextmanager
@@ -141,7 +161,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """
     layers = [layer for layer in model.modules() if isinstance(layer, FusedLoRABank | RoutedCopies)]
     known = {name for layer in layers if isinstance(layer, FusedLoRABank) for name in layer.adapters}
-    new, before = checked(names, known), [layer.__dict__["_route"] for layer in layers]
+    before = [layer.__dict__["_route"] for layer in layers]
+    new = checked(names, known, before)
     for layer in layers:
         layer.__dict__["_route"] = new
     try:
@@ -151,16 +172,21 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             layer.__dict__["_route"] = old
 
 
-def checked(names: Sequence[str | None], known: Iterable[str]) -> Route:
-    """A route by these names, each of which is known."""
+_route_of = lru_cache(64)(Route)  # a training loop comes with the same names again, and a route keeps its banks
+
+
+def checked(names: Sequence[str | None], known: Iterable[str], outer: Iterable[Route | None]) -> Route:
+    """A route by these names, each of which is known; `outer` are the layers' own until now."""
+    if any(route is not None and route.thread != get_ident() for route in outer):
+        raise RuntimeError("another thread is inside route(model): give each thread a model of its own")
     if not known:
         raise ValueError("model has no adapters to choose from: fastlora.inject(model, adapters={...}) makes them")
-    if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+    if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in set(names)):
         raise TypeError(f"names must be a list with the adapter of each sample, or None, got {names!r}")
-    unknown = sorted({name for name in names if name is not None} - set(known))
+    unknown = sorted(set(names) - {None} - set(known))
     if unknown:
         raise ValueError(f"names holds {unknown[0]!r}; the model has the adapters {', '.join(sorted(known))}")
-    return Route(names)
+    return _route_of(tuple(names), get_ident())
 
 
 def _routed(layer: nn.Module) -> Route:

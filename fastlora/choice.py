@@ -52,11 +52,12 @@ def select(
     dropout_p: float,
     path: str | None,
     in_backward: bool = False,
-    bank: bool = False,
+    bank: int = 0,
 ) -> Path:
     """The path for one call: `path` where one is named, else the choice. Cheap: this runs every call.
 
-    `in_backward`: forward has chosen already; what it chose is not to be found out again, only looked up.
+    `in_backward`: forward has chosen already; what it chose is not to be found out again, only looked up. `bank`: of
+    several adapters, the ranks of the largest.
 
     Raises:
         RuntimeError: the path asked for cannot run here.
@@ -211,7 +212,7 @@ def _explain(layer, x: Tensor) -> Choice:
     return explain_call(x, weight, R, dtype, layer.lora_A.dtype, dropout)
 
 
-def explain_call(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: bool, bank: bool = False) -> Choice:
+def explain_call(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: bool, bank: int = 0) -> Choice:
     """The choice for one call of x (..., K), computed in `dtype`."""
     problem = _problem(x, weight, R, dtype, adapter_dtype, dropout, bank)
     forced = env.forced_path()
@@ -263,7 +264,7 @@ def _forced(problem: Problem, name: str) -> Path:
     return path
 
 
-def _problem(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: bool, bank: bool = False) -> Problem:
+def _problem(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: bool, bank: int = 0) -> Problem:
     N, K = weight.shape
     if not x.is_cuda:
         return Problem(x.shape[:-1].numel(), N, K, R, dtype, adapter_dtype, x.device, dropout, bank=bank)
@@ -274,7 +275,7 @@ def _problem(x: Tensor, weight: Tensor, R: int, dtype, adapter_dtype, dropout: b
     layout = Layout(strides, offset, *(_lies(weight) or plain))
     device, layout = check.indexed(x.device), None if layout == Layout(*plain, *plain) else layout
     precise = dtype is torch.float32 and tf32()
-    return Problem(x.shape[0], N, K, R, dtype, adapter_dtype, device, dropout, layout, precise, bank)
+    return Problem(x.shape[0], N, K, R, dtype, adapter_dtype, device, dropout, layout, precise, min(bank, 1))
 
 
 def problem_of(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> Problem:

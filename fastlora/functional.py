@@ -17,7 +17,6 @@ from fastlora.errors import warn_once
 from fastlora.gate import through_ops, why_eager
 from fastlora.node import NODE
 from fastlora.paths.bank import Bank
-from fastlora.paths.gpu import MAX_RANK
 
 
 def lora_linear(
@@ -65,7 +64,7 @@ def lora_linear(
     return reference.lora_linear(x, dense(weight, keep=True), lora_A, lora_B, bias, scaling, dropout_p, training)
 
 
-def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Tensor | str:
+def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None, bank=None) -> Tensor | str:
     """y as `lora_linear` gives it; or, for tensors that the fused code may not see, why: a sentence."""
     compiling = through_ops()
     if path is None and not compiling:
@@ -74,7 +73,7 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Ten
         lora_B, scaling = _scaled(lora_B, scaling), 1.0
     if compiling or torch._C._is_any_autocast_enabled():
         x, weight, bias = cast_for_autocast(x, weight, bias)
-    if path is None and not compiling and NODE is not None:
+    if path is None and not compiling and NODE is not None and bank is None:
         y = NODE.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         if y is not None:
             return y
@@ -84,6 +83,8 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Ten
             raise TypeError(f"scaling is {type(scaling).__name__}; it needs to be a number or a Tensor of one element")
         scaling = float(scaling)
     packed = weight.__class__ is Packed
+    if compiling and bank is not None:
+        return "a compiler is at work"
     if compiling:
         return ops.call(x, recomputed(weight), lora_A, lora_B, bias, scaling, dropout_p, path)
     reason = why_eager(x, lora_A, lora_B, *(() if packed else (weight,)))
@@ -96,7 +97,8 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None) -> Ten
         bias = unwrap_if_dead(bias)
     if weight.requires_grad and torch.is_grad_enabled():
         weight = _freeze(weight)
-    return autograd.run(select(x, weight, lora_A, dropout_p, path), x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    path = select(x, weight, lora_A, dropout_p, path, bank=0 if bank is None else max(bank.ranks))
+    return autograd.run(path, x, weight, lora_A, lora_B, bias, scaling, dropout_p, bank)
 
 
 def bank_linear(
@@ -104,20 +106,14 @@ def bank_linear(
 ) -> Tensor:
     """`lora_linear` of several adapters: lora_A (ΣR, K) and lora_B (N, ΣR) hold them side by side, and `bank` says
     which of the rows of x (..., K) are whose."""
-    if torch._C._is_any_autocast_enabled():
-        x, weight, bias = cast_for_autocast(x, weight, bias)
-    p = max(bank.ps) if bank.drops else 0.0
-    check(x, weight, lora_A, lora_B, bias, p)
-    tensors = (x, lora_A, lora_B, *(() if weight.__class__ is Packed else (weight,)))
-    if through_ops() or why_eager(*tensors) is not None:
-        return _eager_bank(x, dense(weight, keep=True), lora_A, lora_B, bias, bank)
-    path = env.forced_path() or ("torch" if max(bank.ranks) > MAX_RANK else None)
-    path = select(x, weight, lora_A, p, path, bank=True)
-    return autograd.run(path, x, weight, lora_A, lora_B, bias, 1.0, p, bank)
+    y = fused(x, weight, lora_A, lora_B, bias, 1.0, max(bank.ps), None, bank)
+    return _eager_bank(x, weight, lora_A, lora_B, bias, bank) if y.__class__ is str else y
 
 
 def _eager_bank(x, weight, lora_A, lora_B, bias, bank: Bank) -> Tensor:
-    """The same in ATen's differentiable operations."""
+    """The same in ATen's differentiable operations, for compilers and function transforms; masks as F.dropout's."""
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    weight = dense(weight, keep=True)
     x2 = x.reshape(-1, x.shape[-1]).to(lora_A.dtype)
     if bank.drops:
         x2 = x2 * (torch.rand_like(x2) * 65536 >= bank.thresholds[bank.rows][:, None])

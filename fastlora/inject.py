@@ -95,6 +95,8 @@ def inject(
         return attach(model, {None: plan(model, config)}, adapter_dtype, layer_class)
     if use_dora:
         raise ValueError("use_dora: DoRA scales all rows alike, so several adapters cannot share them")
+    if layer_class is not FusedLoRALinear:
+        raise ValueError(f"layer_class must be FusedLoRALinear with several adapters, got {layer_class!r}")
     plans = {name: plan(model, _of_one(name, config, own)) for name, own in _checked(adapters).items()}
     return attach(model, plans, adapter_dtype, layer_class)
 

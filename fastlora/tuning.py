@@ -135,7 +135,7 @@ def time_paths(problem: Problem) -> Row:
     device = problem.device
     paths = [pin(path, problem) for path in PATHS.values() if not path.why_not(device, problem)]
     what = f"{problem.M}×{problem.N}×{problem.K} {_SHORT.get(problem.dtype, problem.dtype)} r{problem.R}"
-    what += " dropout" * problem.dropout + " of several adapters" * problem.bank
+    what += " dropout" * problem.dropout + " of several adapters" * bool(problem.bank)
     line = f"fastlora: timing {len(paths)} paths for {what}, once per machine"
     print(line, file=sys.stderr, flush=True)
     return check.apart(device, _time, paths, problem)

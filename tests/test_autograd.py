@@ -250,3 +250,24 @@ def test_a_dual_gradient_keeps_its_tangent():
             (grad,) = torch.autograd.grad(y, A, forward_ad.make_dual(inputs.dy, torch.ones_like(inputs.dy)))
             tangents.append(forward_ad.unpack_dual(grad).tangent)
     torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_one_gradient_alone_under_create_graph(dropout_p):
+    """`autograd.grad` may ask for dB where lora_A learns too: what is kept is the same, and so is dB."""
+    x, A, B = (torch.randn(*shape, requires_grad=True) for shape in ((6, 5), (2, 5), (4, 2)))
+    weight, dy = torch.randn(4, 5), torch.randn(6, 4)
+
+    def gradient(wanted, create_graph):
+        torch.manual_seed(3)
+        y = fastlora.lora_linear(x, weight, A, B, None, 1.5, dropout_p)
+        return torch.autograd.grad(y, [wanted], dy, create_graph=create_graph)[0]
+
+    for wanted in (x, A, B):
+        torch.testing.assert_close(gradient(wanted, True), gradient(wanted, False))
+    (second,) = torch.autograd.grad(gradient(B, True).pow(2).sum(), [A])
+    torch.manual_seed(3)
+    both = torch.autograd.grad(
+        fastlora.lora_linear(x, weight, A, B, None, 1.5, dropout_p), [A, B], dy, create_graph=True
+    )
+    torch.testing.assert_close(second, torch.autograd.grad(both[1].pow(2).sum(), [A])[0])

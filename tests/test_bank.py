@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import accuracy, autograd, functional
 from fastlora.bank import FusedLoRABank
+from fastlora.linear import EagerLoRALinear
 from fastlora.paths import PATHS
 from fastlora.paths.bank import Bank
 
@@ -298,6 +300,7 @@ def test_a_quantised_base():
         ({"adapters": {"a": 3}}, ValueError, "has 3"),
         ({"adapters": {"a": {"r": 0}}}, ValueError, "r must be an integer of at least 1"),
         ({"use_dora": True}, ValueError, "use_dora"),
+        ({"layer_class": EagerLoRALinear}, ValueError, "layer_class must be FusedLoRALinear with several adapters"),
     ],
 )
 def test_mistakes_in_adapters_are_named_and_change_nothing(settings, error, says):
@@ -329,3 +332,64 @@ def test_which_adapter_is_saved_must_be_said(tmp_path):
     with pytest.raises(ValueError, match="without a name"):
         fastlora.save_adapter(fastlora.inject(net(), target_modules=["0"]), tmp_path, adapter="a")
     assert not any(tmp_path.iterdir())
+
+
+def test_one_adapter_beside_the_base_alone():
+    model, x = banked().eval(), torch.randn(4, 12)
+    with fastlora.route(model, ["a", None, "a", None]):
+        y = model(x)
+    torch.testing.assert_close(y[1::2], net()(x[1::2]))
+    assert not torch.allclose(y[0::2], net()(x[0::2]))
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "a"], [None, None], ["a", None]])
+def test_autocast_gives_its_dtype_whoever_has_rows(names):
+    model, x = banked().eval(), torch.randn(2, 12)
+    with torch.autocast("cpu", torch.bfloat16), fastlora.route(model, names):
+        y = model[0](x)
+    assert y.dtype is torch.bfloat16
+    with fastlora.route(model, names):
+        torch.testing.assert_close(y.float(), model[0](x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("names", [["a"] * 7, [None] * 7, ["a", "b"]])
+def test_as_many_names_as_samples_are_needed_whoever_has_rows(names):
+    model = banked()
+    with fastlora.route(model, names), pytest.raises(ValueError, match=f"{len(names)} samples"):
+        model(torch.randn(4, 12))
+
+
+def test_a_route_belongs_to_one_thread():
+    model, x = banked().eval(), torch.randn(2, 12)
+    with fastlora.route(model, ["a", "b"]), ThreadPoolExecutor(1) as other:
+
+        def elsewhere():
+            with fastlora.route(model, ["b", "b"]):
+                pass
+
+        before = model(x)
+        with pytest.raises(RuntimeError, match="another thread is inside"):
+            other.submit(elsewhere).result()
+        assert torch.equal(model(x), before)
+
+
+def test_the_bank_of_a_route_is_kept():
+    model, x = banked(), torch.randn(2, 12)
+    kept = []
+    for _ in range(2):
+        with fastlora.route(model, ["a", "b"]):
+            model(x)
+            kept.append(model[0].__dict__["_route"])
+    assert kept[0] is kept[1] and kept[0]._banks
+
+
+def test_a_layer_s_own_attributes():
+    layer = banked()[0]
+    assert layer.weight is layer.adapters["a"].weight and layer.bias is layer.adapters["a"].bias
+    assert (layer.in_features, layer.out_features) == (12, 16)
+
+
+def test_explain_names_what_runs_where_one_adapter_is_too_wide_for_the_kernels():
+    model = fastlora.inject(nn.Sequential(nn.Linear(256, 300)), adapters={"a": {"r": 160}, "b": {"r": 2}})
+    with fastlora.route(model, ["a", "b"]):
+        assert fastlora.explain(model[0], torch.randn(2, 256)).path == "torch"

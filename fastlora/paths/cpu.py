@@ -60,7 +60,7 @@ def why_not(device: torch.device, problem: Problem | None) -> str | None:
         return f"x is {problem.dtype}; the CPU kernels take float32 and bfloat16"
     if problem.adapter_dtype not in _CODES:
         return f"the adapters are {problem.adapter_dtype}; the CPU kernels take float32 and bfloat16"
-    if problem.R > MAX_RANK and not problem.bank:  # where each adapter runs by itself
+    if (problem.bank or problem.R) > MAX_RANK:  # each adapter of a bank runs by itself
         return f"R is {problem.R}; the CPU kernels take at most {MAX_RANK}"
     return None
 

@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     dropout: bool
     layout: Layout | None = None
     tf32: bool = False  # of float32: whether torch allows its products to be made so
-    bank: bool = False  # several adapters, R ranks together
+    bank: int = 0  # of several adapters, R ranks together: on a CPU the ranks of the largest, on a GPU 1
 
     @property
     def empty(self) -> bool:

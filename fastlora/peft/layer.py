@@ -225,6 +225,8 @@ class Fused:
     def _routed(self, x, args, kwargs, record: Record) -> Tensor:
         """The call inside `route`: several adapters, each with its own rows."""
         route = record.route
+        if isinstance(x, Tensor):
+            route.check(x)
         names = route.here(self.lora_A)
         reason = reasons.of_routed(self, x, args, kwargs, names)
         if reason is not None:
@@ -241,10 +243,9 @@ class Fused:
         y = bank_linear(own, weight, A, B, bias, bank)
         if not is_compiling():
             record.fused_calls += 1
-            record.last, record.path = (
-                None,
-                explain_call(own, weight, bank.R, own.dtype, A.dtype, bank.drops, True).path,
-            )
+            if record.last is not None or record.path is None:
+                choice = explain_call(own, weight, bank.R, own.dtype, A.dtype, bank.drops, max(bank.ranks))
+                record.last, record.path = None, choice.path
         return y if own is x else y.to(x.dtype)
 
     def _by_peft(self, record, reason, x, *args, **kwargs) -> Tensor:

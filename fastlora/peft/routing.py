@@ -31,12 +31,12 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         TypeError, ValueError: names is no list of names that the model's adapters have; the one is named.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    new = checked(names, {name for layer in layers for name in layer.lora_A})
     fused = [layer for layer in layers if isinstance(layer, Fused)]
     others = [layer for layer in layers if not isinstance(layer, Fused)]
     others += [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     records = [layer.__dict__.setdefault("_fastlora", Record()) for layer in fused]
     before = [record.route for record in records]
+    new = checked(names, {name for layer in layers for name in layer.lora_A}, before)
     _warn_of_idle(new, fused)
     handles = [module.register_forward_pre_hook(_hook(new), with_kwargs=True) for module in others]
     for record in records:
