@@ -85,7 +85,8 @@ def gradients(dys, x, weights, lora_As, lora_Bs, Ss, seeds, scalings, p, path, n
         if torch.is_grad_enabled() or why_eager(*dys.values()) is not None or len(live) == 1:
             # what differentiates again, or sees but one of them, is each one's own
             for i in live:
-                own = x if need_A[i] or not any(need_A) else autograd._shadow(x)
+                # not as `needs` says: what is asked for now may be less than what learns
+                own = x if x is None or lora_As[i].requires_grad else autograd._shadow(x)
                 arguments = dys[i], own, weights[i], lora_As[i], lora_Bs[i], Ss[i], seeds[i], scalings[i], p
                 one = autograd.gradients(*arguments, path, asked[i])
                 found[0] = one[0] if found[0] is None else found[0] + one[0]

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import roofline, shared, shared_autograd
+from fastlora import reference, roofline, shared, shared_autograd
 from fastlora.accuracy import shared_violations
 from fastlora.node import NODE
 from fastlora.paths import PATHS
@@ -165,6 +165,34 @@ def test_gradients_can_be_differentiated_again(frozen, p):
         return [*first, *torch.autograd.grad(total, ends, allow_unused=True)]
 
     for a, b in zip(second(fastlora.lora_linears), second(each_alone), strict=True):
+        assert (a is None) is (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("asked", [(2,), (2, 4), (1, 5)])  # of x, A, B, bias, A, B, A, B, bias
+@pytest.mark.parametrize("frozen", ["none", "A of one", "x"])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_a_part_of_the_gradients_can_be_differentiated_again(asked, frozen, p):
+    many = draw(p=p)
+
+    def of_the_reference(x, projections, p):
+        masks = [one.mask for one in many]
+        return [reference.lora_linear(x, *one, p, mask=mask) for one, mask in zip(projections, masks, strict=True)]
+
+    def second(function):
+        x, projections = arguments(many)
+        torch.manual_seed(0)
+        x.requires_grad_(frozen != "x")
+        if frozen == "A of one":
+            projections[2][1].requires_grad_(False)
+        all_of_them = leaves(x, projections)
+        ends, ys = [all_of_them[i] for i in asked], function(x, projections, p)
+        first = torch.autograd.grad(ys, ends, [one.dy for one in many], create_graph=True)
+        learn = [t for t in all_of_them if t.requires_grad]
+        return [*first, *torch.autograd.grad(sum((g * g).sum() for g in first), learn, allow_unused=True)]
+
+    for a, b in zip(second(fastlora.lora_linears), second(of_the_reference), strict=True):
         assert (a is None) is (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
