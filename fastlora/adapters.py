@@ -213,7 +213,7 @@ def _lora_layers(model: nn.Module, adapter: str | None) -> dict[str, FusedLoRALi
     if adapter is not None or banks:
         if adapter not in known:
             there = f"the model has {', '.join(known)}" if known else "the model has one without a name"
-            raise ValueError(f"adapter is {adapter!r}; {there}")
+            raise ValueError(f"adapter is {adapter!r}; {there}" + "; say adapter=..." * (adapter is None))
         return {name: bank.adapters[adapter] for name, bank in banks.items() if adapter in bank.adapters}
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, FusedLoRALinear)}
 

@@ -6,8 +6,10 @@ are whose.
         loss(model(x)).backward()
 
 Each adapter's outputs and gradients are those that it would have alone with its own rows. All share one read of x and
-one product with the weight: a bank of adapters is one adapter whose S is block-diagonal (paths/bank.py). On a GPU a
-number that is not finite in one adapter's rows can reach the others' gradients through products with zero.
+one product with the weight: a bank of adapters is one adapter whose S is block-diagonal (paths/bank.py). On every path
+but `cpu` a number that is not finite in one adapter's rows can reach the others' gradients, through products with zero.
+On a GPU such calls are launched from Python; a captured graph is not. Under DistributedDataParallel every adapter needs
+rows in each batch, or find_unused_parameters.
 """
 
 from __future__ import annotations
@@ -180,8 +182,9 @@ def checked(names: Sequence[str | None], known: Iterable[str], outer: Iterable[R
     if any(route is not None and route.thread != get_ident() for route in outer):
         raise RuntimeError("another thread is inside route(model): give each thread a model of its own")
     if not known:
-        raise ValueError("model has no adapters to choose from: fastlora.inject(model, adapters={...}) makes them")
-    if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in set(names)):
+        raise ValueError("model has no adapters to choose from: fastlora.inject(model, adapters={...}) makes them for "
+                         "fastlora.route, PEFT and fastlora.peft.patch for fastlora.peft.route")  # fmt: skip
+    if not isinstance(names, list | tuple) or not all(name is None or isinstance(name, str) for name in set(names)):
         raise TypeError(f"names must be a list with the adapter of each sample, or None, got {names!r}")
     unknown = sorted(set(names) - {None} - set(known))
     if unknown:

@@ -44,6 +44,8 @@ class Choice:
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}" + f"\n{self.table}" * bool(self.table)
 
+    __repr__ = __str__
+
 
 def select(
     x: Tensor,

@@ -33,7 +33,7 @@ from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import locate, random_split, read_texts
 from fastlora.finetune.hub import LABELS
-from fastlora.finetune.options import chosen, number, pick_device, whole
+from fastlora.finetune.options import chosen, defaults, number, pick_device, whole
 
 MODEL = "distilbert-base-uncased"
 CHECKPOINTS = "checkpoints"  # the Trainer's, in the run's folder until the run is finished
@@ -59,6 +59,7 @@ class Recipe:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
     add = parser.add_argument
+    parser.epilog = defaults(Recipe(MODEL, (), 0, 0.0))
     add("--model", default=MODEL, metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
     length = "tokens a review is cut at (default 512)"
     add("--max-length", type=whole(8, 65536), default=512, metavar="N", help=length)

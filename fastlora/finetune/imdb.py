@@ -18,7 +18,7 @@ from fastlora.errors import UserError
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches, Data, locate, random_split, read_texts
-from fastlora.finetune.options import add_steps, chosen, pick_device, step_choices
+from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
 from fastlora.finetune.trainer import Member, Settings, Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of, part_of
@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vectors = "word vectors in GloVe's text format, 100 numbers a word (default: learned from the texts, no labels)"
     parser.add_argument("--vectors", type=Path, metavar="FILE", help=vectors)
     add_steps(parser)
+    parser.epilog = defaults(RECIPES["default"])
 
 
 def train(args: argparse.Namespace) -> None:

@@ -102,6 +102,12 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
     add("--sweep", type=swept, metavar="KEY=V,V...", help=text)
 
 
+def defaults(recipe) -> str:
+    """What a program takes where these flags do not say, for its --help."""
+    names = ("epochs", "rank", "alpha", "batch_size", "lr")
+    return "defaults: " + ", ".join(f"--{name.replace('_', '-')} {getattr(recipe, name):g}" for name in names)
+
+
 def chosen(recipe, args: argparse.Namespace):
     """`recipe`, a dataclass, with what the flags give of it; UserError for a number that float32 has not."""
     given = {field.name: getattr(args, field.name, None) for field in fields(recipe)}

@@ -25,7 +25,7 @@ from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import FILES, Batches, Data, locate, read_texts
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
-from fastlora.finetune.options import add_steps, chosen, pick_device, step_choices
+from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL
 from fastlora.finetune.trainer import Settings, Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     activations = "compute activations again in the backward pass instead of keeping them"
     add("--grad-checkpointing", action="store_true", help=activations)
     add_steps(parser)
+    parser.epilog = defaults(Recipe())
 
 
 def train(args: argparse.Namespace) -> None:

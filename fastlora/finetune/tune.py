@@ -35,6 +35,9 @@ def members_of(args: argparse.Namespace, recipe) -> list[Member]:
         return [Member(None, own)]
     if args.impl != "fused" or args.precision == "fp16" or args.compile or torch.distributed.is_torchelastic_launched():
         raise UserError("--sweep goes with --impl fused and fp32 or bf16, without --compile and torchrun")
+    twice = [f"--{key}" for key in args.sweep if key != "seed" and getattr(args, key) is not None]
+    if twice:
+        raise UserError(f"{twice[0]} is given beside --sweep, which has values of its own for it")
     product = [dict(zip(args.sweep, values, strict=True)) for values in itertools.product(*args.sweep.values())]
     members = [Member(f"run{i}", own | chosen) for i, chosen in enumerate(product)]
     for member in members:
@@ -94,8 +97,8 @@ def announce(trainer: Trainer) -> None:
     if trainer.at_once == count:
         each, together = each + batch, 0
     fit = max(0, int((0.9 * free - together) / each))
-    print(f"{count} runs at once: about {(together + count * each) / 2**20:,.1f} MiB of {free / 2**20:,.0f} that are "
-          f"free, enough for {fit:,}", flush=True)  # fmt: skip
+    print(f"{count} runs at once need about {(together + count * each) / 2**20:,.1f} MiB; {free / 2**20:,.0f} MiB are "
+          f"free, enough for {fit:,} runs", flush=True)  # fmt: skip
     if count > fit:
         raise UserError(f"--sweep: {count} runs need more memory than there is; at most {fit} fit")
 
@@ -144,7 +147,8 @@ def fine_tune(
             {"name": one.label, **one.own, "valid_accuracy": one.history[-1]["valid_accuracy"] if one.history else None,
              "test_accuracy": tested.get(one.name), "stopped": one.stopped} for one in trainer.members]}  # fmt: skip
         for run in report["runs"]:
-            print(f"{run['name']}: {run['stopped'] or 'test accuracy {:.2%}'.format(run['test_accuracy'])}")
+            how = run["stopped"] or f"validation {run['valid_accuracy']:.2%}, test {run['test_accuracy']:.2%}"
+            print(f"{run['name']}: {how}{' (best on validation: kept)' * (run['name'] == member.label)}")
         title = f"{title}, best of {len(trainer.members)}"
     fastlora.save_adapter(model, folder, modules_to_save=[], adapter=member.name)  # heads are kept apart
     keep(member)

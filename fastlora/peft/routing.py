@@ -57,5 +57,6 @@ def _hook(route: Route):
 def _warn_of_idle(route: Route, layers: Sequence[nn.Module]) -> None:
     idle = [n for n in route.used if not any(x.lora_A[n].weight.requires_grad for x in layers if n in x.lora_A)]
     if idle and len(idle) < len(route.used) and torch.is_grad_enabled():
-        message = f"fastlora.peft.route: adapter {idle[0]!r} asks for no gradient, others do: see the help of route"
+        message = (f"fastlora.peft.route: adapter {idle[0]!r} asks for no gradient, others do; "
+                   f"model.base_model.set_adapter({list(route.used)}) makes all of them learn")  # fmt: skip
         warn_once(("fastlora.peft.route", idle[0]), message)
