@@ -47,8 +47,8 @@ def inject(
 
     Layers are named as PEFT names them. Hooks on a replaced layer keep working. A layer that the model holds under
     several names is replaced under all of them and adapted once. The base weights stay where they are, shared with
-    whatever they were shared with. Query, key and value of a transformers model, and gate and up, are computed together
-    (`fastlora.siblings`). Nothing is changed when an error is raised.
+    whatever they were shared with. On a GPU query, key and value of a transformers model, and gate and up, are computed
+    together (`fastlora.siblings`). Nothing is changed when an error is raised.
 
     Args:
         model: any module that holds layers which `FusedLoRALinear.from_linear` takes.

@@ -28,7 +28,8 @@ FAMILIES = (
 )
 _TWO_INPUTS = ("key_value_states", "encoder_hidden_states")  # of a forward whose key and value may read another tensor
 _IN_VAIN = 2
-LEAST_ON_CPU = 1 << 17  # elements of x: below, handing over takes longer there than it saves
+_LONGEST = 255  # calls between two tries of a group that could not be computed together
+on_cpus = False  # for tests: also where it does not pay
 
 
 class _Local(threading.local):
@@ -38,10 +39,13 @@ class _Local(threading.local):
 class _Held:
     """What one thread has computed and not yet handed over: by layer what y was computed with, its state, and y."""
 
-    __slots__ = ("mode", "version", "x", "ys")
+    __slots__ = ("address", "mode", "version", "x", "ys")
 
     def __init__(self, x: Tensor, mode: tuple, ys: dict[int, tuple[tuple, tuple, Tensor]]) -> None:
-        self.x, self.version, self.mode, self.ys = x, x._version, mode, ys
+        self.x, self.version, self.address, self.mode, self.ys = x, x._version, x.data_ptr(), mode, ys
+
+    def of(self, x: Tensor, mode: tuple) -> bool:
+        return self.x is x and self.version == x._version and self.address == x.data_ptr() and self.mode == mode
 
 
 class Siblings:
@@ -53,6 +57,7 @@ class Siblings:
 
     def __init__(self, members: tuple[tuple[nn.Module, str], ...]) -> None:
         self.members, self._missed, self._local = members, {}, _Local()
+        self._shared, self._pause, self._wait = False, 0, 0  # the last call; calls until the next try, and after it
 
     def __getstate__(self) -> dict:
         return {"members": self.members}  # a copy has computed nothing
@@ -61,30 +66,41 @@ class Siblings:
         self.__init__(**state)
 
     def names(self, layer: nn.Module) -> tuple[str, ...]:
-        """Of those that `layer` is computed with, its own among them; () where it computes alone."""
+        """Of those that `layer` was last computed with, its own among them; () where it is computed alone."""
         members = self.members
-        return tuple(name for _, name in members) if len(members) > 1 and any(o is layer for o, _ in members) else ()
+        shared = self._shared and len(members) > 1 and any(one is layer for one, _ in members)
+        return tuple(name for _, name in members) if shared else ()
+
+    def leave(self, layer: nn.Module) -> None:
+        """From now on `layer` computes alone."""
+        self.members = tuple(one for one in self.members if one[0] is not layer)
 
     def y(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """y of `layer`, computed now or before; None where it is to be computed alone."""
-        if is_compiling() or x.__class__ is not Tensor or x.is_inference():
+        if x.__class__ is not Tensor or not (x.is_cuda or on_cpus) or is_compiling() or x.is_inference():
             return None
-        if x.is_cpu and x.numel() < LEAST_ON_CPU:
-            return None
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return None  # a checkpoint, say, of one of them, which it would compute again alone
         held, mode = self._local.held, _mode(x)
         if held is not None:
             found = held.ys.get(id(layer))
-            if found is not None and held.x is x and held.version == x._version and held.mode == mode:
+            if found is not None and held.of(x, mode):
                 own = layer._projection(x)
                 if own is not None and _same(own, found[0]) and _state(own) == found[1]:
                     return self._handed_over(held, layer)
             self._drop(held)
         members = self.members
-        if len(members) > 1:
-            for one, _ in members:
-                if one is layer:
-                    return self._computed(members, layer, x, mode)
-        return None
+        if len(members) < 2 or not any(one is layer for one, _ in members):
+            return None
+        if self._pause:
+            self._pause -= layer is members[0][0]  # counted and ended by the first, who alone never misses
+            if self._pause or layer is not members[0][0]:
+                return None
+        y = self._computed(members, layer, x, mode)
+        self._shared = y is not None
+        self._wait = 0 if self._shared else min(2 * self._wait + 1, _LONGEST)
+        self._pause = self._wait
+        return y
 
     def _handed_over(self, held: _Held, layer: nn.Module) -> Tensor:
         y = held.ys.pop(id(layer))[2]
@@ -102,10 +118,10 @@ class Siblings:
         self.members = tuple(one for one in self.members if self._missed.get(id(one[0]), 0) < _IN_VAIN)
 
     def _computed(self, members: tuple, layer: nn.Module, x: Tensor, mode: tuple) -> Tensor | None:
-        found = [one._projection(x) for one, _ in members]
+        found = [None if one._forward_pre_hooks else one._projection(x) for one, _ in members]
         first = found[0]
         for own in found:
-            if own is None or own[1] != first[1]:
+            if own is None or own[1] != first[1] or any(t is not None and t.is_inference() for t in own[0][:4]):
                 return None
         states = list(map(_state, found))  # before anything else can change them
         ys = together(x, [own[0] for own in found], first[1])
@@ -118,9 +134,13 @@ class Siblings:
 
 
 def _mode(x: Tensor) -> tuple:
-    """What beside tensors decides what is computed."""
+    """What beside tensors decides what is computed, and where."""
     autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
-    return torch.is_grad_enabled(), autocast and torch.get_autocast_dtype(x.device.type)
+    dtype = autocast and torch.get_autocast_dtype(x.device.type)
+    queue = None
+    if x.is_cuda:
+        queue = torch._C._cuda_getCurrentRawStream(x.device.index), torch.cuda.is_current_stream_capturing()
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype, queue
 
 
 def _same(own: tuple[One, float], before: tuple[One, float]) -> bool:
@@ -134,7 +154,8 @@ def _state(own: tuple[One, float]) -> tuple:
     """What changes of tensors that stay the same: versions only grow, so their sum tells."""
     weight, lora_A, lora_B, bias, _ = own[0]
     versions = weight._version + lora_A._version + lora_B._version + (0 if bias is None else bias._version)
-    return versions, lora_A.requires_grad, lora_B.requires_grad
+    places = weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr(), None if bias is None else bias.data_ptr()
+    return versions, places, lora_A.requires_grad, lora_B.requires_grad
 
 
 def join(model: nn.Module, takes: Callable[[nn.Module], bool]) -> None:
@@ -153,7 +174,7 @@ def join(model: nn.Module, takes: Callable[[nn.Module], bool]) -> None:
 
 
 def together_with(layer: nn.Module) -> tuple[str, ...]:
-    """The names of the layers that `layer` is computed with, itself among them; () if it is computed alone."""
+    """The names of the layers that `layer` was last computed with, itself among them; () if it was alone."""
     group = layer.__dict__.get("_siblings")
     return () if group is None else group.names(layer)
 

@@ -23,7 +23,7 @@ class LayerReport(str):
         fused: whether a call would be fused now.
         fused_calls, fallback_calls: eager calls so far; those inside compiled code are not counted.
         reasons: {reason: fallback calls} of the calls so far.
-        together: the names of the layers that are computed with this one, itself among them; () if it is alone.
+        together: the names of the layers that were last computed with this one, itself among them; () if it was alone.
     """
 
     fused: bool
@@ -113,7 +113,9 @@ def unpatch(module: nn.Module) -> nn.Module:
         if own is not None and type(layer) is fused_class(own):
             layer.__class__ = own
             layer.__dict__.pop("_fastlora", None)
-            layer.__dict__.pop("_siblings", None)
+            group = layer.__dict__.pop("_siblings", None)
+            if group is not None:
+                group.leave(layer)
         elif own is not None:  # fully_shard has put its own subclass on top
             warn_once(
                 ("fastlora.peft.unpatch", type(layer)),
