@@ -292,7 +292,8 @@ PyObject* run(const Call& call, bool addresses, const Function& function) {
     PyErr_SetString(PyExc_ValueError, "a tensor has no memory here");
     return nullptr;
   }
-  if (call.R < 1 || call.R > MAX_RANK || call.rank_stride < call.R || call.threads < 0 || std::min({call.M, call.N, call.K}) < 0) {
+  if (call.R < 1 || call.R > MAX_RANK || call.rank_stride < call.R || call.threads < 0 ||
+      std::min({call.M, call.N, call.K}) < 0) {
     PyErr_SetString(PyExc_ValueError, "a size is out of range");
     return nullptr;
   }

@@ -328,7 +328,8 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
  private:
   static variable_list gradients(const Plan& plan, const Incoming& in, const Needs& needs) {
     Gradients found = ::backward(plan, in);
-    return {needs.x ? shaped(found.dx, in.dy) : Tensor(), found.dA, found.dB, needs.bias ? fastlora::rows_of(in.dy).sum(0) : Tensor()};
+    return {needs.x ? shaped(found.dx, in.dy) : Tensor(), found.dA, found.dB,
+            needs.bias ? fastlora::rows_of(in.dy).sum(0) : Tensor()};
   }
 };
 
@@ -348,6 +349,16 @@ bool parsed(PyObject* const* values, Optional& bias, double& scaling, double& p)
   return false;
 }
 
+// Whether backward is to be compiled, whose cache has no key for a Packed that a node keeps.
+bool compiles_backward() {
+  static PyObject* const name = PyUnicode_InternFromString("torch._dynamo.compiled_autograd");
+  const Owned module(PyImport_GetModule(name));  // null: nobody has asked for it
+  if (!module) return PyErr_Clear(), false;
+  const Owned enabled(PyObject_GetAttrString(module.get(), "compiled_autograd_enabled"));
+  if (!enabled) PyErr_Clear();
+  return !enabled || enabled.get() != Py_False;
+}
+
 // y, or None for what is left to Python; `path` is negative for the chosen one. The eighth value is what the weight was
 // dequantised from, or None.
 PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
@@ -360,6 +371,7 @@ PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
   const Tensor &A = THPVariable_Unpack(values[2]), &B = THPVariable_Unpack(values[3]);
   Layer layer{x, weight, A, B, bias, scaling, p, Tensor(), count == 8 && values[7] != Py_None ? values[7] : nullptr};
   if (!fits(layer) || weight.requires_grad() || !nobody_watches()) Py_RETURN_NONE;
+  if (layer.packed && compiles_backward()) Py_RETURN_NONE;
   const MaybePlan plan = path < 0 ? chosen_plan(x, weight, layer) : ::plan(path, layer);
   if (!plan) Py_RETURN_NONE;
   Tensor y;
@@ -456,10 +468,12 @@ PyObject* run(PyObject*, PyObject* const* values, Py_ssize_t count) {
   return call(path, values + 1, count - 1);
 }
 
-// prepare(kernels or None, gradients, those of projections that share x, paths, the place of `cpu` among them): once, before anything else
+// prepare(kernels or None, gradients, those of projections that share x, paths, the place of `cpu` among them): once,
+// before anything else
 PyObject* prepare(PyObject*, PyObject* arguments) {
   PyObject *capsule, *gradients, *shared_gradients, *all;
-  if (!PyArg_ParseTuple(arguments, "OOOO!i", &capsule, &gradients, &shared_gradients, &PyTuple_Type, &all, &path_cpu)) return nullptr;
+  if (!PyArg_ParseTuple(arguments, "OOOO!i", &capsule, &gradients, &shared_gradients, &PyTuple_Type, &all, &path_cpu))
+    return nullptr;
   if (capsule != Py_None) {
     const void* table = PyCapsule_GetPointer(capsule, fastlora::KERNELS);
     if (!table) return nullptr;

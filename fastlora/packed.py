@@ -22,14 +22,33 @@ _reused = threading.local()
 
 
 class Packed:
-    """A quantised weight, frozen, in the place of a Tensor (N, K) of `dtype`, which `dense` makes of it."""
+    """A quantised weight, frozen, in the place of a Tensor (N, K) of `dtype`, which `dense` makes of it.
 
-    __slots__ = ("dtype", "form", "made", "shape", "statistics", "weight")
+    As autograd refuses a saved tensor that was changed in place, `dense` refuses a weight changed since this was made.
+    A graph keeps this; forward makes another. Storage that moves, as offloading moves it, is no change.
+    """
+
+    __slots__ = ("dtype", "form", "made", "shape", "statistics", "version", "weight")
     requires_grad = False
 
     def __init__(self, weight: Tensor, form: str, statistics: object, shape: torch.Size, dtype: torch.dtype) -> None:
         self.weight, self.form, self.statistics, self.shape, self.dtype = weight, form, statistics, shape, dtype
         self.made: Tensor | None = None
+        self.version = self._now()
+
+    def _now(self) -> int | None:
+        if is_compiling():
+            return None
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return self.weight._version
+        except RuntimeError:  # made in inference mode: no version is kept
+            return None
+
+    @property
+    def changed(self) -> bool:
+        """Whether the weight was changed in place since."""
+        return self.version is not None and self._now() not in (None, self.version)
 
     def to(self, dtype: torch.dtype) -> Packed:
         return self if dtype is self.dtype else Packed(self.weight, self.form, self.statistics, self.shape, dtype)
@@ -44,6 +63,11 @@ class Packed:
         """The weight (N, K). On a CPU a large one lies in a buffer of the thread, until the next call: fresh memory
         costs several times what dequantising does there. It is as large as the largest weight that it has held, and
         freed with that one. `keep` asks for memory of its own."""
+        if self.changed:
+            raise RuntimeError(
+                f"a quantised weight needed for backward was modified in place: it is at version {self._now()}, "
+                f"expected version {self.version}"
+            )
         if self.made is not None and not keep:
             return self.made
         N, K = self.shape

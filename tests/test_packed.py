@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import choice, packed
+from fastlora import autograd, choice, functional, packed
 from fastlora.base_layer import dense, packed_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -254,3 +254,43 @@ def test_compiled_without_graph_breaks(kind):
 def test_what_is_no_module_is_named_where_bitsandbytes_is_loaded():
     with pytest.raises(TypeError, match=r"must be an nn.Linear"):
         fastlora.FusedLoRALinear.from_linear(None)
+
+
+@pytest.mark.parametrize("cpp", [True, False])
+def test_a_weight_changed_in_place_before_backward_is_refused(cpp, monkeypatch):
+    if not cpp:
+        monkeypatch.setattr(autograd, "NODE", None)
+        monkeypatch.setattr(functional, "NODE", None)
+    layer = fastlora.FusedLoRALinear.from_linear(four_bit(64, 32, torch.float32), r=4)
+    x = torch.randn(5, 64, requires_grad=True)
+    y = layer(x)
+    y.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        layer.weight.zero_()
+    with pytest.raises(RuntimeError, match="modified in place"):
+        y.sum().backward()
+    layer(x).sum().backward()  # another call sees the new one
+
+
+def test_a_patched_layer_sees_a_weight_changed_in_place():
+    peft = pytest.importorskip("peft")
+    import fastlora.peft
+
+    model = torch.nn.Sequential(four_bit(64, 32, torch.float32))
+    model = fastlora.peft.patch(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"])))
+    x = torch.randn(5, 64)
+    before = [model(x) for _ in range(3)][-1]
+    with torch.no_grad():
+        model.base_model.model[0].base_layer.weight.zero_()
+    assert not torch.equal(model(x), before) and fastlora.peft.report(model).fallback_calls == 0
+
+
+def test_compiled_autograd_over_a_quantised_weight():
+    import torch._dynamo.compiled_autograd as compiled
+
+    layer = fastlora.FusedLoRALinear.from_linear(four_bit(64, 32, torch.float32), r=4)
+    x = torch.randn(5, 64, requires_grad=True)
+    want = torch.autograd.grad(layer(x).square().sum(), x)[0]
+    with compiled._enable(lambda graph: torch.compile(graph, backend="eager")):
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, want)

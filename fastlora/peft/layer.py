@@ -83,7 +83,8 @@ class _Parts:
                 return None
         if weight.__class__ is not Packed:
             return weight if weight is stored else None
-        return weight if weight.weight is stored and statistics_of(self.base) is weight.statistics else None
+        same = weight.weight is stored and statistics_of(self.base) is weight.statistics
+        return weight if same and not weight.changed else None
 
     def know(self, x: Tensor) -> None:
         """A special layer's call of x was found fit."""
