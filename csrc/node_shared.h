@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr std::size_t MOST = 4;  // projections of a node; more are left to Python
+constexpr std::size_t MOST = 4;  // projections of a node, as in fastlora/shared.py
 
 // What is no tensor, for backward; kept as bytes, which compilers of backward can compare.
 struct Numbers {
@@ -36,18 +36,21 @@ bool parsed(PyObject* x, PyObject* projections, PyObject* p, Shared& shared) {
   shared.bias.reserve(count);  // layers refer to what these hold
   for (std::size_t i = 0; i < count; ++i) {
     PyObject* one = PyTuple_GET_ITEM(sequence.get(), i);
-    if (!PyTuple_CheckExact(one) || PyTuple_GET_SIZE(one) != 5) return false;
-    PyObject *w = PyTuple_GET_ITEM(one, 0), *A = PyTuple_GET_ITEM(one, 1), *B = PyTuple_GET_ITEM(one, 2);
-    PyObject *bias = PyTuple_GET_ITEM(one, 3), *scaling = PyTuple_GET_ITEM(one, 4);
+    if (!(PyTuple_CheckExact(one) || PyList_CheckExact(one)) || PySequence_Fast_GET_SIZE(one) != 5) return false;
+    PyObject** parts = PySequence_Fast_ITEMS(one);
+    PyObject *w = parts[0], *A = parts[1], *B = parts[2], *bias = parts[3];
     const bool plain = THPVariable_CheckExact(w) && THPVariable_CheckExact(A) && THPVariable_CheckExact(B) &&
-                       (bias == Py_None || THPVariable_CheckExact(bias)) && PyFloat_Check(scaling);
+                       (bias == Py_None || THPVariable_CheckExact(bias)) &&
+                       (PyFloat_Check(parts[4]) || PyLong_Check(parts[4]));
+    const double scaling = plain ? PyFloat_AsDouble(parts[4]) : 0.0;
+    if (PyErr_Occurred()) return PyErr_Clear(), false;  // an integer that no double holds
     if (!plain) return false;
     shared.weight.push_back(THPVariable_Unpack(w));
     shared.A.push_back(THPVariable_Unpack(A));
     shared.B.push_back(THPVariable_Unpack(B));
     shared.bias.push_back(bias == Py_None ? std::nullopt : Optional(THPVariable_Unpack(bias)));
-    shared.each.push_back({shared.x, shared.weight[i], shared.A[i], shared.B[i], shared.bias[i],
-                           PyFloat_AS_DOUBLE(scaling), shared.p, Tensor()});
+    shared.each.push_back({shared.x, shared.weight[i], shared.A[i], shared.B[i], shared.bias[i], scaling, shared.p,
+                           Tensor()});
     if (!fits(shared.each[i]) || shared.weight[i].requires_grad()) return false;
   }
   return true;

@@ -40,6 +40,8 @@ from fastlora.paths import PATHS
 from fastlora.paths.shared import KERNELS, SHARED, WIDEST
 from fastlora.shared_autograd import One
 
+MOST = 4  # projections of a node, as in csrc/node_shared.h: Python's road for more would cost more than it saves
+
 
 def lora_linears(x: Tensor, projections: Sequence[One], dropout_p: float = 0.0, training: bool = True) -> list[Tensor]:
     """`[lora_linear(x, *one, dropout_p, training) for one in projections]`, computed together.
@@ -53,7 +55,7 @@ def lora_linears(x: Tensor, projections: Sequence[One], dropout_p: float = 0.0, 
 
     Returns:
         y (..., N) of each, as `lora_linear` returns it. Where they cannot be computed together (function transforms,
-        tensor subclasses, quantised weights, compilers, paths that differ) each is computed alone.
+        tensor subclasses, quantised weights, compilers, paths that differ, more than four) each is computed alone.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `lora_linear`.
@@ -64,7 +66,7 @@ def lora_linears(x: Tensor, projections: Sequence[One], dropout_p: float = 0.0, 
 
 def together(x: Tensor, projections: Sequence[One], p: float) -> Sequence[Tensor] | None:
     """y of each, as one autograd node; None where each is to be computed alone."""
-    if len(projections) < 2 or through_ops() or not isinstance(p, Real):
+    if not 2 <= len(projections) <= MOST or through_ops() or not isinstance(p, Real):
         return None
     p = float(p)
     if torch._C._is_any_autocast_enabled():

@@ -65,7 +65,9 @@ def each_alone(x, projections, p=0.0):
 @pytest.mark.parametrize("path", ["torch", "cpu"])
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize(("shapes", "lead"), [(SHAPES, (37,)), (((40, 4), (24, 4)), (3, 1, 5)), (SHAPES * 2, (9,))])
+@pytest.mark.parametrize(
+    ("shapes", "lead"), [(SHAPES, (37,)), (((40, 4), (24, 4)), (3, 1, 5)), ((*SHAPES, (24, 4)), (9,))]
+)
 def test_each_is_right_by_the_error_rule(path, dtype, adapter_dtype, p, shapes, lead, monkeypatch, cpu_path):
     monkeypatch.setenv("FASTLORA_PATH", "torch" if cpu_path == "torch" else path)
     many = draw(dtype, adapter_dtype, p, path, shapes, lead)
@@ -259,6 +261,25 @@ def test_what_is_out_of_the_ordinary_is_computed_one_by_one(what, monkeypatch):
     for y, own in zip(found, each_alone(x, projections), strict=True):
         torch.testing.assert_close(y, own)
     assert len(called) == len(projections)
+
+
+@pytest.mark.parametrize("how", ["whole numbers", "lists", "five"])
+def test_the_node_takes_them_without_python(how, monkeypatch):
+    if shared.NODE is None:
+        pytest.skip("it is about the node in C++")
+    x, projections = arguments(draw())
+    want = each_alone(x, projections)
+    if how == "whole numbers":
+        projections = [(*one[:4], int(one[4])) for one in projections]
+    if how == "lists":
+        projections = [list(one) for one in projections]
+    if how == "five":
+        projections, want = [*projections, *projections[:2]], [*want, *want[:2]]
+    fastlora.lora_linears(x, projections)  # chooses
+    monkeypatch.setattr(shared, "path_for", None)
+    found = fastlora.lora_linears(x, projections)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    assert len({y.grad_fn for y in found}) == (5 if how == "five" else 1)
 
 
 def test_a_compiler_sees_each_alone():
