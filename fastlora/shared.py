@@ -60,6 +60,10 @@ def lora_linears(x: Tensor, projections: Sequence[One], dropout_p: float = 0.0, 
     Raises:
         TypeError, ValueError, RuntimeError: as `lora_linear`.
     """
+    for one in projections:
+        if not isinstance(one, tuple | list) or len(one) != 5:
+            found = f"{len(one)} values" if isinstance(one, tuple | list) else type(one).__name__
+            raise TypeError(f"a projection is {found}; it needs to be (weight, lora_A, lora_B, bias or None, scaling)")
     ys = together(x, projections, dropout_p if training else 0.0)
     return [lora_linear(x, *one, dropout_p, training) for one in projections] if ys is None else list(ys)
 

@@ -328,3 +328,9 @@ def test_the_model_says_what_is_not_moved_twice(path, dropout, shapes, most):
     many = [roofline.Work(8192, N, 4096, 16, 2, dropout) for N in shapes]
     ratio = roofline.moved(roofline.together(path, many)) / roofline.moved(roofline.apart(path, many))
     assert most - 0.02 < ratio < most
+
+
+@pytest.mark.parametrize("one", [(torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 2), None), {"weight": 1}])
+def test_a_projection_that_lacks_its_scaling_is_refused(one):
+    with pytest.raises(TypeError, match=r"a projection is (4 values|dict); it needs to be"):
+        fastlora.lora_linears(torch.ones(2, 3), [one, one], 0.1)
