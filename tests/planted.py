@@ -127,9 +127,11 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
         ("fastlora/paths/bank.py", "        for adapter in sorted(counts):", "        for adapter in counts:"),
         ("fastlora/paths/cpu.py", "dA *= bank.column", "pass"),
         ("fastlora/paths/cpu.py", "y2[order], S[order] = mine, kept", "y2[order], S = mine, kept"),
-        ("fastlora/paths/mask.py", "(least.clamp(max=65535) - 32768)", "(least.clamp(max=65535) - 32767)"),
         ("csrc/cpu_kernels.h", "from[(column + j) * stride + r]", "from[(column + j) * R + r]"),
         ("csrc/cpu_kernels.h", "convert(S + m * R, kept + m * call.rank_stride, R)", "convert(S + m * R, kept, R)"),
+    ),
+    "tests/test_bank.py::test_each_row_s_threshold_is_met_to_the_bit": (
+        ("fastlora/paths/mask.py", "(least.clamp(max=65535) - 32768)", "(least.clamp(max=65535) - 32767)"),
     ),
     "tests/test_bank.py::test_second_derivatives": (
         ("fastlora/autograd.py", "else bank.masked(dropped @ A.t())", "else dropped @ A.t()"),

@@ -120,6 +120,12 @@ def test_adapters_drop_apart(path):
     assert 0.4 < (mask[:50] == mask[50:]).double().mean() < 0.6
 
 
+def test_each_row_s_threshold_is_met_to_the_bit():
+    bank = Bank.of((1, 1), (1.0, 1.0), (0.3, 0.0), [0, 1, None], 200, torch.device("cpu"))
+    mask, alone = (PATHS["torch"].mask(torch.tensor(5), 600, 2048, chance) for chance in (bank, 0.3))
+    assert torch.equal(mask[:200], alone[:200]) and mask[200:].all()
+
+
 def test_wide_adapters_and_transforms_take_atens_operations():
     bank = Bank.of((150, 200), (2.0, 0.5), (0.0, 0.0), [0, 1, None], 2, torch.device("cpu"))
     inputs = replace(accuracy.draw(6, 30, 40, 350, torch.float32), scaling=1.0, bank=bank)

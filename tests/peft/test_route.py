@@ -49,6 +49,7 @@ def test_outputs_are_peft_s_own():
     report = fastlora.peft.report(model)
     assert report.fused_calls == 4 and report.fallback_calls == 0
     torch.testing.assert_close(model(x), stock(x))  # and after it the active one runs
+    assert not model.base_model.model.head._forward_pre_hooks
 
 
 def test_each_adapter_learns_from_its_own_rows():
