@@ -56,9 +56,14 @@ bool parsed(PyObject* x, PyObject* projections, PyObject* p, Shared& shared) {
   return true;
 }
 
+// Of what is asked for too: backward has kernels of its own for it, which are admitted by themselves.
 fastlora::Key choice_key(const Shared& shared) {
   fastlora::Key key;
-  for (const Layer& one : shared.each) key.add(fastlora::choice_key(one.x, one.weight, one.lora_A, one.p > 0.0));
+  key.add(int64_t{shared.x.requires_grad()});
+  for (const Layer& one : shared.each) {
+    key.add(fastlora::choice_key(one.x, one.weight, one.lora_A, one.p > 0.0));
+    key.add(int64_t{one.lora_A.requires_grad()} << 1 | one.lora_B.requires_grad());
+  }
   return key;
 }
 

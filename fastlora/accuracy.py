@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastlora import reference
 from fastlora.paths.bank import Bank
+from fastlora.paths.shared import Needs
 
 
 @dataclass(frozen=True)
@@ -162,25 +163,33 @@ def _of_bank(got: dict[str, Tensor], inputs: Inputs, units: float, known: tuple)
     return found
 
 
-def shared_violations(function: Callable, many: Sequence[Inputs], units: float = 2.0) -> list[str]:
+def shared_violations(
+    function: Callable, many: Sequence[Inputs], units: float = 2.0, needs: Needs | None = None
+) -> list[str]:
     """Every way in which `function`, a `lora_linears`, breaks the rule on inputs that share x and dropout_p.
 
-    The eager reference and the truth of dX are the sums of what the projections give one by one.
+    The eager reference and the truth of dX are the sums of what the projections give one by one. `needs`: which
+    gradients are asked for, beside those of biases; all.
     """
-    known = [expected(one) for one in many]
-    x = many[0].x.detach().requires_grad_()
+    known, every = [expected(one) for one in many], (True,) * len(many)
+    need_x, need_A, need_B = needs or (True, every, every)
+    x = many[0].x.detach().requires_grad_(need_x)
     leaves = [
-        [None if t is None else t.detach().requires_grad_() for t in (one.lora_A, one.lora_B, one.bias)] for one in many
-    ]
+        [one.lora_A.detach().requires_grad_(A), one.lora_B.detach().requires_grad_(B),
+         None if one.bias is None else one.bias.detach().requires_grad_()]
+        for one, A, B in zip(many, need_A, need_B, strict=True)
+    ]  # fmt: skip
     each = [(one.weight, *leaf, one.scaling) for one, leaf in zip(many, leaves, strict=True)]
     ys = function(x, each, many[0].dropout_p)
-    torch.autograd.backward(list(ys), [one.dy for one in many])
+    if ys[0].requires_grad:
+        torch.autograd.backward(list(ys), [one.dy for one in many])
     found = []
     for y, one, own, leaf in zip(ys, many, known, leaves, strict=True):
-        gradients = {f"d{n}": t.grad for n, t in zip(("A", "B", "bias"), leaf, strict=True) if t is not None}
+        named = zip(("A", "B", "bias"), leaf, strict=True)
+        gradients = {f"d{name}": t.grad for name, t in named if t is not None and t.requires_grad}
         found += violations({"Y": y.detach(), **gradients}, one, units, own)
     sums = tuple({"dX": sum(own[which]["dX"] for own in known)} for which in range(3))
-    return found + violations({"dX": x.grad}, many[0], units, sums)
+    return found + violations({"dX": x.grad} if need_x else {}, many[0], units, sums)
 
 
 def _largest(t: Tensor) -> Tensor:

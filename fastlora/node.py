@@ -82,7 +82,8 @@ def backward_shared(
     inputs = (x, *(t for dy, S, (weight, _, u) in each for t in (dy, weight, u.lora_A, u.lora_B, S, u.seed)))
     wanted = (needs.x, *needs.A, *needs.B)
     call = path, inputs, tuple(one.update.scaling for one in many), many[0].update.dropout_p, wanted
-    if not _records(path, dys[0]) or not NODE.lacks_shared(*call):
+    several = len({dy.data_ptr() for dy in given}) < n  # at one place, as a sum's are: others that come are not
+    if several or not _records(path, dys[0]) or not NODE.lacks_shared(*call):
         return shared.backward(dys, x, many, Ss, needs)
 
     def flat() -> tuple[Tensor | None, ...]:

@@ -37,7 +37,7 @@ from fastlora.functional import cast_for_autocast, lora_linear
 from fastlora.gate import through_ops, why_eager
 from fastlora.node import NODE
 from fastlora.paths import PATHS
-from fastlora.paths.shared import KERNELS, SHARED, WIDEST
+from fastlora.paths.shared import KERNELS, SHARED, WIDEST, Needs
 from fastlora.shared_autograd import One
 
 MOST = 4  # projections of a node, as in csrc/node_shared.h: Python's road for more would cost more than it saves
@@ -118,7 +118,9 @@ def path_for(x: Tensor, projections: Sequence[One], p: float, forced: str | None
         return None
     if name in KERNELS and x.is_cuda:
         problems = [problem_of(x, one[0], one[1], p) for one in projections]
-        if check_shared.admit(PATHS[name], SHARED[name], problems, bool(nothing_timed())) is not None:
+        asked = [(one[1].requires_grad, one[2].requires_grad) for one in projections]
+        needs = Needs(x.requires_grad, *zip(*asked, strict=True))
+        if check_shared.admit(PATHS[name], SHARED[name], problems, needs, bool(nothing_timed())) is not None:
             return None
     if NODE is not None and forced is None and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         NODE.choose_shared(PATHS[name], x, projections, p)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from campaigns import launches, sync
 
-from fastlora import check_shared, record
+from fastlora import check, check_shared, node, record
 from fastlora.kernels.tiles import WARP_SPECIALISED
 from fastlora.node import NODE
 from fastlora.paths import PATHS
 from fastlora.paths.problem import Problem, Update
 from fastlora.paths.shared import SHARED, Needs, Projection
 
+ALL = Needs(True, (True,) * 3, (True,) * 3)
 C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
 
@@ -169,10 +170,45 @@ def test_the_self_check_of_projections_that_share_x_names_their_kernels(path, mo
     monkeypatch.setattr(tiles, "multiprocessors", lambda device, target: 132)
     kind, gpu = torch.bfloat16, torch.device("cuda", 0)
     problems = [Problem(4096, N, 512, 8, kind, kind, gpu, True) for N in (512, 128, 128)]
-    names = {one.split()[0] for one in check_shared._kernels(SHARED[path], problems)}
+    kernels = check_shared._kernels(SHARED[path], problems, ALL)
+    names = {one.split()[0] for one in kernels}
     assert {"s_shared_kernel", "da_dx_shared_kernel", "ds_db_kernel"} <= names
     plain = [one._replace(dropout=False) for one in problems]
-    assert check_shared._kernels(SHARED[path], plain) != check_shared._kernels(SHARED[path], problems)
+    assert check_shared._kernels(SHARED[path], plain, ALL) != kernels
+    for needs in (ALL._replace(x=False), ALL._replace(A=(True, False, True)), Needs(False, *((False,) * 3,) * 2)):
+        assert check_shared._kernels(SHARED[path], problems, needs) != kernels
+
+
+def test_what_a_call_would_launch_is_planned_once(monkeypatch):
+    planned, kind, gpu = [], torch.bfloat16, torch.device("cuda", 0)
+    monkeypatch.setattr(check_shared, "_kernels", lambda *_: planned.append(1) or frozenset())
+    monkeypatch.setattr(check, "_verdicts", {})
+    check_shared._subject.cache_clear()
+    problems = [Problem(4096, N, 512, 8, kind, kind, gpu, True) for N in (512, 128, 128)]
+    for M in (4096, 4096, 128):
+        problems = [one._replace(M=M) for one in problems]
+        assert "not run yet" in check_shared.admit(PATHS["hybrid"], SHARED["hybrid"], problems, ALL, True)
+    assert len(planned) == 2
+    check_shared._subject.cache_clear()
+
+
+def test_gradients_at_one_place_leave_no_word_that_there_is_no_record(monkeypatch):
+    kept = []
+
+    class Node:
+        lacks_shared, keep_shared = staticmethod(lambda *_: True), staticmethod(lambda *call: kept.append(call[-1]))
+
+    monkeypatch.setattr(node, "NODE", Node)
+    monkeypatch.setattr(node, "_records", lambda *_: True)
+    monkeypatch.setattr(node, "observe", lambda call, *_: (call(), None, "several"))
+    x, S, dy = torch.randn(4, 6), torch.randn(4, 2), torch.randn(4, 6)
+    many = [
+        Projection(torch.randn(6, 6), None, Update(torch.randn(2, 6), torch.randn(6, 2), 1.0, 0.0, None)) for _ in "qk"
+    ]
+    for other in (dy, dy.clone()):
+        dys, needs = [dy, other], Needs(True, (True, True), (True, True))
+        node.backward_shared(PATHS["torch"], SHARED["torch"], dys, x, many, [S, S], needs, dys)
+    assert kept == [None]  # of the second alone
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from fastlora.kernels.dropout import Dropout, keep_mask
 from fastlora.kernels.tiles import INTERPRETER
 from fastlora.paths import PATHS
 from fastlora.paths.problem import Problem
-from fastlora.paths.shared import SHARED
+from fastlora.paths.shared import SHARED, Needs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -106,7 +106,10 @@ def test_the_self_check_finds_what_is_wrong(path, dropout, monkeypatch):
     cpu, kind = torch.device("cpu"), torch.float32
     problems = [Problem(40, N, 48, R, kind, kind, cpu, dropout) for N, R in ((24, 8), (16, 4), (16, 20))]
     monkeypatch.setattr(check_shared, "_kernels", lambda *_: frozenset())  # which only a compiler can name
-    assert check_shared._fault(PATHS[path], SHARED[path], problems) is None
+    every = Needs(True, (True,) * 3, (True,) * 3)
+    some = Needs(False, (True, False, True), (True,) * 3)
+    for needs in (every, some, Needs(False, *((False,) * 3,) * 2)):
+        assert check_shared._fault(PATHS[path], SHARED[path], problems, needs) is None
     right = SHARED[path]
 
     def wrong(x, many):
@@ -114,7 +117,15 @@ def test_the_self_check_finds_what_is_wrong(path, dropout, monkeypatch):
         return [*ys[:2], ys[2] * 1.01], Ss
 
     monkeypatch.setitem(SHARED, path, right._replace(forward=wrong))
-    assert "Y: error" in check_shared._fault(PATHS[path], SHARED[path], problems)
+    assert "Y: error" in check_shared._fault(PATHS[path], SHARED[path], problems, every)
     dropped = right._replace(backward=lambda dys, x, many, Ss, needs: right.backward(dys, x * 1.01, many, Ss, needs))
     monkeypatch.setitem(SHARED, path, dropped)
-    assert "dA: error" in check_shared._fault(PATHS[path], SHARED[path], problems)
+    assert "dA: error" in check_shared._fault(PATHS[path], SHARED[path], problems, every)
+
+    def unasked(dys, x, many, Ss, needs):
+        dx, dAs, dBs = right.backward(dys, x, many, Ss, needs)
+        return dx, [A if A is None or needs.x else A * 1.01 for A in dAs], dBs
+
+    monkeypatch.setitem(SHARED, path, right._replace(backward=unasked))
+    assert check_shared._fault(PATHS[path], SHARED[path], problems, every) is None
+    assert "dA: error" in check_shared._fault(PATHS[path], SHARED[path], problems, some)
