@@ -222,6 +222,24 @@ def test_under_autocast_it_is_as_each_alone():
     assert all(a.dtype is torch.bfloat16 and torch.equal(a, b) for a, b in zip(ys, alone, strict=True))
 
 
+def test_backward_inside_a_foreign_autocast_region_keeps_its_dtype():
+    many = draw()
+    found = []
+    for dtype in (None, torch.bfloat16):
+        x, projections = arguments(many)
+        ys = fastlora.lora_linears(x, projections)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            found.append(torch.autograd.grad(ys, leaves(x, projections), [one.dy for one in many]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_tensors_on_two_devices_are_not_computed_together():
+    x, projections = arguments(draw())
+    assert shared.path_for(x, projections, 0.0) is not None
+    projections[1] = (projections[1][0].to("meta"), *projections[1][1:])
+    assert shared.path_for(x, projections, 0.0) is None
+
+
 class Wrapped(torch.Tensor):
     pass
 
