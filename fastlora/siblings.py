@@ -1,11 +1,13 @@
 """Layers of a model that read one and the same x: the first that is called computes all, the others hand over theirs.
 
 `inject` and `fastlora.peft.patch` look for them by architecture: query, key and value, or gate and up, of a module of
-transformers that has one input. What was computed for a layer is handed over when it is called with that very
-tensor, unchanged since, in the same mode and with the same parameters; otherwise it computes alone. So the numbers are
-those of the layers one by one, hooks on each layer run, and a group never waits for anything: each thread has its own
-outputs, of one call at most, dropped at the next. A layer for which twice in a row was computed in vain leaves. Small
-calls on a CPU are computed alone.
+transformers that has one input. What was computed for a layer is handed over when it is called with that very tensor,
+unchanged since (in-place writes through `.data` are not seen, as autograd does not see them), in the same mode and with
+the same parameters; otherwise it computes alone. So the numbers are those of the layers one by one, hooks on each layer
+run, and a group never waits for anything: each thread has its own outputs, of one call at most, dropped at the next. A
+layer for which twice in a row was computed in vain leaves, and a group that cannot be computed together tries again
+ever more rarely. On a CPU each is computed alone, for handing over costs more there than it saves; and so it is under
+hooks of saved tensors (checkpoints without reentry, offloading) and for a group of which one has forward pre-hooks.
 """
 
 from __future__ import annotations
