@@ -12,8 +12,10 @@ hooks of saved tensors (checkpoints without reentry, offloading) and for a group
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -57,8 +59,9 @@ class Siblings:
     computed by `lora_linear` and nothing else, or None.
     """
 
-    def __init__(self, members: tuple[tuple[nn.Module, str], ...]) -> None:
+    def __init__(self, members: tuple[tuple[nn.Module, str], ...], parent: nn.Module | None = None) -> None:
         self.members, self._missed, self._local = members, {}, _Local()
+        self._parent = None if parent is None else weakref.ref(parent)  # the module that holds them
         self._shared, self._pause, self._wait = False, 0, 0  # the last call; calls until the next try, and after it
 
     def __getstate__(self) -> dict:
@@ -66,6 +69,14 @@ class Siblings:
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
+
+    def __deepcopy__(self, memo: dict) -> Siblings | None:
+        parent = None if self._parent is None else memo.get(id(self._parent()))
+        if self._parent is not None and parent is None:
+            return None  # of one layer, whose copy is not to hold copies of the others
+        other = memo[id(self)] = Siblings((), parent)
+        other.members = copy.deepcopy(self.members, memo)
+        return other
 
     def names(self, layer: nn.Module) -> tuple[str, ...]:
         """Of those that `layer` was last computed with, its own among them; () where it is computed alone."""
@@ -170,7 +181,8 @@ def join(model: nn.Module, takes: Callable[[nn.Module], bool]) -> None:
             found = {name: layer for name, layer in found.items() if layer is not None and takes(layer)}
             layers = list(found.values())
             if len(layers) > 1 and len(set(map(id, layers))) == len(layers):
-                group = Siblings(tuple((layer, f"{prefix}.{name}".lstrip(".")) for name, layer in found.items()))
+                names = [f"{prefix}.{name}".lstrip(".") for name in found]
+                group = Siblings(tuple(zip(layers, names, strict=True)), parent)
                 for layer in layers:
                     layer.__dict__["_siblings"] = group
 

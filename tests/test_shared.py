@@ -222,7 +222,9 @@ def test_under_autocast_it_is_as_each_alone():
     assert all(a.dtype is torch.bfloat16 and torch.equal(a, b) for a, b in zip(ys, alone, strict=True))
 
 
-def test_backward_inside_a_foreign_autocast_region_keeps_its_dtype():
+@pytest.mark.parametrize("path", ["torch", "cpu"])
+def test_backward_inside_a_foreign_autocast_region_keeps_its_dtype(path, monkeypatch, cpu_path):
+    monkeypatch.setenv("FASTLORA_PATH", "torch" if cpu_path == "torch" else path)
     many = draw()
     found = []
     for dtype in (None, torch.bfloat16):
@@ -253,6 +255,8 @@ def test_what_is_out_of_the_ordinary_is_computed_one_by_one(what, monkeypatch):
         projections = [(w, A.double(), B.double(), bias, s) for w, A, B, bias, s in projections]
     if what == "trainable weight":
         projections[0][0].requires_grad_()
+        for one in projections:
+            one[1].requires_grad_()
     if what == "one":
         projections = projections[:1]
     if what == "packed":

@@ -360,6 +360,13 @@ def test_a_copy_of_the_model_has_groups_of_its_own(how, computed):
     assert any(one is layer for one, _ in layer._siblings.members)
 
 
+def test_a_copy_of_one_layer_has_no_group():
+    layer = fastlora.inject(llama(), r=4).model.layers[0].self_attn.q_proj
+    other = copy.deepcopy(layer)
+    assert layer._siblings is not None and other._siblings is None
+    assert torch.equal(other(torch.ones(3, 32)), layer(torch.ones(3, 32)))
+
+
 def test_cross_attention_is_no_group():
     config = transformers.BartConfig(
         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
