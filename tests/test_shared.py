@@ -135,6 +135,16 @@ def test_what_asks_for_no_gradient_gets_none():
     assert [y.requires_grad for y in fastlora.lora_linears(x, projections)] == [False, True, False]
 
 
+def test_biases_that_learn_and_one_that_does_no_more():
+    x, projections = arguments(draw(shapes=SHAPES[:1] * 3), asks=False)
+    projections = projections[::2]  # those with a bias
+    for _, _, _, bias, _ in projections:
+        bias.requires_grad_()
+    assert [y.requires_grad for y in fastlora.lora_linears(x, projections)] == [True, True]
+    projections[0][3].requires_grad_(False)
+    assert [y.requires_grad for y in fastlora.lora_linears(x, projections)] == [False, True]
+
+
 @pytest.mark.parametrize("used", [(0,), (1, 2), (2,)])
 def test_an_output_may_take_no_part(used):
     many = draw()
