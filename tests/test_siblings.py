@@ -262,7 +262,7 @@ def test_each_thread_has_its_own(computed):
     others, wrong = alone([q, k, v]), []
 
     def work(seed):
-        torch.get_num_threads()  # else a new thread's first product is cut for another number than its next
+        others[0](X)  # a new thread's first product is cut for another number of threads than its next, by torch
         for i in range(50):
             x = torch.randn(5, 24, generator=torch.Generator().manual_seed(100 * seed + i))
             for layer, other in zip((q, k, v), others, strict=True):
