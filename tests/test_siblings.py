@@ -262,11 +262,11 @@ def test_each_thread_has_its_own(computed):
     others, wrong = alone([q, k, v]), []
 
     def work(seed):
-        others[0](X)  # a new thread's first product is cut for another number of threads than its next, by torch
         for i in range(50):
             x = torch.randn(5, 24, generator=torch.Generator().manual_seed(100 * seed + i))
             for layer, other in zip((q, k, v), others, strict=True):
-                if not torch.equal(layer(x), other(x)):
+                # not to the bit: F.linear itself gives others in a new thread when the number of threads was changed
+                if not torch.allclose(layer(x), other(x), atol=1e-5):
                     wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
