@@ -69,9 +69,9 @@ def test_what_is_kept_for_backward():
 
 @pytest.mark.parametrize("kind", memory.KINDS)
 def test_steps_leave_nothing_behind(kind):
-    more, tensors = memory.steps(200, kind)
-    assert tensors <= 0
-    assert more < 4 << 20
+    found = [memory.steps(200, kind) for _ in range(2)]  # the allocator's pools fill once; a leak grows each time
+    assert max(tensors for _, tensors in found) <= 0
+    assert min(more for more, _ in found) < 4 << 20
 
 
 def test_broken_steps_leave_nothing_behind():
