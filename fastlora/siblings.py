@@ -6,7 +6,7 @@ unchanged since (in-place writes through `.data` are not seen, as autograd does 
 the same parameters; otherwise it computes alone. So the numbers are those of the layers one by one, hooks on each layer
 run, and a group never waits for anything: each thread has its own outputs, of one call at most, dropped at the next. A
 layer for which twice in a row was computed in vain leaves, and a group that cannot be computed together tries again
-ever more rarely. On a CPU each is computed alone, for handing over costs more there than it saves; and so it is under
+ever more rarely. All of it is off unless `siblings.on` is set; and off under
 hooks of saved tensors (checkpoints without reentry, offloading) and for a group of which one has forward pre-hooks.
 """
 
@@ -33,7 +33,7 @@ FAMILIES = (
 _TWO_INPUTS = ("key_value_states", "encoder_hidden_states")  # of a forward whose key and value may read another tensor
 _IN_VAIN = 2
 _LONGEST = 255  # calls between two tries of a group that could not be computed together
-on_cpus = False  # for tests: also where it does not pay
+on = False  # until a GPU has shown that it pays: the kernels of kernels/shared.py were never executed, nor timed
 
 
 class _Local(threading.local):
@@ -90,7 +90,7 @@ class Siblings:
 
     def y(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """y of `layer`, computed now or before; None where it is to be computed alone."""
-        if x.__class__ is not Tensor or not (x.is_cuda or on_cpus) or is_compiling() or x.is_inference():
+        if x.__class__ is not Tensor or not on or is_compiling() or x.is_inference():
             return None
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return None  # a checkpoint, say, of one of them, which it would compute again alone

@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(autouse=True)
 def _on_cpus_too(monkeypatch):
-    monkeypatch.setattr(siblings, "on_cpus", True)
+    monkeypatch.setattr(siblings, "on", True)
 
 
 @pytest.fixture
@@ -386,7 +386,7 @@ def test_a_compiled_model_computes_each_alone(computed):
 
 
 def test_on_a_cpu_each_is_computed_alone(computed, monkeypatch):
-    monkeypatch.setattr(siblings, "on_cpus", False)
+    monkeypatch.setattr(siblings, "on", False)
     layers = trio()
     for layer in layers:
         layer(X)
