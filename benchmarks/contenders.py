@@ -259,7 +259,7 @@ def _lorafusion() -> Callable:
     checkout = str(PEERS / "lorafusion")
     if checkout not in sys.path:
         sys.path.append(checkout)
-    if importlib.util.find_spec("loguru") is None:  # it only logs
+    if "loguru" not in sys.modules and importlib.util.find_spec("loguru") is None:  # it only logs
         sys.modules["loguru"] = types.SimpleNamespace(logger=logging.getLogger("lorafusion"))
     try:
         return importlib.import_module("lorafusion.ops.lora_v1").fused_linear_lora

@@ -176,7 +176,13 @@ def load(path: Path, problem: Problem) -> None:
     if key not in _loaded:
         _loaded.add(key)
         with suppress(RuntimeError):  # no memory: a capture will do without it
-            check.apart(problem.device, lambda: _Session(problem).step(path)())
+            check.apart(problem.device, _load, path, problem)
+
+
+def _load(path: Path, problem: Problem) -> None:
+    session = _Session(problem)
+    for bias in (session.bias, None):  # each has a kernel of its own
+        session.step(path, bias)()
 
 
 class _Session:
@@ -185,7 +191,7 @@ class _Session:
     def __init__(self, problem: Problem) -> None:
         self.problem, self.trial = problem, check.Trial(problem)
         *learning, dy = drawn(problem)
-        x, self.weight, lora_A, lora_B, _ = learning
+        x, self.weight, lora_A, lora_B, self.bias = learning
         self.leaves, self.dy = [t.requires_grad_() for t in (x, lora_A, lora_B)], dy
 
     def time(self, paths: list[Path]) -> list[Timing]:
@@ -212,12 +218,12 @@ class _Session:
                 captured[path].append(_gpu_seconds(step, calls[path], plain[path][-1], self.problem.device))
         return [Timing(path, median(plain[path]), median(captured[path])) for path in steps]
 
-    def step(self, path: Path) -> Callable[[], None]:
+    def step(self, path: Path, bias: torch.Tensor | None = None) -> Callable[[], None]:
         x, lora_A, lora_B = self.leaves
         p, bank = 0.1 if self.problem.dropout else 0.0, drawn_bank(self.problem)
 
         def step() -> None:
-            y = autograd.run(path, x, self.weight, lora_A, lora_B, None, 2.0 if bank is None else 1.0, p, bank)
+            y = autograd.run(path, x, self.weight, lora_A, lora_B, bias, 2.0 if bank is None else 1.0, p, bank)
             torch.autograd.grad(y, self.leaves, self.dy)
 
         return step
