@@ -39,7 +39,7 @@ class Step:
 def _tests(seconds: float, _) -> str:
     options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "-p", "no:benchmark", "--durations=5"]
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels, on the host
-        options += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))]
+        options += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2))), "--dist", "loadgroup"]
     status, output = _command([sys.executable, "-m", "pytest", "tests/gpu", *options], seconds)
     print(output[-6000:], flush=True)
     if status != 0:

@@ -5,6 +5,7 @@
 Three arms take the same steps of this package's trainer in turns, in one process: `bare` has frozen linear layers
 without adapters (its head is trained), `eager` the LoRA layer as one would write it, `fused` this package's. In GPT-2
 every arm keeps the gradient with respect to the embeddings, so that bare's backward pass goes as deep as the others'.
+On a GPU `fused` replays a captured step, as the programs do, and a fourth arm, `eager graph`, does so with eager's layer.
 `removed` is the share of eager's time over bare that fused does not take, from differences within a round. Whole runs
 start from the same base and end in the same accuracy: five epochs of IMDb, one of spam with the nano model.
 Ends within eight minutes on two quiet cores.
@@ -29,6 +30,7 @@ from fastlora.finetune.trainer import Settings, Trainer
 from fastlora.finetune.tune import LAYERS
 
 ARMS = ("bare", "eager", "fused")
+GRAPH = "eager graph"  # on a GPU the programs replay a captured step: what eager gains by that alone
 SHARES = {"gpt2": 0.45, "imdb": 0.12, "imdb runs": 0.18, "spam runs": 0.25}
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -78,7 +80,14 @@ def _spam_arms(base: gpt2.GPT2, device: torch.device, args: argparse.Namespace) 
     def adapted(model, layer):
         fastlora.inject(model, r=16, lora_alpha=16, target_modules="all-linear", layer_class=layer)
 
-    return {name: _arm(name, base, adapted, "head", optimiser, StepSettings(precision=args.precision)) for name in ARMS}
+    return {
+        name: _arm(name, base, adapted, "head", optimiser, StepSettings(precision=args.precision))
+        for name in _arms(device)
+    }
+
+
+def _arms(device: torch.device) -> tuple[str, ...]:
+    return (*ARMS, GRAPH) if device.type == "cuda" else ARMS
 
 
 def _arm(name: str, base: nn.Module, adapted, head: str, optimiser, settings: StepSettings):
@@ -91,8 +100,8 @@ def _arm(name: str, base: nn.Module, adapted, head: str, optimiser, settings: St
             getattr(model, head).requires_grad_(True)
         else:
             torch.manual_seed(1)
-            adapted(model, LAYERS[name])
-        graph = name == "fused" and next(model.parameters()).is_cuda
+            adapted(model, LAYERS["eager" if name == GRAPH else name])
+        graph = name in ("fused", GRAPH) and next(model.parameters()).is_cuda
         how = StepSettings(settings.clip, settings.precision, graph)
         return model, optimiser([p for p in model.parameters() if p.requires_grad]), how
 
@@ -149,7 +158,7 @@ def _imdb(args: argparse.Namespace, device: torch.device):
         model.fc2.requires_grad_(True)
 
     settings = StepSettings(recipe.clip, args.precision)
-    arms = {name: _arm(name, base, adapted, "fc2", optimiser, settings) for name in ARMS}
+    arms = {name: _arm(name, base, adapted, "fc2", optimiser, settings) for name in _arms(device)}
     yield _measure(
         "imdb, 64 reviews", arms, [data.train.at(0, i) for i in range(min(64, len(data.train)))], args, SHARES["imdb"]
     )
@@ -180,7 +189,7 @@ def _runs(
     """Whole runs of eager and of fused, in turns: at least two of each."""
     end = time.perf_counter() + args.seconds * share
     train, valid, test = parts
-    samples: dict[str, list[float]] = {"eager": [], "fused": []}
+    samples: dict[str, list[float]] = {name: [] for name in arms if name != "bare"}
     losses: dict[str, list[float]] = {}
     accuracy: dict[str, float] = {}
     while len(samples["fused"]) < 2 or time.perf_counter() < end:
@@ -207,7 +216,7 @@ def _runs(
 
 def _line(row: dict) -> str:
     unit = 1.0 if row["kind"] == "run" else 1e3
-    times = ", ".join(f"{name} {unit * row[name]['median']:.2f}" for name in ARMS if name in row)
+    times = ", ".join(f"{name} {unit * row[name]['median']:.2f}" for name in (*ARMS, GRAPH) if name in row)
     text = f"{row['what']}: {times} {'s' if unit == 1 else 'ms'}; fused/eager {row['fused_over_eager']['median']:.3f}"
     if row.get("removed") is not None:
         text += f"; {100 * row['removed']:.0f} % of eager's overhead removed"

@@ -24,20 +24,23 @@ from typing import NamedTuple
 import filelock
 import torch
 
-from fastlora import autograd, check, env
+from fastlora import autograd, check, env, roofline
 from fastlora._version import __version__
 from fastlora.cache import read_json, write_json
 from fastlora.errors import warn_once
 from fastlora.kernels.tiles import Tile
+from fastlora.node import NODE
 from fastlora.paths import PATHS, Path
 from fastlora.paths.problem import Problem, drawn, drawn_bank
 
 FIELDS = ("M", "N", "K", "R", "dtype", "adapter_dtype", "dropout", "layout", "tf32", "bank")
 LOCK_WAIT_S = 120.0  # longer than any one tuning run
 ROUNDS = 7
-SAMPLE_S = 1e-3
+SAMPLE_S = 5e-3  # several calls even of a large layer: a wait for the GPU costs tens of microseconds
 MOST_CALLS = 50  # of a sample: their launches must fit the driver's queue
 MOST_TILES = 3  # of a kernel
+HOPELESS = 2.0  # a path that by arithmetic takes so many times the best one's is not timed
+LEAST_S = 2e-5  # of an expectation: below, launches decide
 CLOSE = 1.25  # a path within so much of the best has its other tiles timed
 CLOCK_HZ = 2e9  # at most, of a GPU that is kept busy while the host runs ahead
 
@@ -133,7 +136,10 @@ def time_paths(problem: Problem) -> Row:
         RuntimeError: nothing could be timed (no memory, say).
     """
     device = problem.device
-    paths = [pin(path, problem) for path in PATHS.values() if not path.why_not(device, problem)]
+    usable = [path for path in PATHS.values() if not path.why_not(device, problem)]
+    expected = {p.name: max(roofline.predict(p.name, problem, True, NODE is not None), LEAST_S) for p in usable}
+    most = HOPELESS * min(expected.values())
+    paths = [pin(path, problem) for path in usable if expected[path.name] <= most]
     what = f"{problem.M}×{problem.N}×{problem.K} {_SHORT.get(problem.dtype, problem.dtype)} r{problem.R}"
     what += " dropout" * problem.dropout + " of several adapters" * bool(problem.bank)
     line = f"fastlora: timing {len(paths)} paths for {what}, once per machine"
