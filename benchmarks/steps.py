@@ -5,7 +5,7 @@
 Three arms take the same steps of this package's trainer in turns, in one process: `bare` has frozen linear layers
 without adapters (its head is trained), `eager` the LoRA layer as one would write it, `fused` this package's. In GPT-2
 every arm keeps the gradient with respect to the embeddings, so that bare's backward pass goes as deep as the others'.
-On a GPU `fused` replays a captured step, as the programs do, and a fourth arm, `eager graph`, does so with eager's layer.
+On a GPU `fused` replays a captured step, as the programs do; so does a fourth arm, `eager graph`, with eager's layer.
 `removed` is the share of eager's time over bare that fused does not take, from differences within a round. Whole runs
 start from the same base and end in the same accuracy: five epochs of IMDb, one of spam with the nano model.
 Ends within eight minutes on two quiet cores.
