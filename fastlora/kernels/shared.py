@@ -3,9 +3,9 @@
     forward    Sᵢ = scalingᵢ · dropᵢ(x) Aᵢᵀ                                          one read of x
     backward   dAᵢ = dSᵢᵀ dropᵢ(x)    dx (+)= Σ dropᵢ'(dSᵢ Aᵢ)                       one read of x, dx written once
 
-They are `s.s_kernel` and `hybrid.da_dx_kernel` with the loop's body once for each adapter: an adapter that is not there
-is None, and compiled away. Each has its own mask, made from its own seed: with dropout x is still read once, and the
-hash is computed for every adapter. Adapters that do not fit the registers together go in several launches (`chunks`).
+The loop's body stands once for each adapter: one that is not there is None, and compiled away. Each has its own mask,
+made from its own seed: with dropout x is still read once, and the hash is computed for every adapter. Adapters that do
+not fit the registers together go in several launches (`chunks`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import Dropout, drop, how, keep_of, keep_signs
 from fastlora.kernels.grads import da_launches
-from fastlora.kernels.hybrid import y_kernel
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
 from fastlora.kernels.s import store_rank
 from fastlora.kernels.tiles import Target
+from fastlora.kernels.up import up_launch
 
 MOST = 3  # adapters of a launch
 RANKS = 64  # of one launch together, each padded
-WARPS = {"s": 4, "da_dx": 8}
+WARPS = {"s": 4, "da": 8}
 
 
 @triton.jit
@@ -206,23 +206,21 @@ def chunks(ranks: Sequence[int]) -> list[slice]:
 
 def s_shared_launches(
     target: Target, x: Tensor, lora_As: Sequence[Tensor], scalings: Sequence[float],
-    dropouts: Sequence[Dropout | None], S: Sequence[Tensor] | None,
-) -> tuple[list[Launch], list[Tensor]]:  # fmt: skip
-    """S (M, R) of each adapter, contiguous; without `S` the float32 partials (splits, M, R), which are returned."""
+    dropouts: Sequence[Dropout | None], S: Sequence[Tensor],
+) -> list[Launch]:  # fmt: skip
+    """S (M, R) of each adapter, contiguous."""
     M, K = x.shape
     precision = tiles.input_precision(x.dtype, target)
-    launches, sums, partials = [], [], []
+    launches, sums = [], []
     for chunk in chunks([A.shape[0] for A in lora_As]):
         As, dropout = lora_As[chunk], dropouts[chunk][0]
         padded = tiles.padded_rank(max(A.shape[0] for A in As))
         tile = _tile("s", target, len(As) * padded, tiles.kind_of(x.dtype, precision))
         splits, split_k = tiles.split_k(target, M, K, tile)
-        outs = None if S is None else S[chunk]
-        if splits > 1 or outs is None:
-            parts = [torch.empty(splits, M, A.shape[0], dtype=torch.float32, device=x.device) for A in As]
-            sums += [] if outs is None else map(sum_launch, parts, outs)
-            outs = parts
-        partials += outs
+        outs = S[chunk]
+        if splits > 1:
+            outs = [torch.empty(splits, M, A.shape[0], dtype=torch.float32, device=x.device) for A in As]
+            sums += map(sum_launch, outs, S[chunk])
         args = {"x_ptr": x, **_each("a{}_ptr", As), **_each("s{}_ptr", outs)}
         args |= _each("seed{}_ptr", [d and d.seed for d in dropouts[chunk]])
         args |= _each("scaling{}", [float(s) for s in scalings[chunk]])
@@ -234,22 +232,7 @@ def s_shared_launches(
             "DROPOUT": how(target, x.dtype, dropout), "INPUT_PRECISION": precision,
         }  # fmt: skip
         launches.append(Launch(s_shared_kernel, (triton.cdiv(M, tile.block_m), splits), args, tile.options))
-    return launches + sums, partials
-
-
-def y_launch(target: Target, partials: Tensor, lora_B: Tensor, bias: Tensor | None, S: Tensor, y: Tensor) -> Launch:
-    """S (M, R), the sum of its partials, and y (M, N) = S Bᵀ + bias."""
-    (M, N), R = y.shape, lora_B.shape[1]
-    precision = tiles.input_precision(y.dtype, target)
-    tile = tiles.rank_tiles("s_y", target, R, tiles.kind_of(y.dtype, precision))[0]
-    args = {
-        "s_ptr": S, "partials_ptr": partials, "b_ptr": lora_B, "bias_ptr": bias, "y_ptr": y, "P": partials.shape[0],
-        "M": M, "N": N, "stride_bn": lora_B.stride(0), "stride_br": lora_B.stride(1),
-        "stride_bias": 0 if bias is None else bias.stride(0), "stride_ym": y.stride(0),
-        "R": R, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tiles.padded_rank(R),
-        "INPUT_PRECISION": precision,
-    }  # fmt: skip
-    return Launch(y_kernel, (triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n)), args, tile.options)
+    return launches + sums
 
 
 def da_dx_shared_launches(
@@ -270,7 +253,7 @@ def da_dx_shared_launches(
                     wanted[i] = None
         if dx is None and not any(dA is not None for dA in wanted):
             continue
-        tile = _tile("da_dx", target, len(As) * padded, tiles.kind_of(dSs[0].dtype, precision))
+        tile = _tile("da", target, len(As) * padded, tiles.kind_of(dSs[0].dtype, precision))
         reads = any(dA is not None for dA in wanted)
         splits, split_m = tiles.split_m(target, M, K, tile) if reads else (triton.cdiv(M, tile.block_m), tile.block_m)
         outs = wanted
@@ -293,7 +276,7 @@ def da_dx_shared_launches(
 
 def _tile(kernel: str, target: Target, R: int, kind: str) -> tiles.Tile:
     """That of the kernel of one adapter, with as many warps as keep it in registers."""
-    tile = tiles.rank_tiles(kernel, target, R, kind)[0]
+    tile = tiles.rank_tiles(kernel, target, R, kind)[-1 if kernel == "da" else 0]  # da's small one: dx is beside it
     return tile if kind != "half" and kernel == "s" else replace(tile, num_warps=WARPS[kernel])
 
 
@@ -305,7 +288,7 @@ def _each(name: str, values: Sequence) -> dict:
 def s_shared(x, lora_As, scalings, dropouts) -> list[Tensor]:
     """S of each adapter: (M, R) in x's dtype, contiguous. Arguments as for `s_y_shared`."""
     S = [torch.empty(x.shape[0], A.shape[0], dtype=x.dtype, device=x.device) for A in lora_As]
-    run(s_shared_launches(tiles.target_of(x.device), x, lora_As, scalings, dropouts, S)[0])
+    run(s_shared_launches(tiles.target_of(x.device), x, lora_As, scalings, dropouts, S))
     return S
 
 
@@ -327,10 +310,8 @@ def s_y_shared(
     Returns:
         S (M, R) each, x's dtype, contiguous.
     """
-    target = tiles.target_of(x.device)
-    launches, partials = s_shared_launches(target, x, lora_As, scalings, dropouts, None)
-    S = [torch.empty(part.shape[1:], dtype=x.dtype, device=x.device) for part in partials]
-    run(launches + [y_launch(target, *one) for one in zip(partials, lora_Bs, biases, S, outs, strict=True)])
+    S, target = s_shared(x, lora_As, scalings, dropouts), tiles.target_of(x.device)
+    run(up_launch(target, s, B.t(), bias, None, y) for s, B, bias, y in zip(S, lora_Bs, biases, outs, strict=True))
     return S
 
 
