@@ -201,10 +201,10 @@ def split(target: Target, length: int, block: int, least: int, others: int, over
     return ceil_div(length, each), each
 
 
-# The rank-R kernels. kernel -> (arch, type of product) -> tiles BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: one, or two for
-# tuning to choose from, for ranks up to the first of HOLDS; one up to the second. Those of (90, "half") are an H100's
-# best, the others arithmetic: 128 bytes of a row or more, shared memory for two programs; for ds_db a region as wide as
-# registers allow, for the partials of dS cost 8 * R / (BLOCK_N * itemsize) of dY's bytes.
+# The rank-R kernels. kernel -> (arch, type of product) -> tiles BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: for ranks up
+# to the first of HOLDS one, or two for tuning to choose from; for ranks up to the second one. Those of (90, "half") are
+# an H100's best, the others arithmetic: 128 bytes of a row or more, shared memory for two programs; for ds_db a region
+# as wide as registers allow, for the partials of dS cost 8 * R / (BLOCK_N * itemsize) of dY's bytes.
 BANK_RANK = 256  # of several adapters together
 HOLDS = {
     "s": (32, 128), "up": (BANK_RANK,), "da": (32, 128), "onepass": (32, 128), "ds_db": (16, 32),
