@@ -23,6 +23,7 @@ from fastlora.kernels.dropout import Dropout, drop, how, keep_of, keep_signs
 from fastlora.kernels.grads import da_launches
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
+from fastlora.kernels.product import dot
 from fastlora.kernels.s import store_rank
 from fastlora.kernels.tiles import Target
 from fastlora.kernels.up import up_launch
@@ -44,7 +45,7 @@ def add_down(
     a = tl.load(a_ptrs, mask=(offs_r < R)[None, :] & (offs_k < end - k)[:, None], other=0.0)
     if DROPOUT:
         x = drop(x, keep_signs(tl.load(seed_ptr), offs_m, k, threshold, BLOCK_K), DROPOUT)
-    return tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+    return dot(x, a.to(x.dtype), acc, INPUT_PRECISION)
 
 
 @triton.jit
@@ -114,14 +115,14 @@ def add_gradients(
         signs = keep_signs(tl.load(seed_ptr), offs_m, start_k, threshold, BLOCK_K)
     if dx_ptr is not None:
         if DROPOUT:
-            update = tl.dot(ds, a, input_precision=INPUT_PRECISION)
+            update = dot(ds, a, None, INPUT_PRECISION)
             dx += tl.where(keep_of(signs), update, 0.0)
         else:
-            dx = tl.dot(ds, a, dx, input_precision=INPUT_PRECISION)
+            dx = dot(ds, a, dx, INPUT_PRECISION)
     if da_ptr is not None:
         if DROPOUT:
             x = drop(x, signs, DROPOUT)
-        acc = tl.dot(tl.trans(ds), x, acc, input_precision=INPUT_PRECISION)
+        acc = dot(tl.trans(ds), x, acc, INPUT_PRECISION)
     return dx, acc
 
 
