@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -149,27 +148,28 @@ class Trial:
 
 
 def compile_ahead(paths: Iterable[Path], problem: Problem) -> None:
-    """Compile what `paths` launch for `problem`, in threads, into Triton's cache; errors wait for the call itself.
+    """Compile what `paths` launch for `problem`, and for as many rows as the check takes; errors wait for the call.
 
     So are Triton's launchers: before 3.7 each is a file for the C compiler.
     """
+    paths = [path for path in paths if path.launches is not None]
+    if problem.device.type != "cuda" or not paths:
+        return
+    from fastlora.kernels import ahead
     from fastlora.kernels.tiles import target_of
 
-    if problem.device.type != "cuda":
-        return
-    target, launches = target_of(problem.device), {}
+    calls, target = [], target_of(problem.device)
     for path in paths:
         with suppress(Exception):
-            for M in {problem.M, _rows(path, problem)}:
-                launches |= {one.key(target): one for one in path.launches(path, problem._replace(M=M))}
+            rows = {problem.M, _rows(path, problem)}
+            calls += [(path.name, dict(path.cut), problem._replace(M=M, device=torch.device("meta"))) for M in rows]
 
-    def ready(launch) -> object:
+    def load(launch) -> object:
         with torch.cuda.device(problem.device):
             return launch.compile(target).run
 
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        for done in [pool.submit(ready, one) for one in launches.values()]:
-            done.exception()
+    with suppress(Exception):
+        ahead.compile_all(target, ahead.planned(target, calls), calls, load)
 
 
 def _verdict(path: Path, device: torch.device, subject: str, find: Callable[[], str | None]) -> str | None:

@@ -15,7 +15,8 @@ from fastlora.paths.problem import Problem
 
 TILE = 128  # rows and columns of the product that one program makes, in whose waves a product is counted
 SMALL_TILE = 64  # of path `onepass`
-GEMM_RATE, SMALL_RATE = 0.95, 0.5  # of Triton's large tiles, and of its small ones and float32, beside ATen's products
+# Beside ATen's products: Triton's large tiles, its float32; `onepass`'s small tiles and path `cuda`, both measured.
+GEMM_RATE, FLOAT_RATE, SMALL_RATE, FOLDED_RATE = 0.95, 0.5, 0.1, 0.75
 # Seconds of the host for a launch: ATen's operations; Triton's launcher from Python, and from the node in C++.
 ATEN_S, PYTHON_S, NODE_S = 5e-6, 25e-6, 3e-6
 
@@ -155,7 +156,7 @@ def _da(work: Work) -> Pass:
 
 def split(work: Work) -> Passes:
     M, N, K, R = work.M, work.N, work.K, work.R
-    gemm = {"triton": True, "rate": GEMM_RATE if work.size == 2 else SMALL_RATE}
+    gemm = {"triton": True, "rate": GEMM_RATE if work.size == 2 else FLOAT_RATE}
     forward = [product(work, M, K, R, triton=True), product(work, M, K + R, N, **gemm)]
     return forward, [_ds_db(work), _da(work), product(work, M, N + R, K, **gemm)]
 
@@ -170,9 +171,14 @@ def _onepass(work: Work) -> Passes:
 def _cuda(work: Work) -> Passes:
     """Folded: what has the rank streams beside the product, in one launch each way."""
     return tuple(
-        [Pass(sum(one.bytes for one in each), max(one.flops for one in each), max(one.tiles for one in each), True)]
+        [
+            Pass(
+                sum(one.bytes for one in each), max(one.flops for one in each), max(one.tiles for one in each), True,
+                FOLDED_RATE,
+            )
+        ]
         for each in split(work)
-    )
+    )  # fmt: skip
 
 
 def apart(path: str, many: Sequence[Work]) -> list[Pass]:

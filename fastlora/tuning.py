@@ -155,10 +155,12 @@ def _hopeful(usable: list[Path], problem: Problem) -> list[Path]:
 
 def _time(paths: list[Path], problem: Problem) -> Row:
     session = _Session(problem)
+    cuts = {path: _cuts(path, problem) for path in paths if path.tiles}
+    check.compile_ahead([*paths, *(v for found in cuts.values() for row in found.values() for v in row[1:])], problem)
     timings = session.time(paths)
     least = [min((one[which] for one in timings), default=0.0) for which in (1, 2)]
     close = [one.path for one in timings if one.plain < CLOSE * least[0] or one.captured < CLOSE * least[1]]
-    cuts = {path: _cuts(path, problem) for path in close if path.tiles}
+    cuts = {path: cuts[path] for path in close if path.tiles}
     others = [path for found in cuts.values() for variants in found.values() for path in variants[1:]]
     times = {one.path.label: one.captured for one in timings + session.time(others)}
     for path, found in cuts.items():  # the best tile of each kernel by itself: the others' do not change its time
