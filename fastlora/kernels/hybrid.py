@@ -23,6 +23,7 @@ from fastlora.kernels.dropout import Dropout, arguments, drop, how, keep_of, kee
 from fastlora.kernels.grads import da_launches
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
+from fastlora.kernels.product import rounded
 from fastlora.kernels.s import down, s_launches, store_rank
 from fastlora.kernels.tiles import Target, Tile
 
@@ -35,14 +36,14 @@ def store_y(
     s, b_ptr, bias_ptr, y_ptr, start_m, start_n, M, N, stride_bn, stride_br, stride_bias, stride_ym,
     R: tl.constexpr, BLOCK_N: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y = s Bᵀ + bias, s [BLOCK_M, BLOCK_R]."""
+    """One tile of y = s Bᵀ + bias, s [BLOCK_M, BLOCK_R] rounded."""
     rows = (start_m + tl.arange(0, s.shape[0])).to(tl.int64)
     columns = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     offs_r = tl.arange(0, s.shape[1]).to(tl.int64)
     mask_n = columns < N
     b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r[:, None] * stride_br
     b = tl.load(b_ptrs, mask=mask_n[None, :] & (offs_r[:, None] < R), other=0.0)  # [BLOCK_R, BLOCK_N]
-    y = tl.dot(s, b.to(s.dtype), input_precision=INPUT_PRECISION)
+    y = tl.dot(s, rounded(b.to(s.dtype), INPUT_PRECISION), input_precision=INPUT_PRECISION)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows[:, None] * stride_ym + columns[None, :]
@@ -65,6 +66,7 @@ def s_y_kernel(
     )  # fmt: skip
     s = s.to(s_ptr.dtype.element_ty)  # as backward will see it
     store_rank(s, s_ptr, tl.program_id(1), start_m, M, R)
+    s = rounded(s, INPUT_PRECISION)
     for start_n in range(0, N, BLOCK_N):
         store_y(
             s, b_ptr, bias_ptr, y_ptr, start_m, start_n, M, N, stride_bn, stride_br, stride_bias, stride_ym,
@@ -91,7 +93,7 @@ def y_kernel(
     if tl.program_id(1) == 0:
         store_rank(s, s_ptr, tl.program_id(1), start_m, M, R)
     store_y(
-        s, b_ptr, bias_ptr, y_ptr, start_m, tl.program_id(1) * BLOCK_N, M, N,
+        rounded(s, INPUT_PRECISION), b_ptr, bias_ptr, y_ptr, start_m, tl.program_id(1) * BLOCK_N, M, N,
         stride_bn, stride_br, stride_bias, stride_ym, R, BLOCK_N, INPUT_PRECISION,
     )  # fmt: skip
 
@@ -114,6 +116,7 @@ def da_dx_kernel(
     ranks = offs_r.to(tl.int64)
     a_ptrs = a_ptr + ranks[:, None] * stride_ar + columns[None, :] * stride_ak
     a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k, other=0.0).to(ds_ptr.dtype.element_ty)  # [BLOCK_R, BLOCK_K]
+    a = rounded(a, INPUT_PRECISION)
     start = split * split_m
     end = tl.minimum(start + split_m, M)
     if DROPOUT:
@@ -125,13 +128,14 @@ def da_dx_kernel(
         rows = offs_m.to(tl.int64)
         ds_ptrs = ds_ptr + rows[:, None] * stride_sm + ranks[None, :] * stride_sr
         ds = tl.load(ds_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        ds = rounded(ds, INPUT_PRECISION)
         dx = tl.dot(ds, a, input_precision=INPUT_PRECISION)  # [BLOCK_M, BLOCK_K]
         if DROPOUT:
             signs = keep_signs(seed, offs_m, start_k, threshold_of(threshold, rows_ptr, offs_m, end), BLOCK_K)
             dx = tl.where(keep_of(signs), dx, 0.0)
         if da_ptr is not None:
             x_ptrs = x_ptr + rows[:, None] * stride_xm + columns[None, :] * stride_xk
-            x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k, other=0.0)
+            x = rounded(tl.load(x_ptrs, mask=mask_m[:, None] & mask_k, other=0.0), INPUT_PRECISION)
             if DROPOUT:
                 x = drop(x, signs, DROPOUT)
             acc = tl.dot(tl.trans(ds), x, acc, input_precision=INPUT_PRECISION)

@@ -24,6 +24,7 @@ from fastlora.kernels.grads import da_launches
 from fastlora.kernels.hybrid import y_kernel
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
+from fastlora.kernels.product import rounded
 from fastlora.kernels.s import store_rank
 from fastlora.kernels.tiles import Target
 
@@ -37,14 +38,14 @@ def add_down(
     acc, x, a_ptr, seed_ptr, threshold, offs_m, k, end, K,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_R] += drop(x) Aᵀ over the columns of x [BLOCK_M, BLOCK_K]; A (R, K) contiguous."""
+    """acc [BLOCK_M, BLOCK_R] += drop(x) Aᵀ over the columns of x [BLOCK_M, BLOCK_K], rounded; A (R, K) contiguous."""
     offs_r = tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + offs_r.to(tl.int64)[None, :] * K + (k + offs_k).to(tl.int64)[:, None]  # [BLOCK_K, BLOCK_R]
     a = tl.load(a_ptrs, mask=(offs_r < R)[None, :] & (offs_k < end - k)[:, None], other=0.0)
     if DROPOUT:
         x = drop(x, keep_signs(tl.load(seed_ptr), offs_m, k, threshold, BLOCK_K), DROPOUT)
-    return tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+    return tl.dot(x, rounded(a.to(x.dtype), INPUT_PRECISION), acc, input_precision=INPUT_PRECISION)
 
 
 @triton.jit
@@ -75,6 +76,7 @@ def s_shared_kernel(
     for k in range(start, end, BLOCK_K):
         x_ptrs = x_rows + (k + offs_k).to(tl.int64)[None, :] * stride_xk
         x = tl.load(x_ptrs, mask=(offs_m < M)[:, None] & (offs_k < end - k)[None, :], other=0.0)
+        x = rounded(x, INPUT_PRECISION)
         s0 = add_down(
             s0, x, a0_ptr, seed0_ptr, threshold, offs_m, k, end, K, R0, BLOCK_K, BLOCK_R, DROPOUT, INPUT_PRECISION
         )
@@ -94,11 +96,14 @@ def s_shared_kernel(
 
 
 @triton.jit
-def load_a(a_ptr, columns, K, dtype: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A (R, K), contiguous, at `columns`: [BLOCK_R, BLOCK_K]."""
+def load_a(
+    a_ptr, columns, K, dtype: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr
+):
+    """A (R, K), contiguous, at `columns`, rounded: [BLOCK_R, BLOCK_K]."""
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     a_ptrs = a_ptr + ranks[:, None] * K + columns.to(tl.int64)[None, :]
-    return tl.load(a_ptrs, mask=(ranks < R)[:, None] & (columns < K)[None, :], other=0.0).to(dtype)
+    a = tl.load(a_ptrs, mask=(ranks < R)[:, None] & (columns < K)[None, :], other=0.0)
+    return rounded(a.to(dtype), INPUT_PRECISION)
 
 
 @triton.jit
@@ -110,6 +115,7 @@ def add_gradients(
     ranks = tl.arange(0, BLOCK_R)
     ds_ptrs = ds_ptr + offs_m.to(tl.int64)[:, None] * R + ranks[None, :]
     ds = tl.load(ds_ptrs, mask=(offs_m < end)[:, None] & (ranks < R)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+    ds = rounded(ds, INPUT_PRECISION)
     if DROPOUT:
         signs = keep_signs(tl.load(seed_ptr), offs_m, start_k, threshold, BLOCK_K)
     if dx_ptr is not None:
@@ -145,13 +151,13 @@ def da_dx_shared_kernel(
     part = tl.program_id(1)
     columns = start_k + tl.arange(0, BLOCK_K)
     dtype: tl.constexpr = ds0_ptr.dtype.element_ty
-    a0 = load_a(a0_ptr, columns, K, dtype, R0, BLOCK_R)
+    a0 = load_a(a0_ptr, columns, K, dtype, R0, BLOCK_R, INPUT_PRECISION)
     a1 = a0
     a2 = a0
     if ds1_ptr is not None:
-        a1 = load_a(a1_ptr, columns, K, dtype, R1, BLOCK_R)
+        a1 = load_a(a1_ptr, columns, K, dtype, R1, BLOCK_R, INPUT_PRECISION)
     if ds2_ptr is not None:
-        a2 = load_a(a2_ptr, columns, K, dtype, R2, BLOCK_R)
+        a2 = load_a(a2_ptr, columns, K, dtype, R2, BLOCK_R, INPUT_PRECISION)
     da0 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     da1 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     da2 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
@@ -165,7 +171,7 @@ def da_dx_shared_kernel(
         x = dx
         if x_ptr is not None:
             x_ptrs = x_ptr + rows * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
-            x = tl.load(x_ptrs, mask=mask, other=0.0)
+            x = rounded(tl.load(x_ptrs, mask=mask, other=0.0), INPUT_PRECISION)
         dx, da0 = add_gradients(
             dx, da0, x, a0, ds0_ptr, da0_ptr, dx_ptr, seed0_ptr, threshold, offs_m, end, start_k,
             R0, BLOCK_K, BLOCK_R, DROPOUT, INPUT_PRECISION,
