@@ -113,8 +113,8 @@ def _more(kernel: str, problem: Problem) -> list[tables.Tile]:
     if kernel.startswith("gemm"):
         rows = [tables.gemm_row(target, kind, problem.R, True, problem.dropout, tma) for tma in (True, False)]
         return [tile for row in rows for tile in row]
-    found = [cut for (_, one), row in tables.RANK_TILES[kernel].items() if one == kind for cut in row]
-    return [tables.Tile(*cut) for cut in dict.fromkeys(found)]
+    rows = [row for (_, one), row in tables.RANK_TILES[kernel].items() if one == kind]
+    return list(dict.fromkeys(tile for row in rows for tile in tables.flat(row)))
 
 
 def _profiled(steps: list[Callable[[], object]]) -> list[tuple[str, float]]:

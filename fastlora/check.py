@@ -149,7 +149,10 @@ class Trial:
 
 
 def compile_ahead(paths: Iterable[Path], problem: Problem) -> None:
-    """Compile what `paths` launch for `problem`, in threads, into Triton's cache; errors wait for the call itself."""
+    """Compile what `paths` launch for `problem`, in threads, into Triton's cache; errors wait for the call itself.
+
+    So are Triton's launchers: before 3.7 each is a file for the C compiler.
+    """
     from fastlora.kernels.tiles import target_of
 
     if problem.device.type != "cuda":
@@ -159,8 +162,13 @@ def compile_ahead(paths: Iterable[Path], problem: Problem) -> None:
         with suppress(Exception):
             for M in {problem.M, _rows(path, problem)}:
                 launches |= {one.key(target): one for one in path.launches(path, problem._replace(M=M))}
+
+    def ready(launch) -> object:
+        with torch.cuda.device(problem.device):
+            return launch.compile(target).run
+
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        for done in [pool.submit(one.compile, target) for one in launches.values()]:
+        for done in [pool.submit(ready, one) for one in launches.values()]:
             done.exception()
 
 

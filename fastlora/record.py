@@ -33,7 +33,7 @@ _FORMATS = {
     **{"u64": "Q", "fp16": "e", "fp32": "f", "f32": "f", "fp64": "d"},
 }
 _PTX_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
-MAP_BYTES = 128  # of a CUtensorMap
+MAP_BYTES, MAP_TF32 = 128, 11  # of a CUtensorMap; CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
 SMALL_MAP = 128 * 1024
 ALIGNMENT = 256  # of scratch memory: no less than what torch's allocator gives to the last bit a kernel asks about
 COOPERATIVE, CLUSTER, SCHEDULING, SERIALIZATION = 2, 4, 5, 6  # CUlaunchAttributeID
@@ -205,14 +205,14 @@ class _Parameters:
 
     def descriptor(self, descriptor: Any, meta: dict | None) -> None:
         """A tensor map, and the sizes and strides that go with it."""
-        from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST, TMA_TF32
+        from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
         if meta is None or meta.get("fp4_padded") or meta.get("is_im2col"):
             raise Unrecordable("a tensor descriptor of a kind that the kernels do not use")
         shape, strides, itemsize = list(descriptor.shape), list(descriptor.strides), meta["elem_size"]
         kind = TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]]
         if getattr(descriptor, "round_f32_to_tf32", False):
-            kind = TMA_TF32
+            kind = MAP_TF32
         in_bytes = [itemsize * s for s in strides[-2::-1]]
         in_bytes.append(shape[0] * (in_bytes[-1] if in_bytes else itemsize))
         last = sum((n - 1) * s for n, s in zip(shape[::-1], (itemsize, *in_bytes), strict=False))

@@ -142,17 +142,22 @@ def _ds_db(work: Work) -> Pass:
 
 def _hybrid(work: Work) -> Passes:
     M, N, K, R, e = work.M, work.N, work.K, work.R, work.size
-    s_y = Pass(e * (M * K + M * N + R * (K + N + M)), 2.0 * M * R * (K + N), triton=True)
-    da_dx = Pass(e * (2 * M * K + R * (M + 2 * K)), 4.0 * M * K * R, triton=True)
+    bits = M * K / 8 if work.dropout else 0.0
+    up_y = Pass(e * (M * N + R * (N + M)), 2.0 * M * R * N, triton=True)
+    up_dx = Pass(e * (M * K + R * (M + K)) + bits, 2.0 * M * R * K, triton=True)
     add_y, add_dx = product(work, M, K, N, extra=M * N * e), product(work, M, N, K, extra=M * K * e)
-    return [s_y, add_y], [_ds_db(work), da_dx, add_dx]
+    return [product(work, M, K, R, triton=True), up_y, add_y], [_ds_db(work), _da(work), up_dx, add_dx]
+
+
+def _da(work: Work) -> Pass:
+    return product(work, work.R, work.M, work.K, extra=work.M * work.K / 8 if work.dropout else 0.0, triton=True)
 
 
 def split(work: Work) -> Passes:
     M, N, K, R = work.M, work.N, work.K, work.R
     gemm = {"triton": True, "rate": GEMM_RATE if work.size == 2 else SMALL_RATE}
     forward = [product(work, M, K, R, triton=True), product(work, M, K + R, N, **gemm)]
-    return forward, [_ds_db(work), product(work, R, M, K, triton=True), product(work, M, N + R, K, **gemm)]
+    return forward, [_ds_db(work), _da(work), product(work, M, N + R, K, **gemm)]
 
 
 def _onepass(work: Work) -> Passes:

@@ -137,14 +137,20 @@ def time_paths(problem: Problem) -> Row:
     """
     device = problem.device
     usable = [path for path in PATHS.values() if not path.why_not(device, problem)]
-    expected = {p.name: max(roofline.predict(p.name, problem, True, NODE is not None), LEAST_S) for p in usable}
-    most = HOPELESS * min(expected.values())
-    paths = [pin(path, problem) for path in usable if expected[path.name] <= most]
+    paths = [pin(path, problem) for path in _hopeful(usable, problem)]
     what = f"{problem.M}×{problem.N}×{problem.K} {_SHORT.get(problem.dtype, problem.dtype)} r{problem.R}"
     what += " dropout" * problem.dropout + " of several adapters" * bool(problem.bank)
     line = f"fastlora: timing {len(paths)} paths for {what}, once per machine"
     print(line, file=sys.stderr, flush=True)
     return check.apart(device, _time, paths, problem)
+
+
+def _hopeful(usable: list[Path], problem: Problem) -> list[Path]:
+    """Those that by arithmetic may be the fastest, on the card of the device; without a GPU all."""
+    if problem.device.type != "cuda":
+        return usable
+    expected = {p.name: max(roofline.predict(p.name, problem, True, NODE is not None), LEAST_S) for p in usable}
+    return [path for path in usable if expected[path.name] <= HOPELESS * min(expected.values())]
 
 
 def _time(paths: list[Path], problem: Problem) -> Row:

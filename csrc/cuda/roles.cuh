@@ -219,7 +219,7 @@ template <int RP>
 DEVICE void load_sum(Ring& ring, const TensorMap& p, const TensorMap& q, const TensorMap* mask, int row, int L) {
     for (int l = 0; l < L; l += BOX * SPAN<RP>) {
         ring.fill(SPAN<RP> * (2 + TAIL<RP>), mask ? 2 : 0);
-        for (int j = 0; j < 2 && mask; j++) ring.load_piece(j, *mask, l / 8, row + BOX * j);
+        for (int j = 0; j < 2 && mask; j++) ring.load_piece(j, *mask, l / 128 * PIECE, row + BOX * j);
         for (int i = 0; i < SPAN<RP>; i++) {
             for (int j = 0; j < 2; j++) ring.load(2 * i + j, p, l + BOX * i, row + BOX * j);
             for (int j = 0; j < TAIL<RP>; j++) ring.load(4 + i + j, q, l + BOX * i, BOX * j);
@@ -253,7 +253,7 @@ DEVICE void sum_rows(Ring& ring, const Consumer& me, const Rank& S, int row, int
         ring.wait();
         if (threshold) {
             UNROLL for (int i = 0; i < SPAN<RP>; i++)
-                drop_box(ring.box(2 * i + me.half), ring.sm.kept[ring.stage][me.half], i, me.thread);
+                drop_box(ring.box(2 * i + me.half), ring.sm.kept[ring.stage][me.half], l / BOX % 2 + i, me.thread);
             fence_async_proxy();
             me.sync_half();
         }

@@ -6,12 +6,12 @@
 | `gemm_ws.py`  | the same for sm_90 with specialised warps, in Gluon: tried beside it by the tuner   |
 | `s.py`        | S = scaling · drop(x) Aᵀ                                                           |
 | `grads.py`    | dS with dB in one read of dy; dA with the mask made again                           |
-| `hybrid.py`   | S and S Bᵀ + bias in one read of x; dA and drop(dS A) in one: ATen's GEMM does W    |
+| `up.py`       | S Bᵀ + bias, and keep * (dS A): what ATen's GEMM adds to                            |
 | `onepass.py`  | y and S from one read of x                                                         |
 | `cuda.py`     | all of it in CUDA C++ for Hopper (csrc/cuda), through ctypes                        |
 | `bank.py`     | factors and thresholds of each row, where several adapters share a launch          |
 | `partials.py` | sums of partial results, in order                                                   |
-| `product.py`  | operands of a product in tf32, rounded                                             |
+| `product.py`  | products, in tf32 of operands that are rounded to it                                |
 | `dropout.py`  | the mask, a function of (seed, row, column)                                        |
 | `tiles.py`    | which tile runs on which GPU                                                       |
 | `launch.py`   | a launch as data: run it, compile it for any GPU, record it                         |

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import STORED
 from fastlora.kernels.launch import Launch
-from fastlora.kernels.product import rounded
+from fastlora.kernels.product import dot
 from fastlora.kernels.tiles import Target, Tile
 
 
@@ -71,8 +71,7 @@ def add_step(
     u_ptrs = u_ptr + offs_r[:, None] * stride_ur + offs_n[None, :] * stride_un
     s = tl.load(s_ptrs, mask=(offs_m[:, None] < M) & (offs_r[None, :] < R), other=0.0)  # [BLOCK_M, BLOCK_R]
     u = tl.load(u_ptrs, mask=(offs_r[:, None] < R) & (offs_n[None, :] < N), other=0.0)  # [BLOCK_R, BLOCK_N]
-    u = rounded(u.to(s.dtype), INPUT_PRECISION)
-    return tl.dot(rounded(s, INPUT_PRECISION), u, acc, input_precision=INPUT_PRECISION)
+    return dot(s, u.to(s.dtype), acc, INPUT_PRECISION)
 
 
 @triton.jit
@@ -142,7 +141,7 @@ def gemm_kernel(
             left = K - start_k
             x = tl.load(x_ptrs, mask=mask_m & (offs_k[None, :] < left), other=0.0)
             w = tl.load(w_ptrs, mask=mask_n & (offs_k[:, None] < left), other=0.0)
-        acc = tl.dot(rounded(x, INPUT_PRECISION), rounded(w, INPUT_PRECISION), acc, input_precision=INPUT_PRECISION)
+        acc = dot(x, w, acc, INPUT_PRECISION)
         x_ptrs += advance * stride_xk
         w_ptrs += advance * stride_wk
 
@@ -197,7 +196,7 @@ def gemm_tma_kernel(
                 w = w_desc.load([start_n, start_k]).T
             else:
                 w = w_desc.load([start_k, start_n])
-            acc = tl.dot(rounded(x, INPUT_PRECISION), rounded(w, INPUT_PRECISION), acc, input_precision=INPUT_PRECISION)
+            acc = dot(x, w, acc, INPUT_PRECISION)
         if not DROPOUT:
             acc = add_update(
                 acc, s_ptr, u_ptr, start_m, start_n, M, N, R, stride_sm, stride_sr, stride_ur, stride_un,

@@ -38,7 +38,7 @@ from fastlora.kernels.bank import is_bank, scale, scaled, threshold_of
 from fastlora.kernels.dropout import Dropout, arguments, bits_of, drop, how, keep_signs
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch, sum_pair_launch
-from fastlora.kernels.product import rounded
+from fastlora.kernels.product import dot
 from fastlora.kernels.s import s_launches
 from fastlora.kernels.tiles import Target, Tile
 
@@ -63,7 +63,7 @@ def ds_db_kernel(
     columns = offs_n.to(tl.int64)
     b_ptrs = b_ptr + columns[:, None] * stride_bn + offs_r[None, :] * stride_br
     b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)  # [BLOCK_N, BLOCK_R]
-    b = rounded(b.to(dy_ptr.dtype.element_ty), INPUT_PRECISION)
+    b = b.to(dy_ptr.dtype.element_ty)
     db = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     start = part_m * region_m
     end = tl.minimum(start + region_m, M)
@@ -75,9 +75,8 @@ def ds_db_kernel(
         dy_ptrs = dy_ptr + rows[:, None] * stride_ym + columns[None, :] * stride_yn
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
         s = tl.load(s_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_mr, other=0.0)  # [BLOCK_M, BLOCK_R]
-        dy = rounded(dy, INPUT_PRECISION)
-        db = tl.dot(tl.trans(dy), rounded(s, INPUT_PRECISION), db, input_precision=INPUT_PRECISION)
-        ds = scaled(tl.dot(dy, b, input_precision=INPUT_PRECISION), scaling, rows_ptr, offs_m, end, R)
+        db = dot(tl.trans(dy), s, db, INPUT_PRECISION)
+        ds = scaled(dot(dy, b, None, INPUT_PRECISION), scaling, rows_ptr, offs_m, end, R)
         ds_ptrs = ds_ptr + (part_n.to(tl.int64) * M + rows)[:, None] * R + offs_r[None, :]
         tl.store(ds_ptrs, ds.to(ds_ptr.dtype.element_ty), mask=mask_mr)
     db_ptrs = db_ptr + (part_m.to(tl.int64) * N + offs_n)[:, None] * R + offs_r[None, :]
@@ -120,7 +119,7 @@ def da_kernel(
                 bytes_k = tl.cdiv(K, 8)
                 bits_ptrs = bits_ptr + rows[:, None] * bytes_k + offs_b[None, :]
                 tl.store(bits_ptrs, bits_of(signs), mask=mask_m[:, None] & (offs_b < bytes_k)[None, :])
-        acc = tl.dot(rounded(ds, INPUT_PRECISION), rounded(x, INPUT_PRECISION), acc, input_precision=INPUT_PRECISION)
+        acc = dot(ds, x, acc, INPUT_PRECISION)
     da_ptrs = da_ptr + split.to(tl.int64) * (R * K) + offs_r[:, None] * stride_dr + columns[None, :] * stride_dk
     tl.store(da_ptrs, acc.to(da_ptr.dtype.element_ty), mask=mask_r & mask_k)
 

@@ -38,7 +38,7 @@ import triton
 from torch import Tensor
 
 from fastlora import env
-from fastlora.kernels import gemm, grads, hybrid, onepass, s, shared, tiles
+from fastlora.kernels import gemm, grads, onepass, s, shared, tiles, up
 from fastlora.kernels.dropout import Dropout, mask_bits, mask_launch
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import TARGETS, Target
@@ -101,14 +101,13 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
         if R != 16:  # the tables' cuts are for 32 and 128, but for ds_db
             for tile in tiles.rank_tiles("s", target, R, kind, several):
                 yield from s.s_launches(target, x, A, scaling, dropout, S, tile)
-            for tile in tiles.rank_tiles("s_y", target, R, kind, several):
-                yield from hybrid.s_y_launches(target, x, A, B, bias, scaling, dropout, S, y, tile)
+            if not several or R == 256:
+                for tile in tiles.rank_tiles("up", target, R, kind):
+                    for bits in [None] if dropout is None else [None, mask_bits(m, n, x.device)]:
+                        yield up.up_launch(target, S, B.t(), bias, bits, y, tile)
             for tile in tiles.rank_tiles("da", target, R, kind, several and drops):
                 for bits in [None] if dropout is None else [None, mask_bits(m, n, x.device)]:
                     yield from grads.da_launches(target, S, x, dropout, A, tile, bits)
-            for tile in tiles.rank_tiles("da_dx", target, R, kind):
-                for dA in (A, None):
-                    yield from hybrid.da_dx_launches(target, S, x, A, dropout, dA, y, tile)
             for tile in tiles.rank_tiles("onepass", target, R, kind, several):
                 yield onepass.onepass_launch(target, x, W, bias, A, B, scaling, dropout, y, S, tile)
         if dropout is None or several or m == FEW or adapter != dtype:
@@ -130,7 +129,7 @@ def _shared_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, a
         x, y, dropouts = _tensor(M, n, dtype, aligned), _tensor(M, n, dtype, aligned), [dropout] * 2 * count
         As = [_tensor(R, n, adapter) for _ in dropouts]
         S = [_tensor(M, R, dtype) for _ in dropouts]
-        yield from shared.s_shared_launches(target, x, As, [2.0] * 2 * count, dropouts, S)[0]
+        yield from shared.s_shared_launches(target, x, As, [2.0] * 2 * count, dropouts, S)
         yield from shared.da_dx_shared_launches(target, S, x, As, dropouts, As, y)  # the second launch adds
         yield from shared.da_dx_shared_launches(target, S, x, As, dropouts, As, None)
 

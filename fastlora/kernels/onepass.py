@@ -21,7 +21,7 @@ from fastlora.kernels import tiles
 from fastlora.kernels.bank import is_bank, scaled, threshold_of
 from fastlora.kernels.dropout import Dropout, arguments, drop, how, keep_signs
 from fastlora.kernels.launch import Launch
-from fastlora.kernels.product import rounded
+from fastlora.kernels.product import dot
 from fastlora.kernels.tiles import Target, Tile
 
 if TYPE_CHECKING:
@@ -62,11 +62,10 @@ def onepass_kernel(
         x = tl.load(x_rows + steps[None, :] * stride_xk, mask=mask_m & mask_k[None, :], other=0.0)
         w = tl.load(w_rows + steps[:, None] * stride_wk, mask=mask_n & mask_k[:, None], other=0.0)
         a = tl.load(a_rows + steps[:, None] * stride_ak, mask=mask_r & mask_k[:, None], other=0.0)
-        x = rounded(x, INPUT_PRECISION)
-        acc = tl.dot(x, rounded(w, INPUT_PRECISION), acc, input_precision=INPUT_PRECISION)
+        acc = dot(x, w, acc, INPUT_PRECISION)
         if DROPOUT:
             x = drop(x, keep_signs(seed, offs_m, k, threshold, BLOCK_K), DROPOUT)
-        acc_s = tl.dot(x, rounded(a.to(x.dtype), INPUT_PRECISION), acc_s, input_precision=INPUT_PRECISION)
+        acc_s = dot(x, a.to(x.dtype), acc_s, INPUT_PRECISION)
 
     s = scaled(acc_s, scaling, rows_ptr, offs_m, M, R)
     s = tl.where(mask_r, s, 0.0)  # an infinity in x has made NaN of the padding's zeros
@@ -75,8 +74,7 @@ def onepass_kernel(
         tl.store(s_ptr + rows[:, None] * R + offs_r[None, :], s, mask=mask_m & mask_r)
     b_ptrs = b_ptr + columns[None, :] * stride_bn + offs_r.to(tl.int64)[:, None] * stride_br
     b = tl.load(b_ptrs, mask=mask_n & (offs_r[:, None] < R), other=0.0)  # [BLOCK_R, BLOCK_N]
-    s = rounded(s, INPUT_PRECISION)
-    acc = tl.dot(s, rounded(b.to(s.dtype), INPUT_PRECISION), acc, input_precision=INPUT_PRECISION)
+    acc = dot(s, b.to(s.dtype), acc, INPUT_PRECISION)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns * stride_bias, mask=offs_n < N, other=0.0)
         acc += bias.to(tl.float32)[None, :]

@@ -22,7 +22,7 @@ from fastlora.kernels.bank import is_bank, scaled, threshold_of
 from fastlora.kernels.dropout import Dropout, arguments, drop, how, keep_signs
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
-from fastlora.kernels.product import rounded
+from fastlora.kernels.product import dot
 from fastlora.kernels.tiles import Target, Tile
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ def down(
         columns = (k + offs_k).to(tl.int64)
         x_ptrs = x_rows + columns[None, :] * stride_xk  # [BLOCK_M, BLOCK_K]
         a_ptrs = a_rows + columns[:, None] * stride_ak  # [BLOCK_K, BLOCK_R]
-        x = rounded(tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0), INPUT_PRECISION)
+        x = tl.load(x_ptrs, mask=mask_m & mask_k[None, :], other=0.0)
         a = tl.load(a_ptrs, mask=mask_r & mask_k[:, None], other=0.0)
         if DROPOUT:
             x = drop(x, keep_signs(seed, offs_m, k, threshold, BLOCK_K), DROPOUT)
-        acc = tl.dot(x, rounded(a.to(x.dtype), INPUT_PRECISION), acc, input_precision=INPUT_PRECISION)
+        acc = dot(x, a.to(x.dtype), acc, INPUT_PRECISION)
     s = scaled(acc, scaling, rows_ptr, offs_m, M, R)
     return tl.where(mask_r, s, 0.0)  # an infinity in x has made NaN of the padding's zeros
 

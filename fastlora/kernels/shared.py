@@ -3,9 +3,9 @@
     forward    Sᵢ = scalingᵢ · dropᵢ(x) Aᵢᵀ                                          one read of x
     backward   dAᵢ = dSᵢᵀ dropᵢ(x)    dx (+)= Σ dropᵢ'(dSᵢ Aᵢ)                       one read of x, dx written once
 
-They are `s.s_kernel` and `hybrid.da_dx_kernel` with the loop's body once for each adapter: an adapter that is not there
-is None, and compiled away. Each has its own mask, made from its own seed: with dropout x is still read once, and the
-hash is computed for every adapter. Adapters that do not fit the registers together go in several launches (`chunks`).
+The loop's body stands once for each adapter: one that is not there is None, and compiled away. Each has its own mask,
+made from its own seed: with dropout x is still read once, and the hash is computed for every adapter. Adapters that do
+not fit the registers together go in several launches (`chunks`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import Dropout, drop, how, keep_of, keep_signs
 from fastlora.kernels.grads import da_launches
-from fastlora.kernels.hybrid import y_kernel
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launch
-from fastlora.kernels.product import rounded
+from fastlora.kernels.product import dot
 from fastlora.kernels.s import store_rank
 from fastlora.kernels.tiles import Target
+from fastlora.kernels.up import up_launch
 
 MOST = 3  # adapters of a launch
 RANKS = 64  # of one launch together, each padded
-WARPS = {"s": 4, "da_dx": 8}
+WARPS = {"s": 4, "da": 8}
 
 
 @triton.jit
@@ -38,14 +38,14 @@ def add_down(
     acc, x, a_ptr, seed_ptr, threshold, offs_m, k, end, K,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_M, BLOCK_R] += drop(x) Aᵀ over the columns of x [BLOCK_M, BLOCK_K], rounded; A (R, K) contiguous."""
+    """acc [BLOCK_M, BLOCK_R] += drop(x) Aᵀ over the columns of x [BLOCK_M, BLOCK_K]; A (R, K) contiguous."""
     offs_r = tl.arange(0, BLOCK_R)
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + offs_r.to(tl.int64)[None, :] * K + (k + offs_k).to(tl.int64)[:, None]  # [BLOCK_K, BLOCK_R]
     a = tl.load(a_ptrs, mask=(offs_r < R)[None, :] & (offs_k < end - k)[:, None], other=0.0)
     if DROPOUT:
         x = drop(x, keep_signs(tl.load(seed_ptr), offs_m, k, threshold, BLOCK_K), DROPOUT)
-    return tl.dot(x, rounded(a.to(x.dtype), INPUT_PRECISION), acc, input_precision=INPUT_PRECISION)
+    return dot(x, a.to(x.dtype), acc, INPUT_PRECISION)
 
 
 @triton.jit
@@ -76,7 +76,6 @@ def s_shared_kernel(
     for k in range(start, end, BLOCK_K):
         x_ptrs = x_rows + (k + offs_k).to(tl.int64)[None, :] * stride_xk
         x = tl.load(x_ptrs, mask=(offs_m < M)[:, None] & (offs_k < end - k)[None, :], other=0.0)
-        x = rounded(x, INPUT_PRECISION)
         s0 = add_down(
             s0, x, a0_ptr, seed0_ptr, threshold, offs_m, k, end, K, R0, BLOCK_K, BLOCK_R, DROPOUT, INPUT_PRECISION
         )
@@ -96,14 +95,11 @@ def s_shared_kernel(
 
 
 @triton.jit
-def load_a(
-    a_ptr, columns, K, dtype: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr
-):
-    """A (R, K), contiguous, at `columns`, rounded: [BLOCK_R, BLOCK_K]."""
+def load_a(a_ptr, columns, K, dtype: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A (R, K), contiguous, at `columns`: [BLOCK_R, BLOCK_K]."""
     ranks = tl.arange(0, BLOCK_R).to(tl.int64)
     a_ptrs = a_ptr + ranks[:, None] * K + columns.to(tl.int64)[None, :]
-    a = tl.load(a_ptrs, mask=(ranks < R)[:, None] & (columns < K)[None, :], other=0.0)
-    return rounded(a.to(dtype), INPUT_PRECISION)
+    return tl.load(a_ptrs, mask=(ranks < R)[:, None] & (columns < K)[None, :], other=0.0).to(dtype)
 
 
 @triton.jit
@@ -115,19 +111,18 @@ def add_gradients(
     ranks = tl.arange(0, BLOCK_R)
     ds_ptrs = ds_ptr + offs_m.to(tl.int64)[:, None] * R + ranks[None, :]
     ds = tl.load(ds_ptrs, mask=(offs_m < end)[:, None] & (ranks < R)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-    ds = rounded(ds, INPUT_PRECISION)
     if DROPOUT:
         signs = keep_signs(tl.load(seed_ptr), offs_m, start_k, threshold, BLOCK_K)
     if dx_ptr is not None:
         if DROPOUT:
-            update = tl.dot(ds, a, input_precision=INPUT_PRECISION)
+            update = dot(ds, a, None, INPUT_PRECISION)
             dx += tl.where(keep_of(signs), update, 0.0)
         else:
-            dx = tl.dot(ds, a, dx, input_precision=INPUT_PRECISION)
+            dx = dot(ds, a, dx, INPUT_PRECISION)
     if da_ptr is not None:
         if DROPOUT:
             x = drop(x, signs, DROPOUT)
-        acc = tl.dot(tl.trans(ds), x, acc, input_precision=INPUT_PRECISION)
+        acc = dot(tl.trans(ds), x, acc, INPUT_PRECISION)
     return dx, acc
 
 
@@ -151,13 +146,13 @@ def da_dx_shared_kernel(
     part = tl.program_id(1)
     columns = start_k + tl.arange(0, BLOCK_K)
     dtype: tl.constexpr = ds0_ptr.dtype.element_ty
-    a0 = load_a(a0_ptr, columns, K, dtype, R0, BLOCK_R, INPUT_PRECISION)
+    a0 = load_a(a0_ptr, columns, K, dtype, R0, BLOCK_R)
     a1 = a0
     a2 = a0
     if ds1_ptr is not None:
-        a1 = load_a(a1_ptr, columns, K, dtype, R1, BLOCK_R, INPUT_PRECISION)
+        a1 = load_a(a1_ptr, columns, K, dtype, R1, BLOCK_R)
     if ds2_ptr is not None:
-        a2 = load_a(a2_ptr, columns, K, dtype, R2, BLOCK_R, INPUT_PRECISION)
+        a2 = load_a(a2_ptr, columns, K, dtype, R2, BLOCK_R)
     da0 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     da1 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     da2 = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
@@ -171,7 +166,7 @@ def da_dx_shared_kernel(
         x = dx
         if x_ptr is not None:
             x_ptrs = x_ptr + rows * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
-            x = rounded(tl.load(x_ptrs, mask=mask, other=0.0), INPUT_PRECISION)
+            x = tl.load(x_ptrs, mask=mask, other=0.0)
         dx, da0 = add_gradients(
             dx, da0, x, a0, ds0_ptr, da0_ptr, dx_ptr, seed0_ptr, threshold, offs_m, end, start_k,
             R0, BLOCK_K, BLOCK_R, DROPOUT, INPUT_PRECISION,
@@ -212,23 +207,21 @@ def chunks(ranks: Sequence[int]) -> list[slice]:
 
 def s_shared_launches(
     target: Target, x: Tensor, lora_As: Sequence[Tensor], scalings: Sequence[float],
-    dropouts: Sequence[Dropout | None], S: Sequence[Tensor] | None,
-) -> tuple[list[Launch], list[Tensor]]:  # fmt: skip
-    """S (M, R) of each adapter, contiguous; without `S` the float32 partials (splits, M, R), which are returned."""
+    dropouts: Sequence[Dropout | None], S: Sequence[Tensor],
+) -> list[Launch]:  # fmt: skip
+    """S (M, R) of each adapter, contiguous."""
     M, K = x.shape
     precision = tiles.input_precision(x.dtype, target)
-    launches, sums, partials = [], [], []
+    launches, sums = [], []
     for chunk in chunks([A.shape[0] for A in lora_As]):
         As, dropout = lora_As[chunk], dropouts[chunk][0]
         padded = tiles.padded_rank(max(A.shape[0] for A in As))
         tile = _tile("s", target, len(As) * padded, tiles.kind_of(x.dtype, precision))
         splits, split_k = tiles.split_k(target, M, K, tile)
-        outs = None if S is None else S[chunk]
-        if splits > 1 or outs is None:
-            parts = [torch.empty(splits, M, A.shape[0], dtype=torch.float32, device=x.device) for A in As]
-            sums += [] if outs is None else map(sum_launch, parts, outs)
-            outs = parts
-        partials += outs
+        outs = S[chunk]
+        if splits > 1:
+            outs = [torch.empty(splits, M, A.shape[0], dtype=torch.float32, device=x.device) for A in As]
+            sums += map(sum_launch, outs, S[chunk])
         args = {"x_ptr": x, **_each("a{}_ptr", As), **_each("s{}_ptr", outs)}
         args |= _each("seed{}_ptr", [d and d.seed for d in dropouts[chunk]])
         args |= _each("scaling{}", [float(s) for s in scalings[chunk]])
@@ -240,22 +233,7 @@ def s_shared_launches(
             "DROPOUT": how(target, x.dtype, dropout), "INPUT_PRECISION": precision,
         }  # fmt: skip
         launches.append(Launch(s_shared_kernel, (triton.cdiv(M, tile.block_m), splits), args, tile.options))
-    return launches + sums, partials
-
-
-def y_launch(target: Target, partials: Tensor, lora_B: Tensor, bias: Tensor | None, S: Tensor, y: Tensor) -> Launch:
-    """S (M, R), the sum of its partials, and y (M, N) = S Bᵀ + bias."""
-    (M, N), R = y.shape, lora_B.shape[1]
-    precision = tiles.input_precision(y.dtype, target)
-    tile = tiles.rank_tiles("s_y", target, R, tiles.kind_of(y.dtype, precision))[0]
-    args = {
-        "s_ptr": S, "partials_ptr": partials, "b_ptr": lora_B, "bias_ptr": bias, "y_ptr": y, "P": partials.shape[0],
-        "M": M, "N": N, "stride_bn": lora_B.stride(0), "stride_br": lora_B.stride(1),
-        "stride_bias": 0 if bias is None else bias.stride(0), "stride_ym": y.stride(0),
-        "R": R, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tiles.padded_rank(R),
-        "INPUT_PRECISION": precision,
-    }  # fmt: skip
-    return Launch(y_kernel, (triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n)), args, tile.options)
+    return launches + sums
 
 
 def da_dx_shared_launches(
@@ -276,7 +254,7 @@ def da_dx_shared_launches(
                     wanted[i] = None
         if dx is None and not any(dA is not None for dA in wanted):
             continue
-        tile = _tile("da_dx", target, len(As) * padded, tiles.kind_of(dSs[0].dtype, precision))
+        tile = _tile("da", target, len(As) * padded, tiles.kind_of(dSs[0].dtype, precision))
         reads = any(dA is not None for dA in wanted)
         splits, split_m = tiles.split_m(target, M, K, tile) if reads else (triton.cdiv(M, tile.block_m), tile.block_m)
         outs = wanted
@@ -299,7 +277,7 @@ def da_dx_shared_launches(
 
 def _tile(kernel: str, target: Target, R: int, kind: str) -> tiles.Tile:
     """That of the kernel of one adapter, with as many warps as keep it in registers."""
-    tile = tiles.rank_tiles(kernel, target, R, kind)[0]
+    tile = tiles.rank_tiles(kernel, target, R, kind)[-1 if kernel == "da" else 0]  # da's small one: dx is beside it
     return tile if kind != "half" and kernel == "s" else replace(tile, num_warps=WARPS[kernel])
 
 
@@ -311,7 +289,7 @@ def _each(name: str, values: Sequence) -> dict:
 def s_shared(x, lora_As, scalings, dropouts) -> list[Tensor]:
     """S of each adapter: (M, R) in x's dtype, contiguous. Arguments as for `s_y_shared`."""
     S = [torch.empty(x.shape[0], A.shape[0], dtype=x.dtype, device=x.device) for A in lora_As]
-    run(s_shared_launches(tiles.target_of(x.device), x, lora_As, scalings, dropouts, S)[0])
+    run(s_shared_launches(tiles.target_of(x.device), x, lora_As, scalings, dropouts, S))
     return S
 
 
@@ -333,10 +311,8 @@ def s_y_shared(
     Returns:
         S (M, R) each, x's dtype, contiguous.
     """
-    target = tiles.target_of(x.device)
-    launches, partials = s_shared_launches(target, x, lora_As, scalings, dropouts, None)
-    S = [torch.empty(part.shape[1:], dtype=x.dtype, device=x.device) for part in partials]
-    run(launches + [y_launch(target, *one) for one in zip(partials, lora_Bs, biases, S, outs, strict=True)])
+    S, target = s_shared(x, lora_As, scalings, dropouts), tiles.target_of(x.device)
+    run(up_launch(target, s, B.t(), bias, None, y) for s, B, bias, y in zip(S, lora_Bs, biases, outs, strict=True))
     return S
 
 

@@ -9,6 +9,7 @@ can be asked: `python -m fastlora.kernels.matrix` tells. The order within a row 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
@@ -189,22 +190,24 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def split(target: Target, length: int, block: int, least: int, others: int) -> tuple[int, int]:
-    """(splits, length of each) so that splits * others programs fill the usual card twice over.
+def split(target: Target, length: int, block: int, least: int, others: int, over: int = 2) -> tuple[int, int]:
+    """(splits, length of each) so that splits * others programs fill the usual card `over` times.
 
     Each is a multiple of `block` and hardly shorter than `least`: a shorter one takes less time than adding it costs.
     """
     least = 64 if target.backend == "interpreter" else least  # small matrices are to be split there
-    splits = max(1, min(2 * target.multiprocessors // others, length // least))
+    splits = max(1, min(over * target.multiprocessors // others, length // least))
     each = ceil_div(ceil_div(length, splits), block) * block
     return ceil_div(length, each), each
 
 
-# The rank-R kernels. kernel -> (arch, type of product) -> tiles BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: one for ranks
-# up to the first of HOLDS, one up to the second. Preferred: 128 bytes of a row or more, shared memory for two programs;
-# for ds_db a region as wide as registers allow, for the partials of dS cost 8 * R / (BLOCK_N * itemsize) of dY's bytes.
+# The rank-R kernels. kernel -> (arch, type of product) -> tiles BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: for ranks up
+# to the first of HOLDS one, or two for tuning to choose from; for ranks up to the second one. Those of (90, "half") are
+# an H100's best, the others arithmetic: 128 bytes of a row or more, shared memory for two programs; for ds_db a region
+# as wide as registers allow, for the partials of dS cost 8 * R / (BLOCK_N * itemsize) of dY's bytes.
+BANK_RANK = 256  # of several adapters together
 HOLDS = {
-    "s": (32, 128), "s_y": (32, 128), "da": (32, 128), "da_dx": (32, 128), "onepass": (32, 128), "ds_db": (16, 32),
+    "s": (32, 128), "up": (BANK_RANK,), "da": (32, 128), "onepass": (32, 128), "ds_db": (16, 32),
 }  # fmt: skip
 LIKE = {89: 86, 120: 86, 86: 80, 100: 90, 90: 80, "gfx950": "gfx942"}  # whose row serves one that has none of its own
 RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] = {
@@ -217,9 +220,9 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         (86, "half"): ((32, 0, 64, 4, 4), (32, 0, 32, 4, 3)),
         (86, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 4, 2)),
         (86, "tf32"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 3)),
-        (90, "half"): ((32, 0, 64, 4, 5), (32, 0, 32, 8, 3)),
+        (90, "half"): (((16, 0, 128, 2, 5), (16, 0, 128, 4, 4)), (32, 0, 32, 8, 3)),
         (90, "ieee"): ((32, 0, 64, 8, 2), (32, 0, 64, 8, 2)),
-        (90, "tf32"): ((32, 0, 64, 8, 4), (32, 0, 32, 8, 3)),
+        (90, "tf32"): ((32, 0, 64, 8, 4), (32, 0, 32, 8, 2)),
         (120, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 8, 2)),
         (120, "tf32"): ((32, 0, 32, 8, 3), (32, 0, 32, 8, 3)),
         ("gfx942", "half"): ((32, 0, 64, 4, 4), (32, 0, 32, 4, 2)),
@@ -234,37 +237,21 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         (86, "half"): ((64, 0, 64, 4, 4), (32, 0, 64, 8, 3)),
         (86, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 4, 2)),
         (86, "tf32"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 3)),
-        (90, "half"): ((64, 0, 128, 4, 4), (64, 0, 64, 8, 4)),
+        (90, "half"): (((64, 0, 64, 4, 4), (64, 0, 128, 4, 4)), (64, 0, 64, 8, 4)),
         (90, "ieee"): ((32, 0, 64, 4, 3), (16, 0, 32, 4, 2)),
         (90, "tf32"): ((64, 0, 64, 4, 4), (32, 0, 64, 4, 3)),
         (120, "half"): ((64, 0, 64, 4, 4), (32, 0, 64, 4, 3)),
         ("gfx942", "half"): ((64, 0, 128, 4, 4), (32, 0, 64, 4, 3)),
         ("gfx942", "ieee"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 2)),
     },
-    "s_y": {
-        (75, "half"): ((32, 64, 64, 8, 2), (16, 16, 32, 8, 2)),
-        (75, "ieee"): ((32, 64, 64, 4, 2), (32, 32, 32, 4, 2)),
-        (80, "half"): ((32, 128, 128, 4, 4), (32, 64, 64, 8, 3)),
-        (80, "ieee"): ((32, 64, 64, 4, 3), (32, 32, 32, 4, 2)),
-        (80, "tf32"): ((32, 64, 64, 4, 4), (32, 64, 32, 4, 3)),
-        (90, "ieee"): ((32, 64, 64, 8, 2), (32, 32, 32, 4, 2)),
-        (86, "half"): ((32, 128, 64, 4, 4), (32, 64, 32, 4, 3)),
-        (86, "ieee"): ((32, 64, 64, 4, 3), (16, 32, 32, 4, 2)),
-        (86, "tf32"): ((32, 64, 64, 4, 3), (32, 64, 32, 4, 3)),
-        (120, "tf32"): ((32, 64, 64, 4, 3), (32, 32, 32, 4, 3)),
-        (100, "tf32"): ((32, 64, 64, 4, 4), (32, 32, 32, 4, 3)),
-        ("gfx942", "half"): ((32, 64, 64, 4, 2), (32, 64, 32, 4, 2)),
-        ("gfx942", "ieee"): ((32, 64, 32, 4, 2), (32, 32, 32, 4, 2)),
-    },
-    "da_dx": {
-        (75, "half"): ((32, 0, 32, 4, 2), (16, 0, 32, 4, 2)),
-        (75, "ieee"): ((32, 0, 32, 4, 2), (16, 0, 32, 4, 2)),
-        (80, "half"): ((32, 0, 64, 4, 3), (32, 0, 64, 4, 2)),
-        (80, "ieee"): ((32, 0, 64, 8, 2), (16, 0, 32, 4, 2)),
-        (80, "tf32"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 2)),
-        (86, "half"): ((32, 0, 64, 4, 3), (32, 0, 32, 4, 2)),
-        ("gfx942", "half"): ((32, 0, 64, 4, 2), (32, 0, 64, 4, 2)),
-        ("gfx942", "ieee"): ((32, 0, 64, 4, 2), (32, 0, 32, 4, 2)),
+    "up": {
+        (75, "half"): ((32, 32, 0, 4, 1),),
+        (75, "ieee"): ((16, 64, 0, 4, 1),),
+        (80, "half"): ((64, 64, 0, 4, 1),),
+        (80, "ieee"): ((16, 64, 0, 4, 1),),
+        (80, "tf32"): ((32, 64, 0, 4, 1),),
+        ("gfx942", "half"): ((64, 64, 0, 4, 1),),
+        ("gfx942", "ieee"): ((16, 64, 0, 4, 1),),
     },
     "ds_db": {
         (75, "half"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
@@ -274,9 +261,9 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         (80, "tf32"): ((64, 256, 0, 8, 3), (64, 256, 0, 8, 3)),
         (86, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
         (86, "tf32"): ((32, 256, 0, 8, 2), (32, 64, 0, 8, 2)),
-        (90, "half"): ((64, 512, 0, 8, 3), (64, 256, 0, 8, 3)),
+        (90, "half"): (((64, 256, 0, 4, 3), (64, 128, 0, 4, 3)), (64, 256, 0, 8, 3)),
         (90, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
-        (90, "tf32"): ((64, 256, 0, 8, 3), (64, 256, 0, 8, 3)),
+        (90, "tf32"): ((64, 128, 0, 8, 3), (64, 128, 0, 8, 3)),
         (100, "half"): ((32, 512, 0, 8, 3), (64, 256, 0, 8, 3)),
         (100, "tf32"): ((32, 256, 0, 8, 3), (32, 256, 0, 8, 3)),
         ("gfx942", "half"): ((32, 256, 0, 8, 2), (32, 128, 0, 8, 2)),
@@ -301,22 +288,13 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         ("gfx942", "ieee"): ((32, 64, 32, 4, 2), (32, 32, 32, 4, 2)),
     },
 }
-# Ranks above the second of HOLDS, which a bank has: by the type of product, or by (arch, type) where one tile does not
+# Ranks above those of HOLDS, which a bank has: by the type of product, or by (arch, type) where one tile does not
 # serve all; None where every tile that was tried spills.
-BANK_RANK = 256
 BANK_TILES: dict[str, dict[str | tuple[int | str, str], tuple[int, ...] | None]] = {
     "s": {"half": (32, 0, 32, 8, 3), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 32, 8, 2), (75, "half"): None},
-    "s_y": {
-        "half": (32, 32, 32, 8, 2), "tf32": (32, 32, 32, 8, 2), "ieee": (16, 16, 32, 8, 2),
-        (75, "half"): None, ("gfx942", "half"): (16, 16, 32, 8, 2),
-    },
     "da": {
         "half": (32, 0, 32, 8, 3), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 16, 8, 2),
         (75, "half"): (16, 0, 16, 8, 2), (120, "half"): (16, 0, 16, 8, 2),
-    },
-    "da_dx": {
-        "half": (32, 0, 32, 8, 2), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 32, 8, 2),
-        ("gfx942", "ieee"): (16, 0, 16, 8, 2),
     },
     "onepass": {"half": (32, 32, 32, 8, 2), "tf32": (16, 32, 16, 8, 2), "ieee": (16, 16, 16, 8, 2), (75, "half"): None},
 }  # fmt: skip
@@ -337,7 +315,12 @@ def rank_tiles(kernel: str, target: Target, R: int, kind: str, bank: bool = Fals
     table, arch = RANK_TILES[kernel], target.family
     while (arch, kind) not in table:
         arch = LIKE[arch]
-    cuts = [cut for cut, limit in zip(table[arch, kind], limits, strict=True) if limit >= R]
+    return flat(row for row, limit in zip(table[arch, kind], limits, strict=True) if limit >= R)
+
+
+def flat(row: Iterable[tuple]) -> tuple[Tile, ...]:
+    """The tiles of a row of RANK_TILES, each once."""
+    cuts = [cut for part in row for cut in (part if isinstance(part[0], tuple) else (part,))]
     return tuple(Tile(*cut) for cut in dict.fromkeys(cuts))
 
 
@@ -352,8 +335,8 @@ def split_m(target: Target, M: int, K: int, tile: Tile) -> tuple[int, int]:
 
 
 def regions(target: Target, M: int, tile: Tile, parts_n: int) -> tuple[int, int]:
-    """How many regions of rows `ds_db_kernel` walks, and the rows of each."""
-    return split(target, M, tile.block_m, 128, parts_n)
+    """How many regions of rows `ds_db_kernel` walks, and the rows of each: once over, for each costs a partial dB."""
+    return split(target, M, tile.block_m, 128, parts_n, 1)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,10 +1,12 @@
 """A GPU's paths, of Triton's kernels: `hybrid`, `onepass` and `split`.
 
-| path      | forward                                             | backward                                          |
-| --------- | --------------------------------------------------- | ------------------------------------------------- |
-| `hybrid`  | S and Y = S Bᵀ + bias, then ATen: Y += X Wᵀ         | dS, dB; dA and dX = drop'(dS A); ATen: dX += dY W |
-| `onepass` | Y and S from one read of X                          | dS, dB; dA; one GEMM with the update inside       |
-| `split`   | S, then one GEMM with the update in its accumulator | as `onepass`                                      |
+| path      | forward                                             | backward                                         |
+| --------- | --------------------------------------------------- | ------------------------------------------------ |
+| `hybrid`  | S; Y = S Bᵀ + bias; ATen: Y += X Wᵀ                 | dS, dB; dA; dX = keep * (dS A); ATen: dX += dY W |
+| `onepass` | Y and S from one read of X                          | dS, dB; dA; one GEMM with the update inside      |
+| `split`   | S, then one GEMM with the update in its accumulator | as `onepass`                                     |
+
+With dropout `da` makes the mask anew and leaves it in bits, which dX reads.
 """
 
 from __future__ import annotations
@@ -73,35 +75,15 @@ def _triton_missing() -> str | None:
 
 
 def hybrid_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]:
-    from fastlora.kernels import hybrid
+    from fastlora.kernels import s, up
 
     update = _laid_update(update)
     x2, y = rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     y2 = y.view(x2.shape[0], weight.shape[0])
     with _on_device_of(x):
-        S = hybrid.s_y(x2, update.lora_A, update.lora_B, bias, _factor(update), _dropout(update), y2, cut.get("s_y"))
-        y2.addmm_(x2, weight.t())
+        S = s.s_forward(x2, update.lora_A, _factor(update), _dropout(update), cut.get("s"))
+        up.up(S, update.lora_B.t(), bias, None, y2, cut.get("up")).addmm_(x2, weight.t())
     return y, S
-
-
-def hybrid_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
-    from fastlora.kernels import grads, hybrid
-
-    check_saved(dy, x, weight, S, update)
-    dy, update = _laid(dy), _laid_update(update)
-    lora_A = update.lora_A
-    with _on_device_of(dy):
-        dS, dB = grads.ds_db(dy, update.lora_B, S, _factor(update), cut.get("ds_db"))
-        dx = None if weight is None else dy.new_empty((dy.shape[0], lora_A.shape[1]))
-        dA = None
-        if x is not None or dx is not None:
-            dA = hybrid.da_dx(
-                dS, None if x is None else rows(x), lora_A, _dropout(update), None if x is None else lora_A.dtype, dx,
-                cut.get("da_dx"),
-            )  # fmt: skip
-        if dx is not None:
-            dx.addmm_(dy, weight)
-    return dx, dA, dB
 
 
 def onepass_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]:
@@ -129,8 +111,27 @@ def split_forward(x, weight, bias, update, cut=_TABLES) -> tuple[Tensor, Tensor]
     return y, S
 
 
+def hybrid_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
+    def to_dx(dy, weight, dS, lora_A, bits):
+        from fastlora.kernels import up
+
+        dx = dy.new_empty((dy.shape[0], lora_A.shape[1]))
+        return up.up(dS, lora_A, None, bits, dx, cut.get("up")).addmm_(dy, weight)
+
+    return _backward(dy, x, weight, S, update, cut, to_dx)
+
+
 def split_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
-    from fastlora.kernels import gemm, grads
+    def to_dx(dy, weight, dS, lora_A, bits):
+        from fastlora.kernels import gemm
+
+        return gemm.gemm_dx(dy, weight, dS, lora_A, bits, None, cut.get("gemm_dx"))
+
+    return _backward(dy, x, weight, S, update, cut, to_dx)
+
+
+def _backward(dy, x, weight, S, update, cut, to_dx):
+    from fastlora.kernels import grads
     from fastlora.kernels.dropout import mask_bits, mask_launch
 
     check_saved(dy, x, weight, S, update)
@@ -144,7 +145,7 @@ def split_backward(dy, x, weight, S, update, need_B, cut=_TABLES):
         dA = None if x is None else grads.da(dS, rows(x), dropout, lora_A.dtype, cut.get("da"), bits)
         if drops and x is None:
             mask_launch(dropout, bits).run()
-        dx = None if weight is None else gemm.gemm_dx(dy, weight, dS, lora_A, bits, None, cut.get("gemm_dx"))
+        dx = None if weight is None else to_dx(dy, weight, dS, lora_A, bits)
     return dx, dA, dB
 
 
@@ -213,7 +214,7 @@ def tiles(kernels: tuple[str, ...], problem: Problem) -> dict[str, tuple]:
         elif kernel == "gemm_dx":
             found[kernel] = gemm.candidates(target, dy, weight, lora_A, problem.dropout, torch.empty_like(x))
         elif kernel != "ds_db" or tables.ds_db_tile(target, problem.M, problem.N, R, kind, problem.dtype.itemsize):
-            knows = problem.bank and kernel != "da_dx" and (problem.dropout or kernel != "da")
+            knows = problem.bank and kernel != "up" and (problem.dropout or kernel != "da")
             found[kernel] = tables.rank_tiles(kernel, target, R, kind, knows)
     return found
 
@@ -241,6 +242,6 @@ def _path(name: str, forward, backward, *kernels: str) -> Path:
     )  # fmt: skip
 
 
-HYBRID = _path("hybrid", hybrid_forward, hybrid_backward, "s_y", "ds_db", "da_dx")
+HYBRID = _path("hybrid", hybrid_forward, hybrid_backward, "s", "up", "ds_db", "da")
 ONEPASS = _path("onepass", onepass_forward, split_backward, "onepass", "ds_db", "da", "gemm_dx")
 SPLIT = _path("split", split_forward, split_backward, "s", "gemm", "ds_db", "da", "gemm_dx")

@@ -56,16 +56,22 @@ def compiler_missing() -> str | None:
     if shutil.which("cc") is None:
         return "there is no C compiler, cc"
     try:
-        header = (headers() / "cuda.h").read_text()
+        headers()
     except (ImportError, OSError) as error:
-        return f"CUDA's headers come with triton, and there are none ({error})"
-    return None if "#define CUDA_VERSION 13" in header else "triton's headers are not those of CUDA 13"
+        return str(error)
+    return None
 
 
 def headers() -> Path:
+    """CUDA 13's, of triton or of what torch came with."""
     import triton
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    found = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    for folder in (found, Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include"):
+        whole = (folder / "cuda.h").is_file() and (folder / "crt" / "host_defines.h").is_file()
+        if whole and "#define CUDA_VERSION 13" in (folder / "cuda.h").read_text():
+            return folder
+    raise OSError("this triton has no headers of CUDA 13, and nvidia-cuda-runtime and nvidia-cuda-crt are not there")
 
 
 def build(folder: Path) -> Path:

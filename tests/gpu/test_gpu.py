@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import tuning
+from fastlora import check, tuning
 from fastlora.paths import PATHS
 from fastlora.paths.problem import Problem, draw_seed
 
@@ -251,10 +251,10 @@ def test_nothing_as_large_as_x_is_kept_for_backward(path):
 
 
 @pytest.mark.xdist_group("large")  # one after the other: two at once do not fit
-def test_offsets_beyond_31_bits(path):
-    needed = 160 if path == "cuda" else 40  # GiB, of the self-check in float64: at N = 16 on all rows of path `cuda`
-    if torch.cuda.get_device_properties(DEVICE).total_memory < needed << 30:
-        pytest.skip(f"needs {needed} GiB")
+def test_offsets_beyond_31_bits(path, monkeypatch):
+    if torch.cuda.mem_get_info(DEVICE)[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of free memory")
+    monkeypatch.setattr(check, "admit", lambda *_: None)  # which would compare all of it in float64
     M, N, K, R, tail = 65_600, 16, 32_768, 8, 64
     small = accuracy.draw(tail, N, K, R, torch.bfloat16, device=DEVICE)
     x = torch.zeros(M, K, dtype=torch.bfloat16, device=DEVICE)
@@ -264,6 +264,8 @@ def test_offsets_beyond_31_bits(path):
     got = {"Y": y[-tail:], "dX": dx[-tail:], "dA": dA, "dB": dB}
     assert not accuracy.violations(got, small)
     assert not dx[:-tail].any()
+    del x, dy, y, dx, got
+    torch.cuda.empty_cache()
 
 
 def test_compiled_whole_graph_gives_the_rules_results():

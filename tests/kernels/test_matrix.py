@@ -27,7 +27,7 @@ def product(tile=None, dropout=False, R=16, n=4096, target=HOPPER):
 
 def test_a_sample_of_every_kernel_holds_its_claims():
     items = [(t, launch) for t, launch in matrix.launches([AMPERE], quick=True) if "bf16" in launch.label]
-    assert {launch.label.split("/")[0] for _, launch in items} >= {*RANK_TILES, "gemm", "y"}
+    assert {launch.label.split("/")[0] for _, launch in items} >= {*RANK_TILES, "gemm"}
     for report in map(matrix.examine, items):
         assert not report.failures and report.programs, report
 

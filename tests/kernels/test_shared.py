@@ -93,7 +93,7 @@ def test_an_infinity_stays_in_its_row():
 def test_x_is_read_by_one_launch():
     x, As, dropouts, _ = given((16, 5, 9), torch.float16, torch.float16, 0.3)
     S = [torch.empty(M, A.shape[0], dtype=x.dtype) for A in As]
-    launches, _ = shared.s_shared_launches(INTERPRETER, x, As, [1.0] * 3, dropouts, S)
+    launches = shared.s_shared_launches(INTERPRETER, x, As, [1.0] * 3, dropouts, S)
     assert sum(one.args.get("x_ptr") is x for one in launches) == 1
     dx = torch.empty(M, K, dtype=x.dtype)
     launches = shared.da_dx_shared_launches(INTERPRETER, S, x, As, dropouts, As, dx)
