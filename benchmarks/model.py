@@ -125,12 +125,22 @@ def _lorafusion(work: Work) -> Passes:
     return forward, backward
 
 
+def _optimised(work: Work) -> Passes:
+    """Path `torch` with the dropped x and a mask of a byte an element kept from forward."""
+    M, K, R, e = work.M, work.K, work.R, work.size
+    forward, backward = aten(replace(work, dropout=False))
+    if work.dropout:
+        forward.insert(0, Pass(M * K * (2 * e + 1)))
+        backward[-1:] = [product(work, M, R, K), Pass(M * K * (2 * e + 1)), Pass(3 * M * K * e)]
+    return forward, backward
+
+
 _PLANS = PATHS | {
     "bare": base,
     "eager": _eager,
     "eager+compiled": lambda work: _eager(work, fused=True),
     "peft": _eager,
     "peft-float32": lambda work: _eager(work, adapter_size=4),
-    "optimised": aten,
+    "optimised": _optimised,
     "lorafusion": _lorafusion,
 }

@@ -118,13 +118,12 @@ def aten(work: Work) -> Passes:
     M, N, K, R, e = work.M, work.N, work.K, work.R, work.size
     forward, backward = base(work)
     if work.dropout:
-        forward.append(Pass(M * K * (2 * e + 1)))
+        forward.append(Pass(2 * M * K * e, triton=True))
     forward += [product(work, M, K, R), product(work, M, R, N, extra=M * N * e)]
     backward += [product(work, M, N, R), product(work, N, M, R), product(work, R, M, K)]
+    backward.append(product(work, M, R, K, extra=M * K * e))  # one of dX's two products adds to the other
     if work.dropout:
-        backward += [product(work, M, R, K), Pass(M * K * (2 * e + 1)), Pass(3 * M * K * e)]
-    else:
-        backward.append(product(work, M, R, K, extra=M * K * e))
+        backward.append(Pass(4 * M * K * e, triton=True))  # x, and dS A in place
     return forward, backward
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from fastlora.kernels.bank import is_bank, scale, threshold_of
 from fastlora.kernels.launch import Launch
-from fastlora.kernels.tiles import Target
+from fastlora.kernels.tiles import Target, target_of
 
 if TYPE_CHECKING:
     from fastlora.paths.bank import Bank
@@ -173,6 +173,27 @@ def keep_mask_kernel(
     tl.store(out_ptrs, keep, mask=(offs_m[:, None] < M) & (offs_k[None, :] < K))
 
 
+@triton.jit(do_not_specialize=["threshold"])
+def drop_kernel(
+    x_ptr, out_ptr, u_ptr, rows_ptr, seed_ptr, threshold, M, K, stride_xm, stride_xk,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """out = drop(x) and u = drop(u) in place, all (M, K), out and u contiguous; x or u may be None."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_k = tl.program_id(1) * BLOCK_K
+    offs_k = start_k + tl.arange(0, BLOCK_K)
+    signs = keep_signs(tl.load(seed_ptr), offs_m, start_k, threshold_of(threshold, rows_ptr, offs_m, M), BLOCK_K)
+    mask = (offs_m[:, None] < M) & (offs_k[None, :] < K)
+    rows = offs_m.to(tl.int64)[:, None]
+    columns = offs_k.to(tl.int64)[None, :]
+    if x_ptr is not None:
+        x = tl.load(x_ptr + rows * stride_xm + columns * stride_xk, mask=mask, other=0.0)
+        tl.store(out_ptr + rows * K + columns, drop(x, signs, DROPOUT), mask=mask)
+    if u_ptr is not None:
+        u_ptrs = u_ptr + rows * K + columns
+        tl.store(u_ptrs, drop(tl.load(u_ptrs, mask=mask, other=0.0), signs, DROPOUT), mask=mask)
+
+
 def how(target: Target, dtype: torch.dtype, dropout: Dropout | None) -> int:
     """DROPOUT of a kernel that drops elements of `dtype`."""
     if dropout is None:
@@ -201,4 +222,29 @@ def keep_mask(dropout: Dropout, M: int, K: int, block_m: int = 32, block_k: int 
     """The mask that all kernels apply: bool (M, K), True where kept. The blocks change nothing in it."""
     out = torch.empty(M, K, dtype=torch.int8, device=dropout.seed.device)
     mask_launch(dropout, out, block_m, block_k).run()
-    return out.bool()
+    return out.view(torch.bool)
+
+
+def drop_launch(
+    target: Target, dropout: Dropout, x: torch.Tensor | None, out: torch.Tensor | None, u: torch.Tensor | None
+) -> Launch:
+    """out = drop(x) and u = drop(u), of one dtype; either may be None."""
+    M, K = (u if x is None else x).shape
+    args = {
+        "x_ptr": x, "out_ptr": out, "u_ptr": u, **arguments(dropout), "M": M, "K": K,
+        "stride_xm": 0 if x is None else x.stride(0), "stride_xk": 0 if x is None else x.stride(1),
+        "BLOCK_M": 32, "BLOCK_K": 128, "DROPOUT": how(target, (u if x is None else x).dtype, dropout),
+    }  # fmt: skip
+    return Launch(drop_kernel, (triton.cdiv(M, 32), triton.cdiv(K, 128)), args, {"num_warps": 4})
+
+
+def dropped(dropout: Dropout, x: torch.Tensor | None, u: torch.Tensor | None = None) -> torch.Tensor | None:
+    """drop(x), a new contiguous tensor, and drop(u) in place, in one launch.
+
+    Args:
+        x: (M, K), any dtype and strides, or None.
+        u: (M, K), x's dtype, contiguous, or None.
+    """
+    out = None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    drop_launch(target_of(dropout.seed.device), dropout, x, out, u).run()
+    return out

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from fastlora import env
 from fastlora.kernels import gemm, grads, onepass, s, shared, tiles, up
-from fastlora.kernels.dropout import Dropout, mask_bits, mask_launch
+from fastlora.kernels.dropout import Dropout, drop_launch, mask_bits, mask_launch
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import TARGETS, Target
 from fastlora.paths.bank import Bank
@@ -120,6 +120,8 @@ def _rank_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, ali
     for p in (0.1, _bank(n, 32)):
         for out in (torch.empty(n, n, dtype=torch.int8, device="meta"), mask_bits(n, n, SEED.device)):
             yield mask_launch(Dropout(p, SEED), out)
+        x = _tensor(n, n, dtype, aligned)
+        yield drop_launch(target, Dropout(p, SEED), x, x, x)
 
 
 def _shared_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:

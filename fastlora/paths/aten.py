@@ -1,9 +1,10 @@
 """Path `torch`: ATen's own GEMMs with nothing computed twice. The floor under every other path.
 
 Forward:   Y = X Wᵀ + bias;  S = drop(X)·Aᵀ;  Y += s·S·Bᵀ in place.
-Backward:  dB = s·(Sᵀ·dY)ᵀ;  dS = s·dY·B;  dA = dSᵀ·drop(X);  dX = dY·W;  dX += drop'(dS·A) in place.
+Backward:  dB = s·(Sᵀ·dY)ᵀ;  dS = s·dY·B;  dA = dSᵀ·drop(X);  dX = drop'(dS·A);  dX += dY·W in place.
 
-The scaling s rides on GEMMs as their alpha: no pass of its own. The mask is made twice from one seed.
+The scaling s rides on GEMMs as their alpha: no pass of its own. Without dropout dX = dY·W comes first. With it each
+direction drops in one pass by a Triton kernel where that runs, from one seed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastlora.paths.mask import keep_mask
+from fastlora.paths.mask import drop, keep_mask
 from fastlora.paths.path import Path
 from fastlora.paths.problem import Update, base_product, rows
 
@@ -25,7 +26,7 @@ def forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
     x2, y = rows(x), base_product(x, weight, bias)
     lora_A, lora_B, scaling, p, seed, bank = update
     if p > 0.0:
-        x2 = x2 * keep_mask(seed, *x2.shape, update.chance, x.dtype)
+        x2 = drop(seed, update.chance, x2)
     left = 1.0 if bank else s_factor(scaling, p, x.device)
     if bank:
         S = bank.masked(torch.mm(x2, lora_A.to(x.dtype).t()))
@@ -44,7 +45,6 @@ def backward(dy, x, weight, S, update, need_B):
     lora_A, lora_B, scaling, p, seed, bank = update
     if (dy.stride(1) != 1 and dy.stride(0) != 1) or 0 in dy.stride():
         dy = dy.contiguous()  # y.sum().backward() hands out an expanded scalar, and three GEMMs would each copy it
-    keep = keep_mask(seed, dy.shape[0], lora_A.shape[1], update.chance, dy.dtype) if p > 0.0 else None
     kept = 1.0 if bank else _kept(p)
     dx = dA = dB = None
     if need_B:
@@ -53,15 +53,14 @@ def backward(dy, x, weight, S, update, need_B):
         return dx, dA, dB
     dS = _product(dy, lora_B.to(dy.dtype), scaling)
     dS = bank.masked(dS) if bank else dS
+    x = None if x is None else rows(x)
+    if p > 0.0:
+        dx = None if weight is None else _product(dS, lora_A.to(dy.dtype), kept)
+        x = drop(seed, update.chance, x, dx)
     if x is not None:
-        x = rows(x)
-        dA = torch.mm(dS.t(), x) if keep is None else _product(dS.t(), x * keep, kept)
+        dA = torch.mm(dS.t(), x) if p == 0.0 else _product(dS.t(), x, kept)
     if weight is not None:
-        dx = torch.mm(dy, weight)
-        if keep is None:
-            dx.addmm_(dS, lora_A.to(dy.dtype))
-        else:
-            dx.addcmul_(torch.mm(dS, lora_A.to(dy.dtype)), keep, value=kept)
+        dx = torch.mm(dy, weight).addmm_(dS, lora_A.to(dy.dtype)) if dx is None else dx.addmm_(dy, weight)
     return dx, dA, dB
 
 

@@ -152,7 +152,16 @@ def _backward(dy, x, weight, S, update, cut, to_dx):
 def mask(seed: Tensor, M: int, K: int, p: float | Bank) -> Tensor:
     from fastlora.kernels.dropout import Dropout, keep_mask
 
-    return keep_mask(Dropout(p, seed), M, K)
+    with _on_device_of(seed):
+        return keep_mask(Dropout(p, seed), M, K)
+
+
+def drop(seed: Tensor, p: float | Bank, x: Tensor | None, u: Tensor | None = None) -> Tensor | None:
+    """drop(x), a new tensor, and drop(u) in place; either may be None."""
+    from fastlora.kernels.dropout import Dropout, dropped
+
+    with _on_device_of(seed):
+        return dropped(Dropout(p, seed), x, u)
 
 
 def s_factor(scaling: float, p: float, device: torch.device) -> float:

@@ -26,11 +26,25 @@ def keep_mask(seed: Tensor, M: int, K: int, p: float | Bank, dtype: torch.dtype 
     """1 where x is kept and 0 where it is dropped, (M, K), on seed's device; bool, or on a CPU `dtype`."""
     if seed.is_cpu:
         return _of_generator(seed, M, K, _least(p), dtype)
-    if _kernel_agrees(seed.device):
+    if _kernel_agrees(seed.device, torch.bool):
         from fastlora.paths import gpu
 
         return gpu.mask(seed, M, K, p)
     return philox_mask(seed, M, K, p)
+
+
+def drop(seed: Tensor, p: float | Bank, x: Tensor | None, u: Tensor | None = None) -> Tensor | None:
+    """x (M, K) with zeros where it is dropped, a new tensor, and the same of u in place; either may be None. Where the
+    kernel runs the mask is never written; elsewhere it is made once for both."""
+    some = u if x is None else x
+    if not seed.is_cpu and _kernel_agrees(seed.device, some.dtype):
+        from fastlora.paths import gpu
+
+        return gpu.drop(seed, p, x, u)
+    keep = keep_mask(seed, *some.shape, p, some.dtype)
+    if u is not None:
+        u.mul_(keep)
+    return None if x is None else x * keep
 
 
 def _least(p: float | Bank) -> int | Tensor:
@@ -77,20 +91,27 @@ def philox_mask(seed: Tensor, M: int, K: int, p: float | Bank) -> Tensor:
     return (torch.stack(halves, -1).flatten(1)[:, :K] >= _least(p)).contiguous()
 
 
-_agrees: dict[torch.device, bool] = {}
+_agrees: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
-def _kernel_agrees(device: torch.device) -> bool:
-    """Whether the Triton kernel runs on `device` and gives the very bits of `philox_mask`; looked at once."""
-    if device not in _agrees:
+def _kernel_agrees(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernel that makes masks (`dtype` bool), or that drops elements of `dtype`, runs on `device`
+    and agrees with `philox_mask` to the bit; looked at once."""
+    if (device, dtype) not in _agrees:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
         try:
-            from fastlora.kernels import dropout
+            from fastlora.paths import gpu
 
             seed = torch.full((), 0x1234_5678_9ABC_DEF0, device=device)
-            kernel = dropout.keep_mask(dropout.Dropout(0.3, seed), 37, 77)
-            _agrees[device] = torch.equal(kernel, philox_mask(seed, 37, 77, 0.3))
+            keep = philox_mask(seed, 37, 77, 0.3)
+            if dtype is torch.bool:
+                pairs = [(gpu.mask(seed, 37, 77, 0.3), keep)]
+            else:
+                x, u = torch.arange(1, 2 * 37 * 77 + 1, device=device).to(dtype).view(2, 37, 77)
+                wanted = x * keep, u * keep
+                pairs = zip((gpu.drop(seed, 0.3, x, u), u), wanted, strict=True)
+            _agrees[device, dtype] = all(torch.equal(*pair) for pair in pairs)
         except Exception:  # whatever a missing Triton, a compiler or a driver raises
-            _agrees[device] = False
-    return _agrees[device]
+            _agrees[device, dtype] = False
+    return _agrees[device, dtype]

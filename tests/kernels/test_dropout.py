@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora.kernels.dropout import Dropout, keep_mask
+from fastlora.kernels.dropout import Dropout, dropped, keep_mask
 from fastlora.paths.mask import philox_mask
 
 
@@ -95,3 +95,18 @@ def test_the_threshold_is_met_to_the_bit(p):
     """Where ATen's operations put it: `tests/paths/test_mask.py` holds those against every value of 16 bits."""
     seed = torch.tensor(77)
     assert torch.equal(keep_mask(Dropout(p, seed), 256, 2048, 128, 1024), philox_mask(seed, 256, 2048, p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize("lies", ["rows", "columns", "apart"])
+def test_two_matrices_are_dropped_by_the_mask(dtype, p, lies):
+    dropout, (x, u) = seeded(p), torch.randn(2, 37, 77).to(dtype)
+    keep = keep_mask(dropout, 37, 77)
+    x = {"rows": x, "columns": x.t().contiguous().t(), "apart": torch.stack([x, x], -1)[..., 0]}[lies]
+    for with_x, with_u in ((True, True), (True, False), (False, True)):
+        second = u.clone() if with_u else None
+        first = dropped(dropout, x if with_x else None, second)
+        for got, given in ((first, x), (second, u)):
+            assert got is None or torch.equal(got, given.where(keep, 0.0))
+        assert (first is not None) is with_x

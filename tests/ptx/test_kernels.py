@@ -1,4 +1,4 @@
-"""Each Triton kernel as compiled for sm_80 and sm_90, in bfloat16; `python -m tests.ptx` runs them all."""
+"""Each Triton kernel as compiled for sm_80 and sm_90, in bfloat16 and once in tf32; `python -m tests.ptx` runs all."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from fastlora.kernels.tiles import Target, Tile
 
 from .__main__ import examine, write
-from .cases import Case, quick, run
+from .cases import Case, quick, run, tf32
 from .gpu import Emulator
 from .memory import Fault
 
-CASES = [case for arch in (80, 90) for case in quick(Target("cuda", arch))]
+CASES = [case for arch in (80, 90) for case in [*quick(Target("cuda", arch)), *tf32(Target("cuda", arch))]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
