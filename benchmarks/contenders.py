@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.cases import COMPILED, GRAPH, PLAIN, Case
 from benchmarks.measure import ROOT
 from benchmarks.several import Parts
-from fastlora import lora_linear, reference
+from fastlora import lora_linear, reference, tuning
 from fastlora.choice import choose
 from fastlora.linear import EagerLoRALinear
 from fastlora.paths import PATHS
@@ -106,12 +106,14 @@ def names(case: Case, device: torch.device) -> list[str]:
     return [name for name, one in CONTENDERS.items() if takes[name] and one.where(case, device)]
 
 
-def chosen_path(case: Case, device: torch.device) -> str:
-    """The path that `fastlora` takes for a case when none is forced."""
+def chosen_path(case: Case, device: torch.device, captured: bool = False) -> str:
+    """The path that `fastlora` takes for a case when none is forced; in a capture, where that was measured."""
     M, N, K, R, dtype = case.M, case.N, case.K, case.R, case.torch_dtype
     dropout = case.dropout > 0 and not case.dora  # which drops elements of x itself
     R, bank = R * (1 if device.type == "cpu" else case.adapters), case.adapters > 1
-    return choose(Problem(M, N, K, R, dtype, dtype, device, dropout, bank=bank)).path
+    problem = Problem(M, N, K, R, dtype, dtype, device, dropout, bank=bank)
+    measured = tuning.known(problem) if captured else None
+    return measured.winner(captured=True).name if measured else choose(problem).path
 
 
 def _layer(function: Callable, float32: bool = False) -> Callable[[Case, list[Inputs], bool], list[Call]]:

@@ -200,11 +200,12 @@ def write_readme(path: Path, loaded: list[tuple[Path, dict]]) -> None:
         figure = file.resolve().with_suffix(".png")
         if figure.exists() and figure.is_relative_to(path.resolve().parent):
             parts.append(f"![roofline, overhead and speed-up]({figure.relative_to(path.resolve().parent).as_posix()})")
-        groups = grouped(payload["rows"], TRAIN, PLAIN)
-        shown = {case: group for case, group in groups.items() if group["bare"]["dtype"] != "float16"}
-        for kind, some in kinds(shown).items():
-            what = f"Forward and backward{kind}, times over the bare frozen linear; less is better:"
-            parts.append(f"{what}\n\n{table(some)}")
+        for mode, how in ((PLAIN, ""), (GRAPH, ", replayed by a CUDA graph")):
+            groups = grouped(payload["rows"], TRAIN, mode)
+            shown = {case: group for case, group in groups.items() if group["bare"]["dtype"] != "float16"}
+            for kind, some in kinds(shown).items():
+                what = f"Forward and backward{kind}{how}, times over the bare frozen linear; less is better:"
+                parts.append(f"{what}\n\n{table(some)}")
         parts += [means(payload["rows"]), lost(payload["rows"])]
         parts += [training(load(one, "llama-step"), one) for one in sorted(file.parent.glob("*-llama-step.json"))[-1:]]
     path.write_text("\n\n".join([head + BEGIN, *parts, END + tail]), encoding="utf-8")

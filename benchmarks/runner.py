@@ -72,7 +72,7 @@ def run_job(
                 row[key] = ratio(samples[label], samples[floor])
         row |= _rates(job, entry, path, row["median"], ceilings) | costs.get(label, {})
         if entry.name.startswith("fastlora"):
-            row["path"] = path
+            row["path"] = contenders.chosen_path(case, device, captured=True) if entry.mode == GRAPH else path
         rows.append(row)
     return rows
 

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     for measured in itertools.chain.from_iterable(parts[name](args, device) for name in asked):
         rows.append(measured)
         print(_line(measured), flush=True)
-    path = write_results("steps", {"metadata": taken, "arguments": vars(args), "rows": rows}, args.output)
+        # after each: an interrupted run leaves something
+        path = write_results("steps", {"metadata": taken, "arguments": vars(args), "rows": rows}, args.output)
     print(path)
 
 
@@ -186,10 +187,12 @@ def _program_arguments(program, args: argparse.Namespace, folder: str) -> argpar
 def _runs(
     what: str, arms: dict, parts: tuple, epochs: int, decay: float, args: argparse.Namespace, share: float
 ) -> dict:
-    """Whole runs of eager and of fused, in turns: at least two of each."""
+    """Whole runs of each arm but `bare`, in turns: at least two, and before them one in which a GPU's kernels are
+    compiled and timed, once per machine."""
     end = time.perf_counter() + args.seconds * share
     train, valid, test = parts
     samples: dict[str, list[float]] = {name: [] for name in arms if name != "bare"}
+    first: dict[str, float] = {}
     losses: dict[str, list[float]] = {}
     accuracy: dict[str, float] = {}
     while len(samples["fused"]) < 2 or time.perf_counter() < end:
@@ -200,7 +203,11 @@ def _runs(
             trainer = Trainer(model, optimiser, train, valid, settings, progress=False)
             began = time.perf_counter()
             trainer.fit()
-            samples[name].append(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            if args.device != "cpu" and name not in first:
+                first[name] = seconds
+            else:
+                samples[name].append(seconds)
             losses[name] = [row["train_loss"] for row in trainer.members[0].history]
             if name not in accuracy:
                 accuracy[name] = trainer.evaluate(test)[0][2]
@@ -210,6 +217,7 @@ def _runs(
         "losses": losses,
         "same_loss": _close(losses, runs=True),
         "test_accuracy": accuracy,
+        "first": first,
         **_compared(samples),
     }
 
@@ -220,6 +228,8 @@ def _line(row: dict) -> str:
     text = f"{row['what']}: {times} {'s' if unit == 1 else 'ms'}; fused/eager {row['fused_over_eager']['median']:.3f}"
     if row.get("removed") is not None:
         text += f"; {100 * row['removed']:.0f} % of eager's overhead removed"
+    if row.get("first"):
+        text += "; the first time " + ", ".join(f"{name} {row['first'][name]:.2f}" for name in row["first"])
     return f"{text}; {'same loss' if row['same_loss'] else 'THE LOSSES DIFFER'}"
 
 

@@ -113,8 +113,8 @@ def test_a_check_takes_few_rows_but_launches_the_kernels_of_all(gpu, monkeypatch
         assert few <= M and few % 16 == M % 16
         assert check._kernels_of(split, problem._replace(M=few)) == check._kernels_of(split, problem)
     assert few < 40_000
-    launches = {launch.fn.__name__: launch for launch in split.launches(split, PROBLEM._replace(M=few))}
-    assert launches["gemm_tma_kernel"].turns > 1  # the persistent grid's second tile
+    gemms = [one for one in split.launches(split, PROBLEM._replace(M=few)) if one.fn.__name__.startswith("gemm_")]
+    assert gemms and all(gemm.turns > 1 for gemm in gemms)  # the persistent grid's second tile
     monkeypatch.setattr("fastlora.kernels.tiles._multiprocessors_of_index", lambda index: 132)
     narrow = PROBLEM._replace(M=1 << 20, N=256)
     assert check._rows(PATHS["cuda"], narrow) == 64 * 1024  # 264 tiles of 128 rows are 33,792

@@ -276,9 +276,12 @@ def da_dx_shared_launches(
 
 
 def _tile(kernel: str, target: Target, R: int, kind: str) -> tiles.Tile:
-    """That of the kernel of one adapter, with as many warps as keep it in registers."""
-    tile = tiles.rank_tiles(kernel, target, R, kind)[-1 if kernel == "da" else 0]  # da's small one: dx is beside it
-    return tile if kind != "half" and kernel == "s" else replace(tile, num_warps=WARPS[kernel])
+    """That of the kernel of one adapter, with as many warps as keep it in registers; `da`'s is smaller: dx is beside."""
+    tile = tiles.rank_tiles(kernel, target, R, kind)[0]
+    if kernel == "da":
+        width = 64 if kind == "half" else 32
+        return replace(tile, block_m=min(32, tile.block_m), block_k=min(width, tile.block_k), num_warps=WARPS["da"])
+    return tile if kind == "ieee" else replace(tile, num_warps=WARPS["s"])
 
 
 def _each(name: str, values: Sequence) -> dict:

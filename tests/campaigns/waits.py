@@ -69,7 +69,7 @@ def imaginary_gpu(capability: tuple[int, int]):
     with (
         warnings.catch_warnings(),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
-        mock.patch.object(mask, "_kernel_agrees", lambda device, dtype: True),  # which compares numbers, once a process
+        mock.patch.object(mask, "_kernel_agrees", lambda *_: True),  # which compares numbers, once a process
         mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: capability),
         mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: facts),
         mock.patch.object(
