@@ -276,11 +276,12 @@ def da_dx_shared_launches(
 
 
 def _tile(kernel: str, target: Target, R: int, kind: str) -> tiles.Tile:
-    """That of the kernel of one adapter, with as many warps as keep it in registers; `da`'s is smaller: dx is beside."""
+    """That of the kernel of one adapter, with what keeps it in registers; `da`'s is smaller, for dx is beside it."""
     tile = tiles.rank_tiles(kernel, target, R, kind)[0]
     if kernel == "da":
-        width = 64 if kind == "half" else 32
-        return replace(tile, block_m=min(32, tile.block_m), block_k=min(width, tile.block_k), num_warps=WARPS["da"])
+        block_m, block_k = min(32, tile.block_m), min(64 if kind == "half" else 32, tile.block_k)
+        stages = min(2, tile.num_stages) if kind == "tf32" else tile.num_stages
+        return replace(tile, block_m=block_m, block_k=block_k, num_warps=WARPS["da"], num_stages=stages)
     return tile if kind == "ieee" else replace(tile, num_warps=WARPS["s"])
 
 
