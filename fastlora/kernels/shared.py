@@ -29,7 +29,7 @@ from fastlora.kernels.tiles import Target
 from fastlora.kernels.up import up_launch
 
 MOST = 3  # adapters of a launch
-RANKS = 64  # of one launch together, each padded; half of it where registers are short
+RANKS = 64  # of one launch together, each padded; half of it on sm_75
 
 
 @triton.jit
@@ -193,9 +193,9 @@ def da_dx_shared_kernel(
         store_da(da2, da2_ptr, part, columns, K, R2, BLOCK_R)
 
 
-def chunks(ranks: Sequence[int], target: Target, kind: str) -> list[slice]:
+def chunks(ranks: Sequence[int], target: Target) -> list[slice]:
     """Which adapters share a launch: neighbours, at most MOST, of RANKS ranks together when all are padded alike."""
-    found, first, most = [], 0, RANKS // 2 if kind == "tf32" or target.family == 75 else RANKS
+    found, first, most = [], 0, RANKS // 2 if target.family == 75 else RANKS
     for i in range(1, len(ranks) + 1):
         each = tiles.padded_rank(max(ranks[first : i + 1]))
         if i == len(ranks) or i - first == MOST or (i + 1 - first) * each > most:
@@ -212,7 +212,7 @@ def s_shared_launches(
     M, K = x.shape
     precision = tiles.input_precision(x.dtype, target)
     launches, sums = [], []
-    for chunk in chunks([A.shape[0] for A in lora_As], target, tiles.kind_of(x.dtype, precision)):
+    for chunk in chunks([A.shape[0] for A in lora_As], target):
         As, dropout = lora_As[chunk], dropouts[chunk][0]
         padded = tiles.padded_rank(max(A.shape[0] for A in As))
         tile = _tile("s", target, len(As) * padded, tiles.kind_of(x.dtype, precision))
@@ -243,7 +243,7 @@ def da_dx_shared_launches(
     M, K = dSs[0].shape[0], lora_As[0].shape[1]
     precision = tiles.input_precision(dSs[0].dtype, target)
     launches, sums, add = [], [], False
-    for chunk in chunks([A.shape[0] for A in lora_As], target, tiles.kind_of(dSs[0].dtype, precision)):
+    for chunk in chunks([A.shape[0] for A in lora_As], target):
         As, dropout, wanted = lora_As[chunk], dropouts[chunk][0], list(dAs[chunk])
         padded = tiles.padded_rank(max(A.shape[0] for A in As))
         if padded > tiles.RANK_WIDE and dx is not None:  # dA and a tile of A together do not fit: a kernel for each
@@ -275,12 +275,13 @@ def da_dx_shared_launches(
 
 
 def _tile(kernel: str, target: Target, R: int, kind: str) -> tiles.Tile:
-    """That of the kernel of one adapter, with as many warps as keep it in registers; smaller where dx is beside dA."""
-    tile = tiles.rank_tiles(kernel, target, R, kind)[0]
+    """That of the kernel of one adapter, with what keeps it in registers; `da`'s is smaller, for dx is beside it."""
+    tile, turing = tiles.rank_tiles(kernel, target, R, kind)[0], kind == "half" and target.family == 75
     if kernel == "da":
-        rows, columns = min(32, tile.block_m), min(64, tile.block_k)
-        return replace(tile, block_m=rows, block_k=columns, num_warps=rows // 4, num_stages=min(tile.num_stages, 2))
-    return replace(tile, num_warps=4) if kind == "half" and target.family != 75 else tile
+        rows, columns = min(32, tile.block_m), min(64 if kind == "half" else 32, tile.block_k)
+        warps, stages = 4 if turing else 8, min(2, tile.num_stages)
+        return replace(tile, block_m=rows, block_k=columns, num_warps=warps, num_stages=stages)
+    return tile if kind == "ieee" or turing else replace(tile, num_warps=4)
 
 
 def _each(name: str, values: Sequence) -> dict:

@@ -180,10 +180,12 @@ def padded_rank(R: int) -> int:
 
 
 def rank_block(target: Target, kind: str) -> int:
-    """Columns of the rank that the GEMM multiplies at once: few, to spare registers; sm_100 accumulates elsewhere."""
+    """Columns of the rank that the GEMM multiplies at once: few, to spare registers; sm_100 accumulates elsewhere.
+
+    Operands in tf32 pass through registers to be rounded, on sm_100 too."""
     if target.family == 75 or kind == "ieee":  # no matrix instructions there
         return 16
-    return 128 if target.family == 100 else 32
+    return 128 if target.family == 100 and kind == "half" else 32
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -258,14 +260,12 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] 
         (75, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
         (80, "half"): ((64, 256, 0, 4, 3), (32, 256, 0, 4, 2)),
         (80, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
-        (80, "tf32"): ((64, 256, 0, 8, 3), (64, 256, 0, 8, 3)),
+        (80, "tf32"): ((32, 256, 0, 8, 3), (64, 128, 0, 8, 3)),
         (86, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
-        (86, "tf32"): ((32, 256, 0, 8, 2), (32, 64, 0, 8, 2)),
+        (86, "tf32"): ((32, 256, 0, 8, 2), (32, 64, 0, 4, 2)),
         (90, "half"): (((64, 256, 0, 4, 3), (64, 128, 0, 4, 3)), (64, 256, 0, 8, 3)),
         (90, "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
-        (90, "tf32"): ((64, 128, 0, 8, 3), (64, 128, 0, 8, 3)),
         (100, "half"): ((32, 512, 0, 8, 3), (64, 256, 0, 8, 3)),
-        (100, "tf32"): ((32, 256, 0, 8, 3), (32, 256, 0, 8, 3)),
         ("gfx942", "half"): ((32, 256, 0, 8, 2), (32, 128, 0, 8, 2)),
         ("gfx942", "ieee"): ((32, 64, 0, 8, 2), (32, 64, 0, 8, 2)),
     },
@@ -361,7 +361,7 @@ _COMMON = {
     "aligned": _cut((128, 128, 64, 8, 3), (64, 64, 64, 4, 3), (32, 64, 64, 4, 3)),
     "ragged": _cut((64, 64, 32, 8, 2), (32, 64, 32, 4, 2)),
     "aligned tf32": _cut((64, 64, 32, 8, 3), (32, 64, 32, 4, 3)),
-    "ragged tf32": _cut((64, 64, 32, 8, 3), (32, 32, 32, 4, 2)),
+    "ragged tf32": _cut((64, 64, 32, 8, 2), (32, 32, 32, 4, 2)),
     "aligned ieee": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
     "ragged ieee": _cut((64, 64, 16, 8, 2), (32, 64, 16, 4, 1)),
 }
@@ -413,6 +413,7 @@ GEMM_TILES: dict[int | str, dict[str, tuple[Tile, ...]]] = {
     120: _COMMON
     | {
         "aligned wide": _cut((128, 128, 64, 8, 3), (64, 64, 64, 4, 3)),
+        "ragged tf32": _cut((64, 64, 16, 8, 2), (32, 32, 32, 4, 2)),
         "aligned ieee": _cut((32, 32, 16, 4, 1)),
     },
     "gfx942": _CDNA,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastlora.kernels.dropout import Dropout, dropped, keep_mask
+from fastlora.paths import mask
 from fastlora.paths.mask import philox_mask
 
 
@@ -110,3 +111,12 @@ def test_two_matrices_are_dropped_by_the_mask(dtype, p, lies):
         for got, given in ((first, x), (second, u)):
             assert got is None or torch.equal(got, given.where(keep, 0.0))
         assert (first is not None) is with_x
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("right", [True, False])
+def test_path_torch_takes_the_kernels_that_agree_with_atens_mask(dtype, right, monkeypatch):
+    monkeypatch.setattr(mask, "_agrees", {})
+    if not right:
+        monkeypatch.setattr(mask, "philox_mask", lambda *a: ~philox_mask(*a))
+    assert mask._kernel_agrees(torch.device("cpu"), dtype) is right
