@@ -207,7 +207,8 @@ def test_a_part_of_the_gradients_can_be_differentiated_again(asked, frozen, p):
     for a, b in zip(second(fastlora.lora_linears), second(of_the_reference), strict=True):
         assert (a is None) is (b is None)
         if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            # sums that cancel are as far off as their terms are large
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

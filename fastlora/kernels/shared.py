@@ -276,12 +276,13 @@ def da_dx_shared_launches(
 
 def _tile(kernel: str, target: Target, R: int, kind: str) -> tiles.Tile:
     """That of the kernel of one adapter, with what keeps it in registers; `da`'s is smaller, for dx is beside it."""
-    tile, turing = tiles.rank_tiles(kernel, target, R, kind)[0], kind == "half" and target.family == 75
+    turing = kind == "half" and target.family == 75
+    tile = tiles.rank_tiles(kernel, target, R, kind)[-1 if turing else 0]
     if kernel == "da":
         rows, columns = min(32, tile.block_m), min(64 if kind == "half" else 32, tile.block_k)
         warps, stages = 4 if turing else 8, min(2, tile.num_stages)
         return replace(tile, block_m=rows, block_k=columns, num_warps=warps, num_stages=stages)
-    return tile if kind == "ieee" or turing else replace(tile, num_warps=4)
+    return tile if kind == "ieee" else replace(tile, num_warps=4)
 
 
 def _each(name: str, values: Sequence) -> dict:
