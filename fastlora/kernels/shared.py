@@ -29,7 +29,7 @@ from fastlora.kernels.tiles import Target
 from fastlora.kernels.up import up_launch
 
 MOST = 3  # adapters of a launch
-RANKS = 64  # of one launch together, each padded; half of it on sm_75
+RANKS = 64  # of one launch together, each padded; half of it on sm_75; on AMD's each adapter has its own
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def da_dx_shared_kernel(
 
 def chunks(ranks: Sequence[int], target: Target) -> list[slice]:
     """Which adapters share a launch: neighbours, at most MOST, of RANKS ranks together when all are padded alike."""
-    found, first, most = [], 0, RANKS // 2 if target.family == 75 else RANKS
+    found, first, most = [], 0, 1 if target.backend == "hip" else RANKS // 2 if target.family == 75 else RANKS
     for i in range(1, len(ranks) + 1):
         each = tiles.padded_rank(max(ranks[first : i + 1]))
         if i == len(ranks) or i - first == MOST or (i + 1 - first) * each > most:
@@ -253,7 +253,7 @@ def da_dx_shared_launches(
                     wanted[i] = None
         if dx is None and not any(dA is not None for dA in wanted):
             continue
-        tile = _tile("da", target, len(As) * padded, tiles.kind_of(dSs[0].dtype, precision))
+        tile = _tile("da", target, len(As) * padded, tiles.kind_of(dSs[0].dtype, precision), len(As) == 1)
         reads = any(dA is not None for dA in wanted)
         splits, split_m = tiles.split_m(target, M, K, tile) if reads else (triton.cdiv(M, tile.block_m), tile.block_m)
         outs = wanted
@@ -274,13 +274,15 @@ def da_dx_shared_launches(
     return launches + sums
 
 
-def _tile(kernel: str, target: Target, R: int, kind: str) -> tiles.Tile:
+def _tile(kernel: str, target: Target, R: int, kind: str, alone: bool = False) -> tiles.Tile:
     """That of the kernel of one adapter, with what keeps it in registers; `da`'s is smaller, for dx is beside it."""
-    turing = kind == "half" and target.family == 75
+    turing = target.family == 75
     tile = tiles.rank_tiles(kernel, target, R, kind)[-1 if turing else 0]
     if kernel == "da":
-        rows, columns = min(32, tile.block_m), min(64 if kind == "half" else 32, tile.block_k)
-        warps, stages = 4 if turing else 8, min(2, tile.num_stages)
+        wide = kind == "half" and target.backend != "hip"
+        rows, columns = min(32, tile.block_m), min(64 if wide else 32, tile.block_k)
+        few = kind == "half" and (turing or (R == RANKS and alone))
+        warps, stages = 4 if few else 8, min(2, tile.num_stages) if kind == "tf32" else tile.num_stages
         return replace(tile, block_m=rows, block_k=columns, num_warps=warps, num_stages=stages)
     return tile if kind == "ieee" else replace(tile, num_warps=4)
 
