@@ -147,26 +147,30 @@ class Trial:
         return next(filter(None, (_fault(path, *case) for case in self._cases[M])), None)
 
 
-def compile_ahead(paths: Iterable[Path], problem: Problem) -> None:
+def compile_ahead(paths: Iterable[Path], problem: Problem, also: Iterable[Path] = ()) -> None:
     """Compile what `paths` launch for `problem`, and for as many rows as the check takes; errors wait for the call.
+
+    `also`: what may be wanted next; compiled at once where there are processors for it.
 
     So are Triton's launchers: before 3.7 each is a file for the C compiler.
     """
     paths = [path for path in paths if path.launches is not None]
     if problem.device.type != "cuda" or not paths:
         return
+    from triton.runtime import driver
+
     from fastlora.kernels import ahead
     from fastlora.kernels.tiles import target_of
 
     calls, target = [], target_of(problem.device)
-    for path in paths:
+    for path in (*paths, *(also if ahead.helpers() else ())):
         with suppress(Exception):
             rows = {problem.M, _rows(path, problem)}
-            calls += [(path.name, dict(path.cut), problem._replace(M=M, device=torch.device("meta"))) for M in rows]
+            calls += [(path.name, dict(path.cut), problem._replace(M=M)) for M in rows]
 
-    def load(launch) -> object:
-        with torch.cuda.device(problem.device):
-            return launch.compile(target).run
+    def load(launch) -> None:
+        kernel = launch.compile(target)
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
 
     with suppress(Exception):
         ahead.compile_all(target, ahead.planned(target, calls), calls, load)

@@ -15,8 +15,8 @@ from fastlora.paths.problem import Problem
 
 TILE = 128  # rows and columns of the product that one program makes, in whose waves a product is counted
 SMALL_TILE = 64  # of path `onepass`
-# Beside ATen's products: Triton's large tiles, its float32; `onepass`'s small tiles and path `cuda`, both measured.
-GEMM_RATE, FLOAT_RATE, SMALL_RATE, FOLDED_RATE = 0.95, 0.5, 0.1, 0.75
+# Beside ATen's products: Triton's large tiles, its float32; `onepass` and `cuda`, guessed from an H100's slower times.
+GEMM_RATE, FLOAT_RATE, SMALL_RATE, FOLDED_RATE = 0.95, 0.5, 0.05, 0.5
 # Seconds of the host for a launch: ATen's operations; Triton's launcher from Python, and from the node in C++.
 ATEN_S, PYTHON_S, NODE_S = 5e-6, 25e-6, 3e-6
 

@@ -129,8 +129,8 @@ def _measure(measure: Callable[[Problem], Row], problem: Problem) -> Row | None:
 def time_paths(problem: Problem) -> Row:
     """Time each path that can run `problem`, then the other tiles of those that are close to the best, on random data.
 
-    What is timed is compiled in threads and admitted by the self-check first. The caller's random numbers stay what
-    they were.
+    What is timed is compiled, in threads and processes, and admitted by the self-check first. The caller's random
+    numbers stay what they were.
 
     Raises:
         RuntimeError: nothing could be timed (no memory, say).
@@ -156,12 +156,14 @@ def _hopeful(usable: list[Path], problem: Problem) -> list[Path]:
 def _time(paths: list[Path], problem: Problem) -> Row:
     session = _Session(problem)
     cuts = {path: _cuts(path, problem) for path in paths if path.tiles}
-    check.compile_ahead([*paths, *(v for found in cuts.values() for row in found.values() for v in row[1:])], problem)
+    variants = [path for found in cuts.values() for row in found.values() for path in row[1:]]
+    check.compile_ahead(paths, problem, variants)
     timings = session.time(paths)
     least = [min((one[which] for one in timings), default=0.0) for which in (1, 2)]
     close = [one.path for one in timings if one.plain < CLOSE * least[0] or one.captured < CLOSE * least[1]]
     cuts = {path: cuts[path] for path in close if path.tiles}
     others = [path for found in cuts.values() for variants in found.values() for path in variants[1:]]
+    check.compile_ahead(others, problem)
     times = {one.path.label: one.captured for one in timings + session.time(others)}
     for path, found in cuts.items():  # the best tile of each kernel by itself: the others' do not change its time
         best = {k: dict(min(variants, key=lambda p: times.get(p.label, inf)).cut)[k] for k, variants in found.items()}
@@ -210,7 +212,6 @@ class _Session:
 
     def time(self, paths: list[Path]) -> list[Timing]:
         """Medians of samples taken in turns; of the paths and tiles that the self-check admits."""
-        check.compile_ahead(paths, self.problem)
         steps, calls, plain, captured = {}, {}, defaultdict(list), defaultdict(list)
         for path in paths:
             if check.admit(path, self.problem, self.trial):

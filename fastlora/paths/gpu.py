@@ -68,9 +68,9 @@ def _most_ranks(problem: Problem) -> int:
 @cache
 def _triton_missing() -> str | None:
     try:
-        import triton  # noqa: F401
+        import fastlora.kernels.gemm  # noqa: F401 - and with it what is used of triton's inside
     except Exception as error:  # a broken Triton raises more than ImportError
-        return f"triton cannot be imported ({error})"
+        return f"triton cannot be used ({error})"
     return None
 
 
@@ -223,7 +223,7 @@ def tiles(kernels: tuple[str, ...], problem: Problem) -> dict[str, tuple]:
         elif kernel == "gemm_dx":
             found[kernel] = gemm.candidates(target, dy, weight, lora_A, problem.dropout, torch.empty_like(x))
         elif kernel != "ds_db" or tables.ds_db_tile(target, problem.M, problem.N, R, kind, problem.dtype.itemsize):
-            knows = problem.bank and kernel != "up" and (problem.dropout or kernel != "da")
+            knows = problem.bank and (problem.dropout or kernel != "da")
             found[kernel] = tables.rank_tiles(kernel, target, R, kind, knows)
     return found
 

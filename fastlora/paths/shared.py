@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastlora.paths import aten, cpu, gpu
-from fastlora.paths.mask import keep_mask
+from fastlora.paths.mask import drop
 from fastlora.paths.problem import Update, base_product, check_saved, rows
 
 
@@ -80,11 +80,13 @@ def torch_backward(dys, x, many, Ss, needs) -> Gradients:
             continue
         dSs.append(aten._product(dy, lora_B.to(dtype), scaling))
         if p > 0.0:
-            keep, kept = keep_mask(seed, dy.shape[0], lora_A.shape[1], p, dtype), aten._kept(p)
+            kept = aten._kept(p)
+            u = aten._product(dSs[i], lora_A.to(dtype), kept) if needs.x else None
+            dropped = drop(seed, p, x2 if needs.A[i] else None, u) if needs.x or needs.A[i] else None
             if needs.A[i]:
-                dAs[i] = aten._product(dSs[i].t(), x2 * keep, kept)
+                dAs[i] = aten._product(dSs[i].t(), dropped, kept)
             if needs.x:
-                dx.addcmul_(torch.mm(dSs[i], lora_A.to(dtype)), keep, value=kept)
+                dx += u
     if many[0].update.dropout_p > 0.0 or not (needs.x or any(needs.A)):
         return dx, dAs, dBs
     dS = torch.cat(dSs, 1)

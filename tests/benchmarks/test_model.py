@@ -60,7 +60,7 @@ def test_prediction_at_the_designs_own_example():
     assert bare == pytest.approx(2 * 348e-6, rel=0.02)
     assert 1.5 < eager < 1.9
     assert hybrid == pytest.approx(1.17, abs=0.03) and split == pytest.approx(1.16, abs=0.02)
-    assert 1.3 < cuda < 1.4  # by the rate that was measured; designed for 1.04
+    assert 1.9 < cuda < 2.1  # by the rate that is granted it until it is measured again; designed for 1.04
 
 
 def test_the_host_bounds_small_layers_and_waves_round_up():

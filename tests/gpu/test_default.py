@@ -115,8 +115,11 @@ def test_a_full_cache(capfd, monkeypatch):
 
 def test_a_capture_compiles_nothing_raises_nothing_and_has_its_own_winner(monkeypatch):
     layer, x = layer_and_x()
-    torch.nn.functional.linear(x, x).sum().backward()  # cuBLAS cannot begin in a capture, in either thread
-    PATHS["torch"].mask(torch.zeros((), dtype=torch.int64, device=DEVICE), 4, 4, 0.1)  # its kernel is compiled once
+    leaves = x, layer.lora_A, layer.lora_B
+    y = fastlora.lora_linear(x, layer.weight, *leaves[1:], layer.bias, 2.0, 0.1, path="torch")
+    torch.autograd.grad(
+        y, leaves, torch.ones_like(y)
+    )  # cuBLAS cannot begin in a capture; the mask's kernel is compiled
     chosen, choose = [], choice.choose
 
     def spy(problem):

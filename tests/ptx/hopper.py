@@ -42,8 +42,8 @@ class TensorMap:
 
     def elements(self, coords) -> tuple[np.ndarray, np.ndarray]:
         """Addresses of the box's elements, and which lie within the tensor; the innermost runs fastest."""
-        if int(coords[0]) * self.itemsize % 16:  # an H100 stops with an illegal instruction
-            raise Fault(f"a box begins {int(coords[0]) * self.itemsize} bytes into a row, no multiple of 16")
+        if self.itemsize == 1 and int(coords[0]) % 16:  # an H100 stopped with an illegal instruction at 8
+            raise Fault(f"a box begins {int(coords[0])} bytes into a row, no multiple of 16")
         where, inside = np.zeros((1,) * len(self.box), np.int64), np.ones((1,) * len(self.box), bool)
         for d, (c, n, stride, b) in enumerate(zip(coords, self.shape, self.strides, self.box, strict=True)):
             axis = len(self.box) - 1 - d
