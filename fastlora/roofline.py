@@ -1,4 +1,4 @@
-"""How long a path must take: a prediction by arithmetic, for shapes that nobody has timed. No number here is measured.
+"""How long a path must take: a prediction, for shapes that nobody has timed. Rates are data sheets', or guesses.
 
 A pass is one kernel: the bytes that it reads and writes once, and its operations. It takes as long as the slower of the
 two, and a product no less than its waves of tiles over the multiprocessors. A path takes as long as its passes; where

@@ -1,4 +1,4 @@
-"""The dropout mask: a pure function of (seed, row, column), made again by each kernel; dX's GEMM alone reads bits.
+"""The dropout mask: a pure function of (seed, row, column), made again by each kernel but those of dX, which read bits.
 
     keep[m, k] = bits[m, k] >= round(p * 65536)          drop(X) = keep * X
 

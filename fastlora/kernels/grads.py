@@ -216,7 +216,7 @@ def da(
         dropout: what the forward pass used; None for none.
         dtype: of the result, lora_A's.
         tile: instead of the table's.
-        bits: with dropout, `dropout.mask_bits(M, K)`, which receives the mask for `gemm_dx`.
+        bits: with dropout, `dropout.mask_bits(M, K)`, which receives the mask for dX.
 
     Returns:
         (R, K), `dtype`, contiguous.

@@ -3,7 +3,8 @@
 A tile is a pure function of (target, shape, dtype, alignment), so all of it can be tested and compiled on a machine
 with no GPU; nothing here asks a device anything until `target_of` or `multiprocessors` is called. A tile stands in a
 table when it compiles for its architecture without spilling registers and within shared memory, for all that its row
-can be asked: `python -m fastlora.kernels.matrix` tells. The order within a row is arithmetic, not measurement.
+can be asked: `python -m fastlora.kernels.matrix` tells. The order within a row is arithmetic, where no
+comment says that it was measured.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ HOLDS = {
     "s": (32, 128), "up": (BANK_RANK,), "da": (32, 128), "onepass": (32, 128), "ds_db": (16, 32),
 }  # fmt: skip
 LIKE = {89: 86, 120: 86, 86: 80, 100: 90, 90: 80, "gfx950": "gfx942"}  # whose row serves one that has none of its own
-RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple[int, ...], ...]]] = {
+RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple, ...]]] = {
     "s": {
         (75, "half"): ((32, 0, 64, 8, 3), (16, 0, 32, 8, 2)),
         (75, "ieee"): ((32, 0, 64, 4, 4), (32, 0, 32, 4, 3)),
