@@ -16,6 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # for `import accuracy`
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests where two processes begin: left to the end, one would run alone."""
+    long = [item for item in items if item.path.name == "test_interpreter.py"]
+    rest = [item for item in items if item not in long]
+    middle = len(rest) // 2
+    items[:] = [*long[:1], *rest[:middle], *long[1:], *rest[middle:]]
+
+
 @pytest.fixture(scope="session")
 def cpu_path() -> str:
     """The path that a float32 layer of low rank takes on this CPU: "cpu" where its kernels were compiled."""
@@ -72,8 +80,3 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     for name in ("FASTLORA_PATH", "FASTLORA_DATA", "FASTLORA_AUTOTUNE"):
         monkeypatch.delenv(name, raising=False)
-
-
-def pytest_collection_modifyitems(items):
-    """The longest test first, so that another process runs the others beside it."""
-    items.sort(key=lambda item: item.name != "test_kernels_in_the_interpreter")
