@@ -146,11 +146,12 @@ def time_paths(problem: Problem) -> Row:
 
 
 def _hopeful(usable: list[Path], problem: Problem) -> list[Path]:
-    """Those that by arithmetic may be the fastest, on the card of the device; without a GPU all."""
+    """Those that by arithmetic may be the fastest, on the card of the device, and `torch`; without a GPU all."""
     if problem.device.type != "cuda":
         return usable
     expected = {p.name: max(roofline.predict(p.name, problem, True, NODE is not None), LEAST_S) for p in usable}
-    return [path for path in usable if expected[path.name] <= HOPELESS * min(expected.values())]
+    most = HOPELESS * min(expected.values())
+    return [path for path in usable if path.name == "torch" or expected[path.name] <= most]
 
 
 def _time(paths: list[Path], problem: Problem) -> Row:

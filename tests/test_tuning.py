@@ -222,3 +222,11 @@ def test_the_other_tiles_of_close_paths_are_timed_one_by_one_and_the_best_togeth
         ["hybrid one=A two=C"],
     ]
     assert row.winner(False).label == row.winner(True).label == "hybrid one=A two=C"
+
+
+def test_what_arithmetic_calls_hopeless_is_not_timed_but_torch_always_is(monkeypatch):
+    seconds = {"torch": 9.0, "hybrid": 1.0, "split": 1.9, "onepass": 2.1}
+    monkeypatch.setattr(tuning.roofline, "predict", lambda name, *_: seconds[name])
+    problem = Problem(64, 64, 64, 8, torch.bfloat16, torch.bfloat16, torch.device("cuda", 0), True)
+    found = tuning._hopeful([PATHS[name] for name in seconds], problem)
+    assert [path.name for path in found] == ["torch", "hybrid", "split"]
