@@ -158,10 +158,14 @@ MaybePlan chosen_plan(const Tensor& x, const Tensor& weight, const Call& call) {
   return found;
 }
 
+Tensor drawn(at::IntArrayRef sizes, c10::Device device) {
+  return at::empty(sizes, at::TensorOptions(at::kLong).device(device)).random_(0, std::numeric_limits<int64_t>::max());
+}
+
 Tensor draw_seed(double p, c10::Device device) {  // fastlora.paths.problem.draw_seed
   if (!(p > 0.0)) return Tensor();
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
-  return at::empty({}, at::TensorOptions(at::kLong).device(device)).random_(0, std::numeric_limits<int64_t>::max());
+  return drawn({}, device);
 }
 
 Result forward(const Plan& plan, const Layer& layer) {

@@ -191,25 +191,36 @@ def together(path: str, many: Sequence[Work]) -> list[Pass]:
     """The same computed together (fastlora/paths/shared.py): what has the rank reads x once each way, dX is summed in
     the products. With dropout `torch` makes and reads a dropped x for each."""
     one, ranks = many[0], sum(work.R for work in many)
-    M, K, e, triton = one.M, one.K, one.size, path != "torch"
+    M, K, e = one.M, one.K, one.size
     rows = M * K * e
     if path == "cpu" or (path == "torch" and one.dropout):  # only the sums are gone
         return apart(path, many)[: 1 - len(many)] + [Pass(rows)] * (len(many) - 1)
-    passes = [Pass(rows + e * ranks * (M + K), 2.0 * M * K * ranks, triton=triton)]  # S
-    for work in many:
-        N, R = work.N, work.R
-        if path == "torch":
-            passes += [product(work, M, K, N), product(work, M, R, N, extra=M * N * e)]
-            passes += [product(work, M, N, R), product(work, N, M, R)]
-        elif path == "hybrid":
-            passes += [product(work, M, R, N, triton=True), product(work, M, K, N, extra=M * N * e), _ds_db(work)]
-        else:
-            passes += [split(work)[0][-1], _ds_db(work)]
-    written = len(many) if triton else len(many) - 1  # products that add to a dX which is there
-    passes += [product(w, M, w.N, K, extra=rows * (i < written)) for i, w in enumerate(many)]
-    if triton:
-        return [*passes, Pass(2.0 * rows + e * ranks * (M + 2 * K), 4.0 * M * K * ranks, triton=True)]
-    return [*passes, Pass(rows + e * ranks * (M + K), 2.0 * M * K * ranks), Pass(2.0 * rows + e * ranks * (M + K))]
+    triton = path != "torch"
+    down = Pass(rows + e * ranks * (M + K), 2.0 * M * K * ranks, triton=triton)  # all S
+    # dX: with kernels the updates are there already, to which all products add
+    dxs = [product(w, M, w.N, K, extra=rows * (triton or i > 0)) for i, w in enumerate(many)]
+    if not triton:
+        passes = [down, down, Pass(2.0 * rows + e * ranks * (M + K)), *dxs]  # S, dA, dX
+        for w in many:
+            passes += [product(w, M, K, w.N), product(w, M, w.R, w.N, extra=M * w.N * e)]
+            passes += [product(w, M, w.N, w.R), product(w, w.N, M, w.R)]
+        return passes
+    da_dx = Pass(2.0 * rows + e * ranks * (M + 2 * K), 4.0 * M * K * ranks, triton=True)
+    passes = [down, _joined([_ds_db(w) for w in many]), da_dx]
+    if path == "hybrid":
+        ups = _joined([product(w, M, w.R, w.N, triton=True) for w in many])
+        return [*passes, ups, *(product(w, M, K, w.N, extra=M * w.N * e) for w in many), *dxs]
+    ys = [split(w)[0][-1] for w in many]
+    dx = replace(_joined(dxs, 2.0 * rows * (len(many) - 1)), triton=True, rate=ys[0].rate)
+    if path == "onepass":  # of small layers, where one launch reads x
+        ys = [_joined(ys, (len(many) - 1) * rows)]
+    return [*passes, *ys, dx]
+
+
+def _joined(passes: Sequence[Pass], less: float = 0.0) -> Pass:
+    """One launch for all, which moves so many bytes `less`."""
+    total = {name: sum(getattr(one, name) for one in passes) for name in ("bytes", "flops", "tiles")}
+    return replace(passes[0], **total | {"bytes": total["bytes"] - less})
 
 
 def moved(passes: Sequence[Pass]) -> float:

@@ -61,12 +61,18 @@ def lora_linears(x: Tensor, projections: Sequence[One], dropout_p: float = 0.0, 
     Raises:
         TypeError, ValueError, RuntimeError: as `lora_linear`.
     """
+    ys = together(x, projections, dropout_p if training else 0.0)
+    if ys is not None:
+        return list(ys)
+    _check(projections)
+    return [lora_linear(x, *one, dropout_p, training) for one in projections]
+
+
+def _check(projections: Sequence[One]) -> None:
     for one in projections:
         if not isinstance(one, tuple | list) or len(one) != 5:
             found = f"{len(one)} values" if isinstance(one, tuple | list) else type(one).__name__
             raise TypeError(f"a projection is {found}; it needs to be (weight, lora_A, lora_B, bias or None, scaling)")
-    ys = together(x, projections, dropout_p if training else 0.0)
-    return [lora_linear(x, *one, dropout_p, training) for one in projections] if ys is None else list(ys)
 
 
 def together(x: Tensor, projections: Sequence[One], p: float) -> Sequence[Tensor] | None:
@@ -75,6 +81,7 @@ def together(x: Tensor, projections: Sequence[One], p: float) -> Sequence[Tensor
         return None
     p = float(p)
     if torch._C._is_any_autocast_enabled():
+        _check(projections)
         x, projections = _cast(x, projections)
     forced = env.forced_path()
     if NODE is not None and forced is None:

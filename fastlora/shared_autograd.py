@@ -15,7 +15,7 @@ from fastlora import autograd, node
 from fastlora.gate import why_eager
 from fastlora.node import NODE
 from fastlora.paths import PATHS, Path, cpu
-from fastlora.paths.problem import Update, draw_seed, rows
+from fastlora.paths.problem import Update, draw_seeds, rows
 from fastlora.paths.shared import SHARED, Needs, Projection
 
 One = tuple[Tensor, Tensor, Tensor, Tensor | None, float]  # weight, lora_A, lora_B, bias, scaling
@@ -35,11 +35,12 @@ def run(path: Path, x: Tensor, projections: Sequence[One], p: float) -> tuple[Te
 
 
 def _forward(path: Path, x: Tensor, projections: Sequence[One], p: float):
+    seeds = draw_seeds(x.device, len(projections)) if p > 0.0 else [None] * len(projections)
     many = [
-        Projection(weight, bias, Update(A, B, scaling, p, draw_seed(x.device) if p > 0.0 else None))
-        for weight, A, B, bias, scaling in projections
+        Projection(weight, bias, Update(A, B, scaling, p, seed))
+        for (weight, A, B, bias, scaling), seed in zip(projections, seeds, strict=True)
     ]
-    return *node.forward_shared(path, SHARED[path.name], x, many), [one.update.seed for one in many]
+    return *node.forward_shared(path, SHARED[path.name], x, many), seeds
 
 
 class _LoRALinears(torch.autograd.Function):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def scaled(acc, scaling, rows_ptr, offs_m, M, R: tl.constexpr):
+def scaled(acc, scaling, rows_ptr, offs_m, M, R):
     """acc [BLOCK_M, BLOCK_R], rows `offs_m` of S or dS, times what is due to them; whatever stood there, 0 for none."""
     if rows_ptr is None:
         acc = acc * scaling

@@ -114,25 +114,19 @@ def store_part(part, y_ptr, start_m, start_n, M, N, stride_ym):
 
 
 @triton.jit
-def gemm_kernel(
-    x_ptr, w_ptr, y_ptr, bias_ptr, s_ptr, u_ptr, bits_ptr, M, N, K, R,
-    stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_bias, stride_sm, stride_sr, stride_ur, stride_un,
-    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
-    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+def add_product(
+    acc, x_ptr, w_ptr, start_m, start_n, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn,
+    EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program, one tile of Y, through pointers: any strides, any alignment, any GPU."""
-    start_m, start_n = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
-    offs_n = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    """acc + X W for one tile, float32 [BLOCK_M, BLOCK_N]."""
+    offs_m = (start_m + tl.arange(0, acc.shape[0])).to(tl.int64)
+    offs_n = (start_n + tl.arange(0, acc.shape[1])).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     mask_m = offs_m[:, None] < M
     mask_n = offs_n[None, :] < N
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
     w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
     advance = tl.full((), BLOCK_K, tl.int64)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start_k in range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs, mask=mask_m, other=0.0)
@@ -144,7 +138,23 @@ def gemm_kernel(
         acc = dot(x, w, acc, INPUT_PRECISION)
         x_ptrs += advance * stride_xk
         w_ptrs += advance * stride_wk
+    return acc
 
+
+@triton.jit
+def gemm_kernel(
+    x_ptr, w_ptr, y_ptr, bias_ptr, s_ptr, u_ptr, bits_ptr, M, N, K, R,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_ym, stride_bias, stride_sm, stride_sr, stride_ur, stride_un,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr,
+    RANK_STEPS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One program, one tile of Y, through pointers: any strides, any alignment, any GPU."""
+    start_m, start_n = tile_origin(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = add_product(
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), x_ptr, w_ptr, start_m, start_n, M, N, K,
+        stride_xm, stride_xk, stride_wk, stride_wn, EVEN_K, BLOCK_K, INPUT_PRECISION,
+    )  # fmt: skip
     update = (s_ptr, u_ptr, stride_sm, stride_sr, stride_ur, stride_un)
     if DROPOUT:
         left, right = halves(acc)

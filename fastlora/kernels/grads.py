@@ -37,7 +37,7 @@ from fastlora.kernels import tiles
 from fastlora.kernels.bank import is_bank, scale, scaled, threshold_of
 from fastlora.kernels.dropout import Dropout, arguments, bits_of, drop, how, keep_signs
 from fastlora.kernels.launch import Launch, run
-from fastlora.kernels.partials import sum_launch, sum_pair_launch
+from fastlora.kernels.partials import sum_launches
 from fastlora.kernels.product import dot
 from fastlora.kernels.s import s_launches
 from fastlora.kernels.tiles import Target, Tile
@@ -47,15 +47,12 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def ds_db_kernel(
-    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, rows_ptr, scaling, M, N,
-    stride_ym, stride_yn, stride_bn, stride_br, region_m,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+def walk(
+    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, rows_ptr, scaling, part_n, part_m, M, N,
+    stride_ym, stride_yn, stride_bn, stride_br, region_m, R,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): columns i * BLOCK_N .. and rows j * region_m ..; writes dS partial i and dB partial j."""
-    part_n = tl.program_id(0)
-    part_m = tl.program_id(1)
+    """Columns part_n * BLOCK_N .. and rows part_m * region_m ..; writes dS partial part_n and dB partial part_m."""
     offs_n = part_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
@@ -81,6 +78,20 @@ def ds_db_kernel(
         tl.store(ds_ptrs, ds.to(ds_ptr.dtype.element_ty), mask=mask_mr)
     db_ptrs = db_ptr + (part_m.to(tl.int64) * N + offs_n)[:, None] * R + offs_r[None, :]
     tl.store(db_ptrs, db.to(db_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_r[None, :])
+
+
+@triton.jit
+def ds_db_kernel(
+    dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, rows_ptr, scaling, M, N,
+    stride_ym, stride_yn, stride_bn, stride_br, region_m,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): columns i * BLOCK_N .. and rows j * region_m ..; writes dS partial i and dB partial j."""
+    walk(
+        dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, rows_ptr, scaling, tl.program_id(0), tl.program_id(1), M, N,
+        stride_ym, stride_yn, stride_bn, stride_br, region_m, R, BLOCK_M, BLOCK_N, BLOCK_R, INPUT_PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["threshold"])
@@ -148,14 +159,8 @@ def ds_db_launches(
         "R": R, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tiles.padded_rank(R),
         "INPUT_PRECISION": precision,
     }  # fmt: skip
-    launches = [Launch(ds_db_kernel, (parts_n, parts_m), args, tile.options)]
-    if parts_n > 1 and parts_m > 1:
-        launches.append(sum_pair_launch(ds, dS, db, dB))
-    elif parts_n > 1:
-        launches.append(sum_launch(ds, dS))
-    elif parts_m > 1:
-        launches.append(sum_launch(db, dB))
-    return launches
+    sums = [(ds, dS)] * (parts_n > 1) + [(db, dB)] * (parts_m > 1)
+    return [Launch(ds_db_kernel, (parts_n, parts_m), args, tile.options), *sum_launches(*sums)]
 
 
 def da_launches(
@@ -180,7 +185,7 @@ def da_launches(
         "DROPOUT": how(target, x.dtype, dropout), "BITS": bits is not None, "INPUT_PRECISION": precision,
     }  # fmt: skip
     first = Launch(da_kernel, (triton.cdiv(K, tile.block_k), splits), args, tile.options)
-    return [first] if splits == 1 else [first, sum_launch(partials, dA)]
+    return [first, *sum_launches(*[(partials, dA)] * (splits > 1))]
 
 
 def ds_db(

@@ -84,16 +84,16 @@ class Launch:
         tensors = {n: getattr(a, "base", a) for n, a in args.items() if n.endswith(("_ptr", "_desc"))}
         dtypes = {n.rsplit("_", 1)[0]: SHORT[t.dtype] for n, t in tensors.items() if getattr(t, "dtype", None) in SHORT}
         first = next(iter(dtypes.values()), "")  # the mask's kernel has none
-        rows = [v for n, v in args.items() if n.startswith("stride_") or n in ("N", "K")]
+        sizes = [v for n, v in args.items() if n.startswith("stride_") or n.rstrip("012") in ("N", "K")]
         aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors.values()) and all(
-            v % 16 == 0 or v == 1 for v in rows
+            v is None or v % 16 == 0 or v == 1 for v in sizes
         )
         words = [self.fn.__name__.removesuffix("_kernel"), *([first] * bool(first))]
         words += [f"{n}:{d}" for n, d in dtypes.items() if d != first]
         if "BLOCK_R" in args:
             words.append(f"r{args['BLOCK_R'] * args.get('RANK_STEPS', 1)}")
-        words.append(("aligned" if args.get("EVEN_K", True) else "uneven") if aligned else "ragged")
-        words += [n.lower() for n, v in args.items() if n.isupper() and v and type(v) is bool and n != "EVEN_K"]
+        words.append(("aligned" if args.get("EVEN_K", args.get("EVEN_N", True)) else "uneven") if aligned else "ragged")
+        words += [n.lower() for n, v in args.items() if n.isupper() and v and type(v) is bool and n[:4] != "EVEN"]
         words += [[], ["dropout"], ["dropout"], ["dropout", "bits"]][args.get("DROPOUT", 0)]
         words += ["bank"] * (args.get("rows_ptr") is not None)
         words += ["tf32"] * (args.get("INPUT_PRECISION") == "tf32")

@@ -38,7 +38,7 @@ import triton
 from torch import Tensor
 
 from fastlora import env
-from fastlora.kernels import gemm, grads, onepass, s, shared, tiles, up
+from fastlora.kernels import gemm, grads, grouped, onepass, s, shared, tiles, up
 from fastlora.kernels.dropout import Dropout, drop_launch, mask_bits, mask_launch
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import TARGETS, Target
@@ -136,6 +136,28 @@ def _shared_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, a
         yield from shared.da_dx_shared_launches(target, S, x, As, dropouts, As, None)
 
 
+def _grouped_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
+    """Three projections in a launch, as wide a rank as each kernel takes; every tile of their products."""
+    kind = tiles.kind_of(dtype, tiles.input_precision(dtype, target))
+    sizes = (4096, 4112) if aligned else (4097,)  # whole steps of the K loop, and a last one that is not
+    for m, R, n in itertools.product((M, FEW), (16, 32, 64), sizes):
+        if m == FEW and (R != 32 or n == 4112):
+            continue
+        x, W, bias = _tensor(m, n, dtype, aligned), _tensor(n, n, dtype, aligned), _tensor(1, n, dtype, aligned)[0]
+        Ss, Bs, ys, Ws = [_tensor(m, R, dtype)] * 3, [_tensor(n, R, adapter)] * 3, [torch.empty_like(x)] * 3, [W] * 3
+        yield grouped.up_each_launch(target, Ss, Bs, [bias] * 3, ys)
+        yield from grouped.ds_db_each_launches(target, ys, Bs, Ss, [2.0] * 3, Ss, Bs) or ()
+        for tile in tiles.gemm_row(target, kind, R, aligned, False, False):
+            yield grouped.gemm_each_launch(target, x, Ws, [bias] * 3, Ss, Bs, ys, tile)
+            if R == 16 and m == M:
+                yield grouped.gemm_sum_launch(target, ys, Ws, x, tile)
+    for tile in tiles.gemm_row(target, kind, 16, aligned, False, True) if target.has_tma else ():
+        n = 4096 if aligned else 4104
+        x, W = _tensor(M, n, dtype), _tensor(n, n, dtype)
+        for weight in (W, W.t()):
+            yield grouped.gemm_sum_launch(target, [x] * 3, [weight] * 3, torch.empty_like(x), tile)
+
+
 def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:
     """Every tile of the GEMM: forward, dX with a mask and with none."""
     kind = tiles.kind_of(dtype, tiles.input_precision(dtype, target))
@@ -184,6 +206,7 @@ def launches(targets: Iterable[Target] = TARGETS, quick: bool = False) -> Iterat
                 torch.set_float32_matmul_precision("high" if fast else "highest")
                 made = [*_rank_launches(target, dtype, adapter, aligned)]
                 made += _shared_launches(target, dtype, adapter, aligned)
+                made += _grouped_launches(target, dtype, adapter, aligned)
                 made += _gemm_launches(target, dtype, adapter, aligned)
                 made += _specialised_launches(target, dtype, adapter, aligned)
             finally:

@@ -12,52 +12,54 @@ import triton.language as tl
 from fastlora.kernels.launch import Launch
 
 BLOCK = 256
-_BLOCKS = {"BLOCK": BLOCK, "BLOCK_P": 8}
+MOST = 6  # sums of a launch
 
 
 @triton.jit
-def _sum_block(partials_ptr, out_ptr, block, P, size, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr):
-    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    offs_p = tl.arange(0, BLOCK_P)
-    mask = offs < size
-    acc = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, P, BLOCK_P):
-        ptrs = partials_ptr + (start + offs_p).to(tl.int64)[:, None] * size + offs[None, :]
-        acc += tl.sum(tl.load(ptrs, mask=(start + offs_p < P)[:, None] & mask[None, :], other=0.0), 0)
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+def _sum(partials_ptr, out_ptr, P, size, block, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Block `block` of one sum, if it has one; the block's number within the sums that follow."""
+    blocks = tl.cdiv(size, BLOCK)
+    if (block >= 0) & (block < blocks):
+        offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        offs_p = tl.arange(0, BLOCK_P)
+        mask = offs < size
+        acc = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, P, BLOCK_P):
+            ptrs = partials_ptr + (start + offs_p).to(tl.int64)[:, None] * size + offs[None, :]
+            acc += tl.sum(tl.load(ptrs, mask=(start + offs_p < P)[:, None] & mask[None, :], other=0.0), 0)
+        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    return block - blocks
 
 
 @triton.jit
-def sum_kernel(partials_ptr, out_ptr, P, size, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr):
-    _sum_block(partials_ptr, out_ptr, tl.program_id(0), P, size, BLOCK, BLOCK_P)
+def sum_kernel(
+    partials0_ptr, out0_ptr, P0, size0, partials1_ptr, out1_ptr, P1, size1, partials2_ptr, out2_ptr, P2, size2,
+    partials3_ptr, out3_ptr, P3, size3, partials4_ptr, out4_ptr, P4, size4, partials5_ptr, out5_ptr, P5, size5,
+    BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Up to MOST sums in one launch: the first cdiv(size0, BLOCK) programs make out0, the next ones out1, ..."""
+    block = _sum(partials0_ptr, out0_ptr, P0, size0, tl.program_id(0), BLOCK, BLOCK_P)
+    if partials1_ptr is not None:
+        block = _sum(partials1_ptr, out1_ptr, P1, size1, block, BLOCK, BLOCK_P)
+    if partials2_ptr is not None:
+        block = _sum(partials2_ptr, out2_ptr, P2, size2, block, BLOCK, BLOCK_P)
+    if partials3_ptr is not None:
+        block = _sum(partials3_ptr, out3_ptr, P3, size3, block, BLOCK, BLOCK_P)
+    if partials4_ptr is not None:
+        block = _sum(partials4_ptr, out4_ptr, P4, size4, block, BLOCK, BLOCK_P)
+    if partials5_ptr is not None:
+        _sum(partials5_ptr, out5_ptr, P5, size5, block, BLOCK, BLOCK_P)
 
 
-@triton.jit
-def sum_pair_kernel(
-    partials0_ptr, out0_ptr, P0, size0, partials1_ptr, out1_ptr, P1, size1, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """Two sums in one launch: the first cdiv(size0, BLOCK) programs make out0, the others out1."""
-    block = tl.program_id(0)
-    blocks0 = tl.cdiv(size0, BLOCK)
-    if block < blocks0:
-        _sum_block(partials0_ptr, out0_ptr, block, P0, size0, BLOCK, BLOCK_P)
-    else:
-        _sum_block(partials1_ptr, out1_ptr, block - blocks0, P1, size1, BLOCK, BLOCK_P)
-
-
-def sum_launch(partials: torch.Tensor, out: torch.Tensor) -> Launch:
-    """out = partials.sum(0), cast; `partials` float32 (P, ...) and `out` (...) both contiguous."""
-    size = out.numel()
-    args = {"partials_ptr": partials, "out_ptr": out, "P": partials.shape[0], "size": size}
-    return Launch(sum_kernel, (triton.cdiv(size, BLOCK),), args | _BLOCKS, {"num_warps": 4})
-
-
-def sum_pair_launch(partials0: torch.Tensor, out0: torch.Tensor, partials1: torch.Tensor, out1: torch.Tensor) -> Launch:
-    """Two sums in one launch."""
-    size0, size1 = out0.numel(), out1.numel()
-    args = {
-        "partials0_ptr": partials0, "out0_ptr": out0, "P0": partials0.shape[0], "size0": size0,
-        "partials1_ptr": partials1, "out1_ptr": out1, "P1": partials1.shape[0], "size1": size1,
-    }  # fmt: skip
-    grid = (triton.cdiv(size0, BLOCK) + triton.cdiv(size1, BLOCK),)
-    return Launch(sum_pair_kernel, grid, args | _BLOCKS, {"num_warps": 4})
+def sum_launches(*sums: tuple[torch.Tensor, torch.Tensor]) -> list[Launch]:
+    """out = partials.sum(0), cast, of each (partials, out): float32 (P, ...) and (...), both contiguous."""
+    found = []
+    for first in range(0, len(sums), MOST):
+        args, blocks = {}, 0
+        for i in range(MOST):
+            partials, out = sums[first + i] if first + i < len(sums) else (None, None)
+            P, size = (None, None) if out is None else (partials.shape[0], out.numel())
+            args |= {f"partials{i}_ptr": partials, f"out{i}_ptr": out, f"P{i}": P, f"size{i}": size}
+            blocks += triton.cdiv(size or 0, BLOCK)
+        found.append(Launch(sum_kernel, (blocks,), args | {"BLOCK": BLOCK, "BLOCK_P": 8}, {"num_warps": 4}))
+    return found

@@ -21,7 +21,7 @@ from fastlora.kernels import tiles
 from fastlora.kernels.bank import is_bank, scaled, threshold_of
 from fastlora.kernels.dropout import Dropout, arguments, drop, how, keep_signs
 from fastlora.kernels.launch import Launch, run
-from fastlora.kernels.partials import sum_launch
+from fastlora.kernels.partials import sum_launches
 from fastlora.kernels.product import dot
 from fastlora.kernels.tiles import Target, Tile
 
@@ -111,7 +111,7 @@ def s_launches(
         "INPUT_PRECISION": precision,
     }  # fmt: skip
     first = Launch(s_kernel, (triton.cdiv(M, tile.block_m), splits), args, tile.options)
-    return [first] if splits == 1 else [first, sum_launch(out, S)]
+    return [first, *sum_launches(*[(out, S)] * (splits > 1))]
 
 
 def s_forward(

@@ -21,14 +21,14 @@ from torch import Tensor
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import Dropout, drop, how, keep_of, keep_signs
 from fastlora.kernels.grads import da_launches
+from fastlora.kernels.grouped import MOST
+from fastlora.kernels.grouped import each as _each
 from fastlora.kernels.launch import Launch, run
-from fastlora.kernels.partials import sum_launch
+from fastlora.kernels.partials import sum_launches
 from fastlora.kernels.product import dot
 from fastlora.kernels.s import store_rank
 from fastlora.kernels.tiles import Target
-from fastlora.kernels.up import up_launch
 
-MOST = 3  # adapters of a launch
 RANKS = 64  # of one launch together, each padded; half of it on sm_75; on AMD's each adapter has its own
 
 
@@ -220,7 +220,7 @@ def s_shared_launches(
         outs = S[chunk]
         if splits > 1:
             outs = [torch.empty(splits, M, A.shape[0], dtype=torch.float32, device=x.device) for A in As]
-            sums += map(sum_launch, outs, S[chunk])
+            sums += zip(outs, S[chunk], strict=True)
         args = {"x_ptr": x, **_each("a{}_ptr", As), **_each("s{}_ptr", outs)}
         args |= _each("seed{}_ptr", [d and d.seed for d in dropouts[chunk]])
         args |= _each("scaling{}", [float(s) for s in scalings[chunk]])
@@ -232,7 +232,7 @@ def s_shared_launches(
             "DROPOUT": how(target, x.dtype, dropout), "INPUT_PRECISION": precision,
         }  # fmt: skip
         launches.append(Launch(s_shared_kernel, (triton.cdiv(M, tile.block_m), splits), args, tile.options))
-    return launches + sums
+    return launches + sum_launches(*sums)
 
 
 def da_dx_shared_launches(
@@ -259,7 +259,7 @@ def da_dx_shared_launches(
         outs = wanted
         if splits > 1:
             outs = [None if d is None else d.new_empty(splits, d.numel(), dtype=torch.float32) for d in wanted]
-            sums += [sum_launch(part, d) for part, d in zip(outs, wanted, strict=True) if d is not None]
+            sums += [(part, d) for part, d in zip(outs, wanted, strict=True) if d is not None]
         args = {"x_ptr": x if reads else None, **_each("a{}_ptr", As), **_each("ds{}_ptr", dSs[chunk])}
         args |= _each("da{}_ptr", outs) | {"dx_ptr": dx} | _each("seed{}_ptr", [d and d.seed for d in dropouts[chunk]])
         args |= {
@@ -271,7 +271,7 @@ def da_dx_shared_launches(
         }  # fmt: skip
         launches.append(Launch(da_dx_shared_kernel, (triton.cdiv(K, tile.block_k), splits), args, tile.options))
         add = True
-    return launches + sums
+    return launches + sum_launches(*sums)
 
 
 def _tile(kernel: str, target: Target, R: int, kind: str, alone: bool = False) -> tiles.Tile:
@@ -287,38 +287,22 @@ def _tile(kernel: str, target: Target, R: int, kind: str, alone: bool = False) -
     return tile if kind == "ieee" else replace(tile, num_warps=4)
 
 
-def _each(name: str, values: Sequence) -> dict:
-    """An argument for each of the MOST adapters, None for those that are not there."""
-    return {name.format(i): values[i] if i < len(values) else None for i in range(MOST)}
-
-
-def s_shared(x, lora_As, scalings, dropouts) -> list[Tensor]:
-    """S of each adapter: (M, R) in x's dtype, contiguous. Arguments as for `s_y_shared`."""
-    S = [torch.empty(x.shape[0], A.shape[0], dtype=x.dtype, device=x.device) for A in lora_As]
-    run(s_shared_launches(tiles.target_of(x.device), x, lora_As, scalings, dropouts, S))
-    return S
-
-
-def s_y_shared(
-    x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], biases: Sequence[Tensor | None],
-    scalings: Sequence[float], dropouts: Sequence[Dropout | None], outs: Sequence[Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """S = scaling * drop(x) @ lora_A.T of each adapter, returned, and S @ lora_B.T + bias, written into its `out`.
+def s_shared(
+    x: Tensor, lora_As: Sequence[Tensor], scalings: Sequence[float], dropouts: Sequence[Dropout | None]
+) -> list[Tensor]:
+    """S = scaling * drop(x) @ lora_A.T of each adapter.
 
     Args:
         x: (M, K), float16, bfloat16 or float32, any strides.
         lora_As: (R, K) each, x's dtype or float32, contiguous; R from 1 to 128.
-        lora_Bs: (N, R) each, any strides.
-        biases: (N,) each, or None.
         scalings: numbers; dropout's factor 1 / (1 - p) is in them, and so in S and in the dS of backward.
         dropouts: of one probability, each with its own seed; None for none.
-        outs: (M, N) each, x's dtype, columns side by side.
 
     Returns:
-        S (M, R) each, x's dtype, contiguous.
+        (M, R) each, x's dtype, contiguous.
     """
-    S, target = s_shared(x, lora_As, scalings, dropouts), tiles.target_of(x.device)
-    run(up_launch(target, s, B.t(), bias, None, y) for s, B, bias, y in zip(S, lora_Bs, biases, outs, strict=True))
+    S = [torch.empty(x.shape[0], A.shape[0], dtype=x.dtype, device=x.device) for A in lora_As]
+    run(s_shared_launches(tiles.target_of(x.device), x, lora_As, scalings, dropouts, S))
     return S
 
 

@@ -110,6 +110,13 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (), device=device)
 
 
+def draw_seeds(device: torch.device, count: int) -> list[Tensor]:
+    """`count` of them, by one launch on a GPU, each at a multiple of 16 bytes; on a CPU one after the other."""
+    if device.type == "cpu":
+        return [draw_seed(device) for _ in range(count)]
+    return list(torch.randint(2**63 - 1, (count, 2), device=device)[:, 0])
+
+
 def rows(t: Tensor) -> Tensor:
     """(..., K) as (M, K), a view wherever strides allow one. `reshape(-1, K)` cannot tell M when K is 0."""
     dims = t.dim()

@@ -113,35 +113,56 @@ def cpu_backward(dys, x, many, Ss, needs) -> Gradients:
 
 
 def hybrid_forward(x: Tensor, many: list[Projection]) -> Made:
-    from fastlora.kernels.shared import s_y_shared
+    def to_ys(x2, weights, biases, Ss, Bs, ys):
+        from fastlora.kernels.grouped import up_each
+
+        up_each(Ss, Bs, biases, ys)
+        for y, weight in zip(ys, weights, strict=True):
+            y.addmm_(x2, weight.t())
+
+    return _kernel_forward(x, many, to_ys)
+
+
+def split_forward(x: Tensor, many: list[Projection]) -> Made:
+    def to_ys(*operands):
+        from fastlora.kernels.grouped import gemm_each
+
+        gemm_each(*operands)
+
+    return _kernel_forward(x, many, to_ys)
+
+
+def _kernel_forward(x: Tensor, many: list[Projection], to_ys: Callable) -> Made:
+    from fastlora.kernels.shared import s_shared
 
     x2, updates = rows(x), [gpu._laid_update(one.update) for one in many]
     ys = [x.new_empty((*x.shape[:-1], one.weight.shape[0])) for one in many]
     flat = [y.view(x2.shape[0], y.shape[-1]) for y in ys]
     with gpu._on_device_of(x):
-        As, scalings, dropouts = _adapters(updates)
-        Bs, biases = [u.lora_B for u in updates], [one.bias for one in many]
-        Ss = s_y_shared(x2, As, Bs, biases, scalings, dropouts, flat)
-        for y, one in zip(flat, many, strict=True):
-            y.addmm_(x2, one.weight.t())
-    return ys, Ss
-
-
-def split_forward(x: Tensor, many: list[Projection]) -> Made:
-    from fastlora.kernels.gemm import gemm_forward
-    from fastlora.kernels.shared import s_shared
-
-    x2, updates = rows(x), [gpu._laid_update(one.update) for one in many]
-    ys = [x.new_empty((*x.shape[:-1], one.weight.shape[0])) for one in many]
-    with gpu._on_device_of(x):
         Ss = s_shared(x2, *_adapters(updates))
-        for y, S, update, (weight, bias, _) in zip(ys, Ss, updates, many, strict=True):
-            gemm_forward(x2, weight, bias, S, update.lora_B, out=y.view(x2.shape[0], weight.shape[0]))
+        to_ys(x2, [one.weight for one in many], [one.bias for one in many], Ss, [u.lora_B for u in updates], flat)
     return ys, Ss
 
 
-def kernel_backward(dys, x, many, Ss, needs) -> Gradients:
-    from fastlora.kernels.grads import ds_db
+def hybrid_backward(dys, x, many, Ss, needs) -> Gradients:
+    def to_dx(dys, weights, dx):
+        for dy, weight in zip(dys, weights, strict=True):
+            dx.addmm_(dy, weight)
+
+    return _kernel_backward(dys, x, many, Ss, needs, to_dx)
+
+
+def split_backward(dys, x, many, Ss, needs) -> Gradients:
+    def to_dx(*operands):
+        from fastlora.kernels.grouped import gemm_sum
+
+        gemm_sum(*operands)
+
+    return _kernel_backward(dys, x, many, Ss, needs, to_dx)
+
+
+def _kernel_backward(dys, x, many, Ss, needs, to_dx: Callable) -> Gradients:
+    from fastlora.kernels.grouped import ds_db_each
     from fastlora.kernels.shared import da_dx_shared
 
     for dy, S, (weight, _, update) in zip(dys, Ss, many, strict=True):
@@ -149,14 +170,13 @@ def kernel_backward(dys, x, many, Ss, needs) -> Gradients:
     dys, updates = [gpu._laid(dy) for dy in dys], [gpu._laid_update(one.update) for one in many]
     dx = dys[0].new_empty((dys[0].shape[0], updates[0].lora_A.shape[1])) if needs.x else None
     with gpu._on_device_of(dys[0]):
-        made = [ds_db(dy, u.lora_B, S, gpu._factor(u)) for dy, S, u in zip(dys, Ss, updates, strict=True)]
-        As, _, dropouts = _adapters(updates)
+        As, scalings, dropouts = _adapters(updates)
+        dSs, dBs = ds_db_each(dys, [u.lora_B for u in updates], Ss, scalings)
         x2 = rows(x) if any(needs.A) else None
-        dAs = da_dx_shared([dS for dS, _ in made], x2, As, dropouts, needs.A, dx)
+        dAs = da_dx_shared(dSs, x2, As, dropouts, needs.A, dx)
         if dx is not None:
-            for dy, one in zip(dys, many, strict=True):
-                dx.addmm_(dy, one.weight)
-    return dx, dAs, [dB for _, dB in made]
+            to_dx(dys, [one.weight for one in many], dx)
+    return dx, dAs, dBs
 
 
 def _adapters(updates: list[Update]) -> tuple[list[Tensor], list[float], list]:
@@ -177,9 +197,9 @@ def _summed_product(dys: list[Tensor], many: list[Projection]) -> Tensor:
 SHARED = {
     "torch": Shared(torch_forward, torch_backward),
     "cpu": Shared(cpu_forward, cpu_backward),
-    "hybrid": Shared(hybrid_forward, kernel_backward),
-    "onepass": Shared(split_forward, kernel_backward),
-    "split": Shared(split_forward, kernel_backward),
+    "hybrid": Shared(hybrid_forward, hybrid_backward),
+    "onepass": Shared(split_forward, split_backward),
+    "split": Shared(split_forward, split_backward),
 }
 KERNELS = frozenset({"hybrid", "onepass", "split"})  # one mask and one S: what they forward, each may take back
 WIDEST = 64  # rank that these kernels add to dX from registers; wider ones are computed one by one

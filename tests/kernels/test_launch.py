@@ -27,7 +27,7 @@ def test_a_recording_has_every_launch_of_its_thread_in_order_and_scratch_memory_
     s_forward(x, A, 1.0, None)
     launches = [launch for launch, _ in seen]
     assert [launch.fn.__name__ for launch in launches] == ["s_kernel", "sum_kernel", "ds_db_kernel", "sum_kernel"]
-    assert launches[0].args["out_ptr"] is launches[1].args["partials_ptr"]
+    assert launches[0].args["out_ptr"] is launches[1].args["partials0_ptr"]
     assert all(list(launch.args) == launch.fn.arg_names for launch in launches)
 
 

@@ -95,7 +95,7 @@ def _examine(item: tuple[Case, int]):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, nargs="+", default=TARGETS, help="compute capabilities (default: all)")
-    parser.add_argument("--kernel", nargs="+", help="s, up, da, ds_db, onepass, gemm, gemm_dx, mask")
+    parser.add_argument("--kernel", nargs="+", help="s, up, da, ds_db, onepass, gemm, gemm_dx, mask, s_shared, ...")
     parser.add_argument("--missing", action="store_true", help="only launches that the file of --json has not as ok")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose line has this in it")
     parser.add_argument("--all", action="store_true", help="every case, not one for each launch of the matrix")
