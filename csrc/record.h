@@ -12,6 +12,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -120,10 +121,12 @@ struct TensorMap {
   int64_t type, rank, swizzle, fill, small, sizes[5], strides[5], box[5];  // innermost dimension first; bytes
 };
 struct Matrix {
-  int64_t slot, sizes[2], strides[2];
+  int64_t slot, offset, dims, sizes[2], strides[2];  // offset in bytes; no dims: there is none
 };
 struct Product {
-  Matrix out, a, b;  // out += a b
+  Matrix out, c, a, b;  // out = beta c + alpha a b; c may be out
+  int64_t like;         // an input of their dtype
+  double beta, alpha;
 };
 
 class Record {
@@ -221,27 +224,41 @@ class Record {
       const void* address = !t.defined() ? nullptr : i < given ? t.const_data_ptr() : t.data_ptr();
       addresses[i] = static_cast<char*>(const_cast<void*>(address));
     }
-    const c10::DataPtr workspace = workspace_ ? allocator_->allocate(workspace_) : c10::DataPtr();
-    addresses[count] = static_cast<char*>(workspace.get());
+    c10::Storage workspace;
+    if (workspace_)
+      workspace = c10::Storage(c10::Storage::use_byte_size_t(), workspace_, allocator_->allocate(workspace_), allocator_,
+                               /*resizable=*/false);
+    addresses[count] = workspace ? static_cast<char*>(workspace.mutable_data()) : nullptr;
     for (const Step& step : steps_) {
-      if (step.product) {
-        Tensor out = matrix(slots, step.product->out);
-        at::addmm_out(out, out, matrix(slots, step.product->a), matrix(slots, step.product->b));
-      } else {
+      if (!step.product) {
         start(driver, step.launch, addresses, stream);
+        continue;
       }
+      const Product& product = *step.product;
+      const auto matrix = [&](const Matrix& m) {
+        const bool scratch = static_cast<std::size_t>(m.slot) == count;
+        const Tensor& t = *slots[scratch ? product.like : m.slot];
+        return view(m, t, scratch ? workspace : t.storage(), scratch ? 0 : t.storage_offset());
+      };
+      Tensor out = matrix(product.out);
+      if (product.c.dims)
+        at::addmm_out(out, matrix(product.c), matrix(product.a), matrix(product.b), product.beta, product.alpha);
+      else if (product.alpha == 1.0)
+        at::mm_out(out, matrix(product.a), matrix(product.b));
+      else
+        at::addmm_out(out, out, matrix(product.a), matrix(product.b), 0.0, product.alpha);
     }
   }
 
  private:
-  // A view without a way through the dispatcher, which would cost more than the launch.
-  static Tensor matrix(const Tensor* const* slots, const Matrix& m) {
-    const Tensor& t = *slots[m.slot];
-    Tensor view = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(t.storage()),
-                                                           t.key_set(), t.dtype());
-    view.unsafeGetTensorImpl()->set_sizes_and_strides(at::IntArrayRef(m.sizes, 2), at::IntArrayRef(m.strides, 2),
-                                                      t.storage_offset());
-    return view;
+  // Without a way through the dispatcher, which would cost more than the launch.
+  static Tensor view(const Matrix& m, const Tensor& like, const c10::Storage& storage, int64_t offset) {
+    Tensor made = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(storage),
+                                                           like.key_set(), like.dtype());
+    made.unsafeGetTensorImpl()->set_sizes_and_strides(
+        at::IntArrayRef(m.sizes, m.dims), at::IntArrayRef(m.strides, m.dims),
+        offset + m.offset / static_cast<int64_t>(like.dtype().itemsize()));
+    return made;
   }
 
   static void start(const Driver& driver, const Launch& launch, char* const* addresses, void* stream) {

@@ -31,7 +31,8 @@ NODE = _load()
 
 
 def _records(path: Path, x: Tensor) -> bool:
-    return NODE is not None and x.is_cuda and path.launches is not None  # all that it launches is Triton's
+    """Whether all that `path` does is Triton's launches and ATen's operations, or these alone."""
+    return NODE is not None and x.is_cuda and (path.launches is not None or path.fingerprint is None)
 
 
 def forward(path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """What a path did on a GPU in one call, watched and written down, for the node in C++ to do again (csrc/record.h).
 
 `observe` runs the path once and sees two things: ATen's operations, and the launches of Triton kernels. A record is
-made when all that it saw is memory taken (`empty`), views, products added in place, and launches whose arguments are
-the call's own tensors or that memory. Anything else makes the call unrecordable, and Python goes on serving it.
+made when all that it saw is memory taken (`empty`), views, matrix products, and launches whose arguments are the call's
+own tensors or that memory. Anything else makes the call unrecordable, and Python goes on serving it.
 
 A record holds for calls of the same dtypes, sizes, strides, alignment and numbers: addresses alone are filled in.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,13 @@ _EMPTY = {
         torch.ops.aten.new_empty_strided,
     )
 }
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.mm.out,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.addmm.out,
+    torch.ops.aten.addmm_.default,
+}
 _FORMATS = {
     **{"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I"},
     **{"u64": "Q", "fp16": "e", "fp32": "f", "f32": "f", "fp64": "d"},
@@ -40,6 +47,17 @@ COOPERATIVE, CLUSTER, SCHEDULING, SERIALIZATION = 2, 4, 5, 6  # CUlaunchAttribut
 SPREAD = 1  # CUclusterSchedulingPolicy
 
 kernels: set = set()  # compiled kernels of records: while one may be launched, it stays loaded
+
+
+class Product(NamedTuple):
+    """out (M, N) = beta * c + alpha * a @ b; no c where beta is 0, and c may be out, or one row (N,)."""
+
+    out: Tensor
+    c: Tensor | None
+    a: Tensor
+    b: Tensor
+    beta: float = 1.0
+    alpha: float = 1.0
 
 
 class Unrecordable(Exception):
@@ -57,8 +75,12 @@ class _Watch(TorchDispatchMode):
         found = function(*args, **(kwargs or {}))
         if function in _EMPTY:
             self.taken.append(found)
-        elif function is torch.ops.aten.addmm_.default and not kwargs:
-            self.launches.append(tuple(args))
+        elif function in _PRODUCTS and not (kwargs or {}).keys() - {"beta", "alpha", "out"}:
+            if "out" not in (kwargs or {}) and function is not torch.ops.aten.addmm_.default:
+                self.taken.append(found)
+            factors = {name: float(value) for name, value in (kwargs or {}).items() if name != "out"}
+            c = args[0] if len(args) == 3 and factors.get("beta", 1.0) else None
+            self.launches.append(Product(found, c, *args[-2:], **factors))
         elif not function.is_view:
             self.obstacle = self.obstacle or f"{function} is no part of a record"
         return found
@@ -82,10 +104,10 @@ def observe(
         return outputs, None, watch.obstacle or "no launch was seen"
     try:
         slots = _Slots(inputs, [t for t, want in zip(outputs, wanted, strict=True) if want], watch.taken)
-        steps = tuple(_product(slots, *s) if isinstance(s[0], Tensor) else launch_step(slots, *s) for s in launches)
+        steps = tuple(_product(slots, s) if isinstance(s, Product) else launch_step(slots, *s) for s in launches)
     except (Unrecordable, AttributeError, KeyError, ImportError) as obstacle:  # the rest: another Triton than we know
         return outputs, None, f"{type(obstacle).__name__}: {obstacle}"
-    kernels.update(kernel for step in launches if not isinstance(step[0], Tensor) for kernel in step[1:])
+    kernels.update(kernel for step in launches if not isinstance(step, Product) for kernel in step[1:])
     return outputs, (slots.outputs, slots.workspace, steps), None
 
 
@@ -93,6 +115,7 @@ class _Slots:
     """Where a tensor of the call lies: an input, an output, or an offset in the workspace."""
 
     def __init__(self, inputs, outputs, taken) -> None:
+        self._inputs = inputs
         self._places: dict[int, int | None] = {}  # address -> slot; None: of several, so none can be told
         for slot, t in enumerate((*inputs, *outputs)):
             if t is not None:
@@ -104,14 +127,20 @@ class _Slots:
         for t in outputs:
             if t.data_ptr() not in fresh or not t.is_contiguous() or t.dim() > 5:
                 raise Unrecordable("a result is no fresh, contiguous tensor")
-            like = next(i for i, other in enumerate(inputs) if other is not None and other.dtype is t.dtype)
-            packed.append(struct.pack("7q", like, t.dim(), *t.shape, *(0,) * (5 - t.dim())))
+            packed.append(struct.pack("7q", self.like(t.dtype), t.dim(), *t.shape, *(0,) * (5 - t.dim())))
         self.outputs = b"".join(packed)
         for t in taken:
             storage = t.untyped_storage()
             if storage.data_ptr() not in self._places and storage.data_ptr() not in self._scratch and storage.nbytes():
                 self._scratch[storage.data_ptr()] = self.workspace
                 self.workspace += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+
+    def like(self, dtype: torch.dtype) -> int:
+        """An input of this dtype."""
+        for slot, t in enumerate(self._inputs):
+            if t is not None and t.dtype is dtype:
+                return slot
+        raise Unrecordable(f"no input is {dtype}")
 
     def of(self, t: Tensor) -> tuple[int, int]:
         """(slot, offset in bytes)"""
@@ -125,15 +154,18 @@ class _Slots:
             )
         return self._count, self._scratch[storage] + t.data_ptr() - storage
 
-    def holds(self, t: Tensor) -> bool:
-        """Whether t is an input or an output."""
-        return self._places.get(t.data_ptr()) is not None
 
-
-def _product(slots: _Slots, out: Tensor, a: Tensor, b: Tensor) -> bytes:
-    if not all(slots.holds(t) and t.dim() == 2 for t in (out, a, b)):
-        raise Unrecordable("a product of scratch memory")
-    return b"".join(struct.pack("5q", slots.of(t)[0], *t.shape, *t.stride()) for t in (out, a, b))
+def _product(slots: _Slots, product: Product) -> bytes:
+    packed = b""
+    for t in product[:4]:
+        if t is None:
+            packed += bytes(7 * 8)
+            continue
+        if t.dtype is not product.out.dtype or t.dim() > 2:
+            raise Unrecordable("a product of several dtypes, or of more than matrices")
+        rest = (0,) * (2 - t.dim())
+        packed += struct.pack("7q", *slots.of(t), t.dim(), *t.shape, *rest, *t.stride(), *rest)
+    return packed + struct.pack("qdd", slots.like(product.out.dtype), product.beta, product.alpha)
 
 
 def launch_step(slots: _Slots, launch: Any, kernel: Any) -> tuple:

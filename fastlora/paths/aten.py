@@ -48,7 +48,8 @@ def backward(dy, x, weight, S, update, need_B):
     kept = 1.0 if bank else _kept(p)
     dx = dA = dB = None
     if need_B:
-        dB = _product(S.t(), dy, 1.0 if bank else s_factor(scaling, p, dy.device)).t()
+        factor = 1.0 if bank else s_factor(scaling, p, dy.device)
+        dB = _product(S.t(), dy, factor).t() if dy.is_cpu else _product(dy.t(), S, factor)
     if weight is None and x is None:
         return dx, dA, dB
     dS = _product(dy, lora_B.to(dy.dtype), scaling)
@@ -105,7 +106,7 @@ def _add_product(y: Tensor, a: Tensor, b: Tensor, scaling: float) -> None:
 
 @cache
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=dtype, device=device)
+    return torch.empty((), dtype=dtype, device=device)  # with beta = 0 nobody looks at it
 
 
 PATH = Path("torch", lambda device, problem: None, forward, backward, keep_mask, s_factor)
