@@ -26,7 +26,8 @@ def _one_case(monkeypatch):
 
 def test_the_self_check():
     assert fastlora.paths("cpu")["split"] == "usable"
-    assert {fastlora.selfcheck("cpu")[name] for name in ("torch", "hybrid", "onepass", "split")} == {"ok"}
+    found = fastlora.selfcheck("cpu")
+    assert {found[name] for name in ("torch", "hybrid", "onepass", "split")} == {"ok"}
 
 
 @pytest.mark.parametrize("name", ["hybrid", "split"])
