@@ -57,10 +57,10 @@ def poisoned(monkeypatch):
     poison(torch, "empty")
     poison(torch, "empty_like")
     poison(torch.Tensor, "new_empty")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # ATen then does the same for those who ask it in C++
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # ATen then does the same for those who ask it in C++
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.set_deterministic_debug_mode(before)
 
 
 @pytest.fixture(params=["C++", "Python"])

@@ -296,43 +296,6 @@ def test_explain():
         fastlora.explain(torch.nn.Linear(8, 6), torch.randn(3, 8))
 
 
-BROKEN_KERNEL = """
-import torch
-from fastlora import check
-from fastlora.paths import PATHS
-from fastlora.paths.problem import Layout, Problem
-import fastlora.kernels.s as s
-cpu, split = torch.device("cpu"), PATHS["split"]
-check.CASES = check.CASES[1:2]  # tests/kernels has the others
-assert check.examine(split, cpu) is None, check.examine(split, cpu)
-odd = Layout((48, 1), 4, (1, 24), 0)  # x unaligned and with a pitch, the weight transposed
-trials = [check.Trial(Problem(40, 24, 32, 4, *[torch.float32] * 2, cpu, True, layout)) for layout in (None, odd)]
-assert [trial.fault(split) for trial in trials] == [None, None]
-honest = s.s_forward
-s.s_forward = lambda x, A, scaling, dropout, tile: honest(x, A, scaling * 1.01, dropout, tile)
-print(check.examine(split, cpu))
-assert all("over the limit" in trial.fault(split) for trial in trials), "a trial that finds nothing"
-check.needs_check = lambda path, device: path.name != "torch"
-try:
-    import fastlora
-    fastlora.lora_linear(*[torch.ones(8, 8)] * 4, path="split")
-except RuntimeError as error:
-    print(error)
-"""
-
-
-def test_a_kernel_broken_on_purpose_is_found_and_refused(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTLORA_CACHE": str(tmp_path)}
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", BROKEN_KERNEL], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found, refused = done.stdout.splitlines()
-    assert "error" in found and "over the limit" in found
-    assert refused.startswith("path 'split' cannot run here") and found in refused
-
-
 LIGHT_IMPORT = """
 import sys, fastlora, torch
 assert not {"triton", "peft", "transformers", "pandas"} & set(sys.modules), "a heavy import"
@@ -342,44 +305,3 @@ assert not torch.cuda.is_initialized()
 
 def test_import_asks_no_gpu_and_loads_no_triton():
     subprocess.run([sys.executable, "-c", LIGHT_IMPORT], check=True)
-
-
-TRITON_PATHS = """
-import sys, torch
-sys.path.insert(0, "tests")
-import accuracy, fastlora
-from dataclasses import replace
-fastlora.check.CASES = fastlora.check.CASES[1:2]  # tests/kernels has the others
-assert fastlora.paths("cpu")["split"] == "usable"
-assert {fastlora.selfcheck("cpu")[name] for name in ("torch", "hybrid", "onepass", "split")} == {"ok"}
-for name in ("hybrid", "split"):
-    for dtype, dropout_p in ((torch.float32, 0.3), (torch.float16, 0.0)):
-        inputs = accuracy.draw(30, 20, 24, 5, dtype)
-        inputs = replace(inputs, x=inputs.x.view(5, 6, 24), dy=inputs.dy.view(5, 6, 20))
-        inputs = accuracy.with_mask(inputs, dropout_p, 1, name) if dropout_p else inputs
-        got = accuracy.check(fastlora.lora_linear, inputs, path=name)
-        torch.manual_seed(1)
-        again = accuracy.run(fastlora.lora_linear, inputs, path=name)
-        assert all(torch.equal(got[key], again[key]) for key in got)
-    nothing = torch.zeros(0, 24, dtype=dtype)
-    empty = fastlora.lora_linear(nothing, inputs.weight, inputs.lora_A, inputs.lora_B, path=name)
-    assert empty.shape == (0, 20)
-    assert not fastlora.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, path=name)._is_view()
-for bad in (torch.float64, torch.bfloat16):
-    i = accuracy.draw(4, 4, 4, 2, bad)
-    try:
-        fastlora.lora_linear(i.x, i.weight, i.lora_A, i.lora_B, path="split")
-    except RuntimeError as error:
-        print(error)
-"""
-
-
-def test_the_triton_paths_in_the_interpreter(tmp_path):
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "FASTLORA_CACHE": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", TRITON_PATHS], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "path 'split' cannot run here: x is torch.float64; the kernels take float16, bfloat16 and float32",
-        "path 'split' cannot run here: Triton's interpreter computes bfloat16 products wrongly",
-    ]

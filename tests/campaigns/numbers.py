@@ -89,6 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     if kernels and os.environ.get("TRITON_INTERPRET") != "1":  # it must be set before Triton is imported
         command = [sys.executable, "-m", "tests.campaigns.numbers", *arguments]
         os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
+    if kernels:
+        from ..interpreter import patch_once
+
+        patch_once()
     torch.set_num_threads(1)
     if args.case:
         found = faults(eval(args.case, {"Case": Case}))

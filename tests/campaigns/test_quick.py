@@ -20,9 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _one_thread():
+    """And bitsandbytes' own torch.compile off: on a CPU it compiles its dequantisation for each shape."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with torch.compiler.set_stance("force_eager"):
+        yield
     torch.set_num_threads(before)
 
 
@@ -51,8 +53,8 @@ def test_a_wrong_layer_is_found_and_shrunk(monkeypatch):
 
 
 def test_numbers_in_the_interpreter():
-    command = [sys.executable, "-m", "tests.campaigns.numbers", "--interpreter", "--count", "40", "--seconds", "20"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.campaigns.numbers", "--interpreter", "--count", "25", "--seconds", "60"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run([*command, "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and " 0 wrong" in done.stdout, done.stdout + done.stderr[-2000:]
 
@@ -69,7 +71,7 @@ def test_what_is_kept_for_backward():
 
 @pytest.mark.parametrize("kind", memory.KINDS)
 def test_steps_leave_nothing_behind(kind):
-    found = [memory.steps(200, kind) for _ in range(2)]  # the allocator's pools fill once; a leak grows each time
+    found = [memory.steps(200, kind, 150) for _ in range(2)]  # the allocator's pools fill once; a leak grows each time
     assert max(tensors for _, tensors in found) <= 0
     assert min(more for more, _ in found) < 4 << 20
 

@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 import small
 
+from fastlora.cli import main
+from fastlora.finetune import gpt2
+
 SMALL = Path(__file__).parent / "small.py"
 RUN = ["train", "spam", "--data", "sample", "--model", "nano", "--epochs", "2", "--train-samples", "100"]
 
 
-def launch(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
+def test_two_processes_have_the_curve_of_the_double_batch(tmp_path, monkeypatch):
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SMALL)]
+    command = [*two, *RUN, "--batch-size", "8", "--output", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_two_processes_have_the_curve_of_the_double_batch(tmp_path):
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SMALL)
-    said = launch(*two, *RUN, "--batch-size", "8", "--output", tmp_path / "two")
-    launch(SMALL, *RUN, "--batch-size", "16", "--output", tmp_path / "one")
+    said = done.stdout
+    monkeypatch.setitem(gpt2.CONFIGS, "nano", gpt2.GPT2Config(width=16, heads=2, layers=1, token_std=1.0))
+    assert main([*RUN, "--batch-size", "16", "--output", str(tmp_path / "one")]) == 0
     one, other = small.left(tmp_path / "one"), small.left(tmp_path / "two")
     assert other["report"]["processes"] == 2 and said.count("accuracy: valid") == 1
     assert other["report"]["batches"] == one["report"]["batches"] == {"train": 6, "valid": 5, "test": 10}

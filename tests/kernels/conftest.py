@@ -18,6 +18,11 @@ from fastlora import env
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # for `import judge`
 
+if env.interpreting():
+    from interpreter import patch_once
+
+    patch_once()
+
 COMPILED = {"test_matrix.py"}
 collect_ignore = [file.name for file in HERE.glob("test_*.py") if (file.name in COMPILED) == env.interpreting()]
 

@@ -30,8 +30,6 @@ def judge(got, function, *operands, dtype) -> None:
 def strided(t: torch.Tensor, layout: str) -> torch.Tensor:
     """The values of a 2-D tensor, lying in memory as `layout` says, with NaN around them."""
     rows, columns = t.shape
-    if layout == "plain":
-        return t.contiguous()
     if layout == "transposed":
         return t.t().contiguous().t()
     if layout == "stepped":
@@ -46,9 +44,19 @@ def strided(t: torch.Tensor, layout: str) -> torch.Tensor:
     return view
 
 
-LAYOUTS = ("plain", "transposed", "stepped", "sliced")
+LAYOUTS = ("transposed", "stepped", "sliced")
 RANKS = (1, 2, 3, 8, 16, 33, 64, 128)
 DTYPES = (torch.float32, torch.float16)
+
+
+def paired(first, second, third):
+    """Half of all triples, with every pair of values of two parameters; the second and the third have two values."""
+    return [(a, b, third[(i + j) % 2]) for i, a in enumerate(first) for j, b in enumerate(second)]
+
+
+def far(t: torch.Tensor) -> torch.Tensor:
+    """The values of a 2-D tensor in rows 2**30 elements and more apart: memory is mapped when it is touched."""
+    return torch.empty_strided(t.shape, (2**30 + 24, 1), dtype=t.dtype).copy_(t)
 
 
 def draw(*shape, dtype, seed=0):

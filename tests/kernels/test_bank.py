@@ -58,15 +58,14 @@ def check(path, *sizes, **keywords):
 
 
 @pytest.mark.parametrize("path", GPU_PATHS)
-@pytest.mark.parametrize("ps, order", [(PS, "chance"), (NOTHING, "groups")], ids=["dropout", "whole"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype, order, ps", [(torch.float32, "chance", PS), (torch.float16, "groups", NOTHING)])
 def test_each_adapter_is_as_if_alone(path, dtype, order, ps):
     first, second = (check(path, 45, 50, 83, order=order, ps=ps, dtype=dtype) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("path", GPU_PATHS)
-@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 70, 33), (200, 3, 65), (17, 20, 1030), (64, 64, 64)])
+@pytest.mark.parametrize("M, N, K", [(1, 1, 1), (1, 70, 33), (130, 3, 65), (17, 20, 330), (64, 64, 64)])
 def test_ragged_sizes_and_splits(path, M, N, K):
     check(path, M, N, K)
 
@@ -107,7 +106,7 @@ def test_another_factor_and_another_mask_are_noticed(path):
 @pytest.mark.parametrize("path", GPU_PATHS)
 @pytest.mark.parametrize("ps", [PS, NOTHING], ids=["dropout", "whole"])
 def test_nan_in_the_rows_of_one_adapter_stays_in_them(path, ps):
-    inputs = case(path, 70, 40, 300, ps=ps)
+    inputs = case(path, 50, 40, 140, ps=ps)
     clean = accuracy.run(function(path), inputs)
     x, others = inputs.x.clone(), inputs.bank.rows != 1
     x[~others] = math.nan
@@ -120,7 +119,7 @@ def test_nan_in_the_rows_of_one_adapter_stays_in_them(path, ps):
 
 @pytest.mark.parametrize("path", GPU_PATHS)
 def test_what_an_adapter_that_diverged_makes_of_others_rows_is_not_kept_in_s(path):
-    inputs = case(path, 70, 40, 300)
+    inputs = case(path, 50, 40, 140)
     update_A = inputs.lora_A.clone()
     update_A[0] = math.inf
     got = accuracy.run(function(path), replace(inputs, lora_A=update_A))
@@ -130,7 +129,7 @@ def test_what_an_adapter_that_diverged_makes_of_others_rows_is_not_kept_in_s(pat
 @pytest.mark.parametrize("path", GPU_PATHS)
 @pytest.mark.parametrize("several", [True, False])
 def test_dx_is_the_same_where_da_is_not_wanted(path, several):
-    inputs = case(path, 70, 40, 100)
+    inputs = case(path, 40, 40, 70)
     x, weight, A, B, dy = inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.dy
     update = Update(A, B, 1.0, 0.5, torch.tensor(5), inputs.bank if several else None)
     _, S = PATHS[path].forward(x, weight, None, update)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from judge import DTYPES, LAYOUTS, RANKS, draw, judge, strided
+from judge import DTYPES, LAYOUTS, RANKS, draw, far, judge, paired, strided
 
-from fastlora.kernels.dropout import Dropout, keep_mask
+from fastlora.kernels.dropout import Dropout
 from fastlora.kernels.onepass import onepass_forward
+from fastlora.paths.mask import philox_mask
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -28,7 +29,7 @@ def inputs(M, N, K, R, dtype, adapter_dtype=None):
 
 def check(x, weight, lora_A, lora_B, bias, scaling=2.0, p=0.0):
     dropout = Dropout(p, torch.tensor([SEED])) if p else None
-    mask = keep_mask(dropout, *x.shape) if p else 1
+    mask = philox_mask(dropout.seed, *x.shape, p) if p else 1
 
     def down(x, lora_A):
         return scaling * (x * mask) @ lora_A.T
@@ -44,9 +45,7 @@ def check(x, weight, lora_A, lora_B, bias, scaling=2.0, p=0.0):
     return y, S
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize("R", RANKS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("R", "dtype", "p"), paired(RANKS, DTYPES, (0.0, 0.25)))
 def test_error_rule(dtype, R, p):
     check(*inputs(37, 75, 83, R, dtype), p=p)
 
@@ -72,10 +71,8 @@ def test_without_bias_with_float32_adapters():
 
 
 def test_offsets_past_two_to_the_31():
-    stride = 2**30 + 24
-    tensors = inputs(3, 20, 24, 2, torch.float16)
-    x = torch.empty(3 * stride, dtype=torch.float16).as_strided((3, 24), (stride, 1))  # pages are mapped when touched
-    check(x.copy_(tensors[0]), *tensors[1:])
+    x, *rest = inputs(3, 20, 24, 2, torch.float16)
+    check(far(x), *rest)
 
 
 @pytest.mark.parametrize("R", [3, 16])

@@ -1,4 +1,7 @@
-"""Broken kernels of ours are noticed, all of them: each mutation of `mutants.py` in each kernel with a place for it."""
+"""Broken kernels of ours are noticed, all of them: each mutation of `mutants.py` in each kernel with a place for it.
+
+Forward and dX are one kernel. What `quick` has more of a kernel: `python -m tests.ptx.mutants`.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from fastlora.kernels.tiles import Target
 from .cases import Case, quick
 from .mutants import dies, everywhere, original, without_swizzle
 
-TARGETS = [Target("cuda", arch) for arch in (80, 90)]
-CASES = [case for target in TARGETS for case in [case for case in quick(target) if not case.several][::2]]
+QUICK = [case for arch in (80, 90) for case in quick(Target("cuda", arch)) if not case.several]
+KERNELS = {(c.target, c.kernel.removesuffix("_dx"), c.tile.tma, c.tile.ws): c for c in reversed(QUICK)}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", KERNELS.values(), ids=str)
 def test_every_mutant_dies(case: Case):
     torch.set_num_threads(1)
     text, parameters = original(case)
