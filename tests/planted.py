@@ -227,6 +227,19 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
     "tests/kernels/test_shared.py::test_the_self_check_finds_what_is_wrong": (
         ("fastlora/check_shared.py", "inputs, needs=needs)", "inputs)"),
     ),
+    "tests/kernels/test_grouped.py": (
+        ("fastlora/kernels/grouped.py", "tl.where(i == 2, third, first)", "third"),
+        ("fastlora/kernels/grouped.py", "    acc += tl.load(dx_ptr", "    tl.load(dx_ptr"),
+        ("fastlora/kernels/grouped.py", "weights[i].stride() if weights else None", "None"),
+        ("fastlora/kernels/grouped.py", "sums = [(part, out) for", "sums = [] and [(part, out) for"),
+        ("fastlora/kernels/partials.py", "    return block - blocks\n", "    return block\n"),
+    ),
+    "tests/test_record.py::test_products_are_done_again_with_their_factors_and_on_scratch_memory": (
+        ("fastlora/record.py", "product.beta, product.alpha)", "product.beta, 1.0)"),
+        ("fastlora/record.py", 'and factors.get("beta", 1.0) else None', "else None"),
+        ("csrc/record.h", "offset + m.offset / static_cast<int64_t>(like.dtype().itemsize())", "offset"),
+        ("csrc/record.h", "else if (product.alpha == 1.0)", "else if (true)"),
+    ),
 }  # fmt: skip
 
 

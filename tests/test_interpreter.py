@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-SOME = ("test_s.py", "test_shared.py")  # about half of the time
+SOME = ("test_bank.py", "test_paths.py", "test_shared.py")  # about half of the time
 
 
 @pytest.mark.parametrize("some", [True, False], ids=["several", "one"])

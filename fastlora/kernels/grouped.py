@@ -231,16 +231,26 @@ def up_each_launch(
     return Launch(up_each_kernel, grid, args | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}, tile.options)
 
 
+def gemm_each_tiles(target: Target, kind: str, R: int, aligned: bool) -> list[Tile]:
+    """Those of `gemm_each_kernel`: with larger ones, and with float32 products in registers, it would spill."""
+    found = tiles.gemm_row(target, kind, R, aligned, False, False)
+    spills = kind == "ieee" and target.backend != "interpreter"
+    return [] if spills else [tile for tile in found if tile.block_m * tile.block_n <= 64 * 64]
+
+
 def gemm_each_launch(
     target: Target, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], Ss: Sequence[Tensor],
     Bs: Sequence[Tensor], ys: Sequence[Tensor], tile: Tile | None = None,
-) -> Launch:  # fmt: skip
-    """yᵢ (M, N) = x Wᵢᵀ + Sᵢ Bᵢᵀ + biasᵢ; x of any strides, the rest contiguous, W so or its transpose."""
+) -> Launch | None:  # fmt: skip
+    """yᵢ (M, N) = x Wᵢᵀ + Sᵢ Bᵢᵀ + biasᵢ; x of any strides, the rest contiguous, W so or its transpose. None where the
+    tile of so large a product is none of `gemm_each_tiles`."""
     (M, K), Ns, ranks, w = x.shape, [B.shape[0] for B in Bs], [B.shape[1] for B in Bs], weights[0].t()
     constants = _ranks(target, x.dtype, ranks)
     if tile is None:
-        kind = tiles.kind_of(x.dtype, constants["INPUT_PRECISION"])
-        tile = _tile(target, M, sum(Ns), max(ranks), kind, [x, *ys, *weights], False)
+        kind, R = tiles.kind_of(x.dtype, constants["INPUT_PRECISION"]), max(ranks)
+        tile, aligned = _tile(target, M, sum(Ns), R, kind, [x, *ys, *weights], False)
+        if tile not in gemm_each_tiles(target, kind, R, aligned):
+            return None
     args = {
         "x_ptr": x, **each("w{}_ptr", weights), **_updates(Ss, Bs, biases, ys), "M": M, **each("N{}", Ns), "K": K,
         **each("R{}", ranks), "stride_xm": x.stride(0), "stride_xk": x.stride(1), "stride_wk": w.stride(0),
@@ -258,7 +268,7 @@ def gemm_sum_launch(
     (M, K), Ns, precision = dx.shape, [dy.shape[1] for dy in dys], tiles.input_precision(dx.dtype, target)
     by_n = weights[0].stride(1) == 1
     if tile is None:
-        tile = _tile(target, M, K, 1, tiles.kind_of(dx.dtype, precision), [dx, *dys, *weights])
+        tile, _ = _tile(target, M, K, 1, tiles.kind_of(dx.dtype, precision), [dx, *dys, *weights])
     shared = {
         "M": M, **each("N{}", Ns), "K": K, "INPUT_PRECISION": precision,
         "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k, "GROUP_M": tile.group_m,
@@ -323,14 +333,15 @@ def ds_db_each_launches(
 
 def _tile(
     target: Target, M: int, N: int, R: int, kind: str, operands: Sequence[Tensor], descriptors: bool = True
-) -> Tile:
-    """The default for a product of these, whose rows or columns lie side by side in the best case: all alike."""
+) -> tuple[Tile, bool]:
+    """The default for a product of these, whose rows, or a weight's columns, lie side by side in the best case; and
+    whether they are aligned."""
     by_rows = operands[-1].stride(1) == 1  # a weight
     wide = [t if by_rows or t.stride(1) == 1 else t.t() for t in operands]
     aligned = all(t.stride(1) == 1 and (t.stride(0) | t.shape[1]) % 16 == 0 for t in wide)
     count = tiles.multiprocessors(operands[0].device, target)
     tma = descriptors and all(map(shown, wide))
-    return tiles.gemm_tiles(target, M, N, R, kind, aligned, False, tma, count)[0]
+    return tiles.gemm_tiles(target, M, N, R, kind, aligned, False, tma, count)[0], aligned
 
 
 def groups(Bs: Sequence[Tensor], biases: Sequence[Tensor | None], weights: Sequence[Tensor] = ()) -> list[slice]:
@@ -357,16 +368,17 @@ def gemm_each(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], Ss: Sequence[Tensor],
     Bs: Sequence[Tensor], ys: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """yᵢ = x Wᵢᵀ + Sᵢ Bᵢᵀ + biasᵢ: in one launch where no descriptors are to be had, or all tiles fit a few times over;
-    else each by `gemm_forward`. x (M, K) and W (N, K) of any strides, the rest as for `up_each`."""
+    """yᵢ = x Wᵢᵀ + Sᵢ Bᵢᵀ + biasᵢ: in one launch where small tiles are the best, else each by `gemm_forward`.
+
+    x (M, K) and W (N, K) of any strides, the rest as for `up_each`."""
     target = tiles.target_of(x.device)
     for one in groups(Bs, biases, weights):
-        programs = sum(triton.cdiv(x.shape[0], 64) * triton.cdiv(y.shape[1], 64) for y in ys[one])
-        few = not target.has_tma or programs <= 4 * tiles.multiprocessors(x.device, target)
-        if few and one.stop - one.start > 1:
-            gemm_each_launch(target, x, weights[one], biases[one], Ss[one], Bs[one], ys[one]).run()
+        operands = weights[one], biases[one], Ss[one], Bs[one], ys[one]
+        launch = gemm_each_launch(target, x, *operands) if one.stop - one.start > 1 else None
+        if launch:
+            launch.run()
             continue
-        for W, bias, S, B, y in zip(weights[one], biases[one], Ss[one], Bs[one], ys[one], strict=True):
+        for W, bias, S, B, y in zip(*operands, strict=True):
             gemm_forward(x, W, bias, S, B, out=y)
 
 

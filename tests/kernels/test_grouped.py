@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from judge import DTYPES, draw, judge
+from judge import DTYPES, draw, judge, paired
 
 from fastlora.kernels import grouped, tiles
 from fastlora.kernels.launch import recording
@@ -16,8 +16,6 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 M, K = 70, 90
 CASES = [((40, 3), (24, 16), (33, 5)), ((130, 20), (20, 20)), ((17, 8), (33, 8), (20, 8), (24, 3))]  # (N, R) of each
 KINDS = [*((dtype, dtype) for dtype in DTYPES), (torch.float16, torch.float32)]
-every_kind = pytest.mark.parametrize(("dtype", "adapter_dtype"), KINDS)
-every_case = pytest.mark.parametrize("case", CASES)
 
 
 def drawn(case, dtype, adapter_dtype):
@@ -35,10 +33,9 @@ def launched(function, *operands):
     return [launch.fn.__name__ for launch, _ in launches], result
 
 
-@every_kind
-@every_case
-@pytest.mark.parametrize("bias", [True, False])
-def test_updates(case, dtype, adapter_dtype, bias):
+@pytest.mark.parametrize(("case", "kind", "bias"), paired(CASES, KINDS, [True, False]))
+def test_updates(case, kind, bias):
+    dtype, adapter_dtype = kind
     Ss, Bs, biases, ys = drawn(case, dtype, adapter_dtype)
     biases = biases if bias else [None] * len(case)
     names, _ = launched(grouped.up_each, Ss, Bs, biases, ys)
@@ -47,10 +44,9 @@ def test_updates(case, dtype, adapter_dtype, bias):
         judge(y, lambda S, B, *b: S @ B.T + sum(b), S, B, *([] if b is None else [b]), dtype=dtype)
 
 
-@every_kind
-@every_case
-@pytest.mark.parametrize("transposed", [False, True])
-def test_products_with_their_updates(case, dtype, adapter_dtype, transposed):
+@pytest.mark.parametrize(("case", "kind", "transposed"), paired(CASES, KINDS, [False, True]))
+def test_products_with_their_updates(case, kind, transposed):
+    dtype, adapter_dtype = kind
     Ss, Bs, biases, ys = drawn(case, dtype, adapter_dtype)
     x = draw(M, K, dtype=dtype, seed=30)
     weights = [draw(N, K, dtype=dtype, seed=40 + i) for i, (N, _) in enumerate(case)]
@@ -63,9 +59,10 @@ def test_products_with_their_updates(case, dtype, adapter_dtype, transposed):
         judge(y, lambda x, W, S, B, b: x @ W.T + S @ B.T + b, x, W, S, B, b, dtype=dtype)
 
 
-@every_kind
-@every_case
-def test_gradients_of_S_and_B(case, dtype, adapter_dtype):
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_S_and_B(case, kind):
+    dtype, adapter_dtype = kind
     Ss, Bs, _, ys = drawn(case, dtype, adapter_dtype)
     dys = [draw(*y.shape, dtype=dtype, seed=50 + i) for i, y in enumerate(ys)]
     names, (dSs, dBs) = launched(grouped.ds_db_each, dys, Bs, Ss, [1.5] * len(case))
@@ -77,7 +74,7 @@ def test_gradients_of_S_and_B(case, dtype, adapter_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@every_case
+@pytest.mark.parametrize("case", CASES)
 def test_their_sum_is_added_to_dx(case, dtype):
     dys = [draw(M, N, dtype=dtype, seed=50 + i) for i, (N, _) in enumerate(case)]
     weights = [draw(N, K, dtype=dtype, seed=40 + i) for i, (N, _) in enumerate(case)]
@@ -98,8 +95,8 @@ def test_regions_and_partials(monkeypatch):
     tile = tiles.rank_tiles("ds_db", tiles.INTERPRETER, 16, "ieee")[0]
     monkeypatch.setattr(tiles, "ds_db_tile", lambda *_: replace(tile, block_m=16, block_n=32))
     monkeypatch.setattr(tiles, "regions", lambda *_: (3, 32))
-    test_gradients_of_S_and_B(((40, 3), (24, 16)), torch.float32, torch.float32)
-    test_gradients_of_S_and_B(((24, 3), (32, 3), (20, 3)), torch.float32, torch.float32)
+    test_gradients_of_S_and_B(((40, 3), (24, 16)), KINDS[0])
+    test_gradients_of_S_and_B(((24, 3), (32, 3), (20, 3)), KINDS[0])
 
 
 def test_what_programs_cannot_pick_among_is_launched_one_by_one():
