@@ -100,12 +100,15 @@ def test_products_are_done_again_with_their_factors_and_on_scratch_memory(driver
             torch.randn(*size, generator=generator, dtype=dtype) for size in ((5, 6), (4, 6), (2, 6), (4, 2), (4,))
         )
 
+    nothing = torch.empty((), dtype=dtype)
+
     def call(x, weight, A, B, bias):
         y, out = torch.addmm(bias, x, weight.t()), torch.empty(6, 5, dtype=dtype)
-        S = torch.addmm(torch.empty((), dtype=dtype), x, A.t(), beta=0, alpha=0.5)
+        S = torch.addmm(nothing, x, A.t(), beta=0, alpha=0.5)
         y.addmm_(S, B.t(), alpha=3.0)
-        scratch = torch.mm(S, B.t())
+        scratch, other = torch.mm(S, B.t()), torch.mm(B, B.t())
         torch.mm(weight.t(), scratch.t(), out=out)
+        out.addmm_(torch.mm(weight.t(), other), scratch.t())
         return y, S, out
 
     inputs, others = given(0), given(1)

@@ -93,7 +93,7 @@ def test_their_sum_is_added_to_dx(case, dtype):
 def test_regions_and_partials(monkeypatch):
     """Two parts along N for one projection, one for the other; several regions along M."""
     tile = tiles.rank_tiles("ds_db", tiles.INTERPRETER, 16, "ieee")[0]
-    monkeypatch.setattr(tiles, "ds_db_tile", lambda *_: replace(tile, block_m=16, block_n=32))
+    monkeypatch.setattr(tiles, "rank_tiles", lambda *_: (replace(tile, block_m=16, block_n=32),))
     monkeypatch.setattr(tiles, "regions", lambda *_: (3, 32))
     test_gradients_of_S_and_B(((40, 3), (24, 16)), KINDS[0])
     test_gradients_of_S_and_B(((24, 3), (32, 3), (20, 3)), KINDS[0])
