@@ -232,10 +232,17 @@ def up_each_launch(
 
 
 def gemm_each_tiles(target: Target, kind: str, R: int, aligned: bool) -> list[Tile]:
-    """Those of `gemm_each_kernel`: with larger ones, and with float32 products in registers, it would spill."""
+    """Those of `gemm_each_kernel`: with larger ones, and of float32, it would spill somewhere."""
+    if kind != "half" and target.backend != "interpreter":
+        return []
     found = tiles.gemm_row(target, kind, R, aligned, False, False)
-    spills = kind == "ieee" and target.backend != "interpreter"
-    return [] if spills else [tile for tile in found if tile.block_m * tile.block_n <= 64 * 64]
+    return [tile for tile in found if tile.block_m * tile.block_n <= 64 * 64]
+
+
+def gemm_sum_tiles(target: Target, kind: str, aligned: bool, tma: bool) -> tuple[Tile, ...]:
+    """Those of the kernels of `gemm_sum`: of float32 in registers the largest alone, another spills on sm_100."""
+    found = tiles.gemm_row(target, kind, 1, aligned, False, tma)
+    return found[:1] if kind == "ieee" else found
 
 
 def gemm_each_launch(
@@ -268,7 +275,9 @@ def gemm_sum_launch(
     (M, K), Ns, precision = dx.shape, [dy.shape[1] for dy in dys], tiles.input_precision(dx.dtype, target)
     by_n = weights[0].stride(1) == 1
     if tile is None:
-        tile, _ = _tile(target, M, K, 1, tiles.kind_of(dx.dtype, precision), [dx, *dys, *weights])
+        kind = tiles.kind_of(dx.dtype, precision)
+        tile, aligned = _tile(target, M, K, 1, kind, [dx, *dys, *weights])
+        tile = tile if kind != "ieee" else gemm_sum_tiles(target, kind, aligned, False)[0]
     shared = {
         "M": M, **each("N{}", Ns), "K": K, "INPUT_PRECISION": precision,
         "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_n, "BLOCK_N": tile.block_k, "GROUP_M": tile.group_m,

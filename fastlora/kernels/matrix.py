@@ -149,9 +149,9 @@ def _grouped_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, 
         yield from grouped.ds_db_each_launches(target, ys, Bs, Ss, [2.0] * 3, Ss, Bs) or ()
         for tile in grouped.gemm_each_tiles(target, kind, R, aligned):
             yield grouped.gemm_each_launch(target, x, Ws, [bias] * 3, Ss, Bs, ys, tile)
-        for tile in tiles.gemm_row(target, kind, R, aligned, False, False) if R == 16 and m == M else ():
+        for tile in grouped.gemm_sum_tiles(target, kind, aligned, False) if R == 16 and m == M else ():
             yield grouped.gemm_sum_launch(target, ys, Ws, x, tile)
-    for tile in tiles.gemm_row(target, kind, 16, aligned, False, True) if target.has_tma else ():
+    for tile in grouped.gemm_sum_tiles(target, kind, aligned, True) if target.has_tma else ():
         n = 4096 if aligned else 4104
         x, W = _tensor(M, n, dtype), _tensor(n, n, dtype)
         for weight in (W, W.t()):
