@@ -180,6 +180,11 @@ Result forward(const Plan& plan, const Layer& layer) {
   return {std::move(found[0]), std::move(found[1])};
 }
 
+// Path `torch` computes the gradients of adapters in x's dtype.
+Tensor as(const Tensor& like, const Tensor& t) {
+  return t.scalar_type() == like.scalar_type() ? t : t.to(like.scalar_type());
+}
+
 Gradients backward(const Plan& plan, const Incoming& in) {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
   if (!plan.record) return fastlora::cpu::backward(in);
@@ -189,8 +194,8 @@ Gradients backward(const Plan& plan, const Incoming& in) {
   Gradients gradients;
   std::size_t next = 0;
   if (in.weight.defined()) gradients.dx = std::move(found[next++]);
-  if (in.x.defined()) gradients.dA = std::move(found[next++]);
-  if (in.need_B) gradients.dB = std::move(found[next++]);
+  if (in.x.defined()) gradients.dA = as(in.lora_A, found[next++]);
+  if (in.need_B) gradients.dB = as(in.lora_B, found[next++]);
   return gradients;
 }
 

@@ -157,9 +157,9 @@ std::vector<Gradients> backward(const Plan& plan, const std::vector<Incoming>& e
   plan.record->run(inputs, count, outputs, plan.stream);
   if (each[0].weight.defined()) found[0].dx = std::move(outputs[next++]);
   for (std::size_t i = 0; i < each.size(); ++i)
-    if (each[i].x.defined()) found[i].dA = std::move(outputs[next++]);
+    if (each[i].x.defined()) found[i].dA = as(each[i].lora_A, outputs[next++]);
   for (std::size_t i = 0; i < each.size(); ++i)
-    if (each[i].need_B) found[i].dB = std::move(outputs[next++]);
+    if (each[i].need_B) found[i].dB = as(each[i].lora_B, outputs[next++]);
   return found;
 }
 

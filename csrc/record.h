@@ -124,7 +124,7 @@ struct Matrix {
   int64_t slot, offset, dims, sizes[2], strides[2];  // offset in bytes; no dims: there is none
 };
 struct Product {
-  Matrix out, c, a, b;  // out = beta c + alpha a b; c may be out
+  Matrix out, c, a, b;  // out = beta c + alpha a b; c may be out. Without b: a, cast
   int64_t like;         // an input of their dtype
   double beta, alpha;
 };
@@ -241,7 +241,9 @@ class Record {
         return view(m, t, scratch ? workspace : t.storage(), scratch ? 0 : t.storage_offset());
       };
       Tensor out = matrix(product.out);
-      if (product.c.dims)
+      if (!product.b.dims)
+        out.copy_(matrix(product.a));
+      else if (product.c.dims)
         at::addmm_out(out, matrix(product.c), matrix(product.a), matrix(product.b), product.beta, product.alpha);
       else if (product.alpha == 1.0)
         at::mm_out(out, matrix(product.a), matrix(product.b));

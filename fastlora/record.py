@@ -1,8 +1,9 @@
 """What a path did on a GPU in one call, watched and written down, for the node in C++ to do again (csrc/record.h).
 
 `observe` runs the path once and sees two things: ATen's operations, and the launches of Triton kernels. A record is
-made when all that it saw is memory taken (`empty`), views, matrix products, and launches whose arguments are the call's
-own tensors or that memory. Anything else makes the call unrecordable, and Python goes on serving it.
+made when all that it saw is memory taken (`empty`), views, matrix products, casts of the call's tensors, and launches
+whose arguments are the call's own tensors or that memory. Anything else makes the call unrecordable, and Python goes on
+serving it.
 
 A record holds for calls of the same dtypes, sizes, strides, alignment and numbers: addresses alone are filled in.
 """
@@ -50,12 +51,12 @@ kernels: set = set()  # compiled kernels of records: while one may be launched, 
 
 
 class Product(NamedTuple):
-    """out (M, N) = beta * c + alpha * a @ b; no c where beta is 0, and c may be out, or one row (N,)."""
+    """out (M, N) = beta * c + alpha * a @ b; no c where beta is 0, and c may be out, or one row (N,). No b: a, cast."""
 
     out: Tensor
     c: Tensor | None
     a: Tensor
-    b: Tensor
+    b: Tensor | None
     beta: float = 1.0
     alpha: float = 1.0
 
@@ -81,6 +82,9 @@ class _Watch(TorchDispatchMode):
             factors = {name: float(value) for name, value in (kwargs or {}).items() if name != "out"}
             c = args[0] if len(args) == 3 and factors.get("beta", 1.0) else None
             self.launches.append(Product(found, c, *args[-2:], **factors))
+        elif function is torch.ops.aten._to_copy.default and set(kwargs or {}) == {"dtype"}:
+            self.taken.append(found)
+            self.launches.append(Product(found, None, args[0], None))
         elif not function.is_view:
             self.obstacle = self.obstacle or f"{function} is no part of a record"
         return found
@@ -121,7 +125,7 @@ class _Slots:
             if t is not None:
                 address = t.data_ptr()
                 self._places[address] = None if address in self._places else slot
-        self._count, self.workspace, self._scratch = len(inputs) + len(outputs), 0, {}
+        self.count, self.workspace, self._scratch = len(inputs) + len(outputs), 0, {}
         fresh = {t.untyped_storage().data_ptr() for t in taken}
         packed = []
         for t in outputs:
@@ -152,7 +156,7 @@ class _Slots:
             raise Unrecordable(
                 f"a tensor of shape {tuple(t.shape)} is none of the call's, or one of several at its place"
             )
-        return self._count, self._scratch[storage] + t.data_ptr() - storage
+        return self.count, self._scratch[storage] + t.data_ptr() - storage
 
 
 def _product(slots: _Slots, product: Product) -> bytes:
@@ -161,7 +165,8 @@ def _product(slots: _Slots, product: Product) -> bytes:
         if t is None:
             packed += bytes(7 * 8)
             continue
-        if t.dtype is not product.out.dtype or t.dim() > 2:
+        cast = product.b is None and t is product.a and slots.of(t)[0] < slots.count
+        if (t.dtype is not product.out.dtype and not cast) or t.dim() > 2:
             raise Unrecordable("a product of several dtypes, or of more than matrices")
         rest = (0,) * (2 - t.dim())
         packed += struct.pack("7q", *slots.of(t), t.dim(), *t.shape, *rest, *t.stride(), *rest)

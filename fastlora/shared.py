@@ -12,13 +12,13 @@ once for all their S, and the gradient of x is summed inside the products that m
     ]
     q, k, v = fastlora.lora_linears(x, qkv, dropout_p=0.1)  # each as fastlora.lora_linear(x, *one, dropout_p=0.1)
 
-Once `fastlora.siblings.on` is set, `inject` and `fastlora.peft.patch` do it by themselves for layers that are seen to be
-called with one and the same x (`fastlora.siblings`): the first that is called computes all, the others hand over theirs.
-`fastlora.explain` and `fastlora.peft.report` name the group once it was computed. Outputs, gradients and hooks are those
-of the layers one by one; masks too on a CPU, on a GPU they are others of the same distribution. One thing differs: the
-outputs are one node, whose first backward frees what it kept. So `q.sum().backward(); k.sum().backward()` needs
-`retain_graph=True` in the first; better is one backward of both. Dropout costs a mask for each projection, as it does one
-by one; path `torch` then also reads x for each.
+Once `fastlora.siblings.on` is set, `inject` and `fastlora.peft.patch` do it by themselves for layers that are seen to
+be called with one and the same x (`fastlora.siblings`): the first that is called computes all, the others hand over
+theirs. `fastlora.explain` and `fastlora.peft.report` name the group once it was computed. Outputs, gradients and hooks
+are those of the layers one by one; masks too on a CPU, on a GPU they are others of the same distribution. One thing
+differs: the outputs are one node, whose first backward frees what it kept. So `q.sum().backward(); k.sum().backward()`
+needs `retain_graph=True` in the first; better is one backward of both. Dropout costs a mask for each projection, as it
+does one by one; path `torch` then also reads x for each.
 """
 
 from __future__ import annotations

@@ -96,17 +96,18 @@ def expected(launch, kernel) -> tuple[tuple, tuple]:
 def test_products_are_done_again_with_their_factors_and_on_scratch_memory(driver, dtype):
     def given(seed):
         generator = torch.Generator().manual_seed(seed)
-        return tuple(
+        x, weight, A, B, bias = (
             torch.randn(*size, generator=generator, dtype=dtype) for size in ((5, 6), (4, 6), (2, 6), (4, 2), (4,))
         )
+        return x, weight, A, B.half(), bias
 
     nothing = torch.empty((), dtype=dtype)
 
     def call(x, weight, A, B, bias):
         y, out = torch.addmm(bias, x, weight.t()), torch.empty(6, 5, dtype=dtype)
         S = torch.addmm(nothing, x, A.t(), beta=0, alpha=0.5)
-        y.addmm_(S, B.t(), alpha=3.0)
-        scratch, other = torch.mm(S, B.t()), torch.mm(B, B.t())
+        y.addmm_(S, B.to(dtype).t(), alpha=3.0)
+        scratch, other = torch.mm(S, B.to(dtype).t()), torch.mm(B.to(dtype), B.to(dtype).t())
         torch.mm(weight.t(), scratch.t(), out=out)
         out.addmm_(torch.mm(weight.t(), other), scratch.t())
         return y, S, out
@@ -246,7 +247,8 @@ def test_gradients_at_one_place_leave_no_word_that_there_is_no_record(monkeypatc
     "spoil, reason",
     [
         (lambda x, *rest: (x.clone(), *rest), "clone"),
-        (lambda x, weight, A, B, *rest: (x, weight, A.double().float(), B, *rest), "_to_copy"),
+        (lambda x, weight, A, B, *rest: (x, weight, A.double().float(), B, *rest), "no input is torch.float64"),
+        (lambda x, weight, A, B, *rest: (x, weight, A.bfloat16().float(), B, *rest), "several dtypes"),
         (lambda x, weight, A, B, bias, seed: (x, weight, A, B, CONSTANT, seed), "none of the call's"),
     ],
 )
