@@ -354,13 +354,14 @@ def _tile(
 
 
 def groups(Bs: Sequence[Tensor], biases: Sequence[Tensor | None], weights: Sequence[Tensor] = ()) -> list[slice]:
-    """MOST projections each, where programs can pick among them: B's dtype, W's strides, biases of all or of none. Else
-    one by one."""
+    """MOST projections each, where programs can pick among them: B's dtype, W's strides, contiguous biases of all or of
+    none. Else one by one."""
     found = []
     for first in range(0, len(Bs), MOST):
         some = range(first, min(first + MOST, len(Bs)))
         kinds = {(Bs[i].dtype, biases[i] is None, weights[i].stride() if weights else None) for i in some}
-        found += [slice(some.start, some.stop)] if len(kinds) == 1 else [slice(i, i + 1) for i in some]
+        alike = len(kinds) == 1 and all(b is None or b.is_contiguous() for b in biases[some.start : some.stop])
+        found += [slice(some.start, some.stop)] if alike else [slice(i, i + 1) for i in some]
     return found
 
 

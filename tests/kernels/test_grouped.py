@@ -14,7 +14,7 @@ from fastlora.kernels.launch import recording
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 M, K = 70, 90
-CASES = [((40, 3), (24, 16), (33, 5)), ((130, 20), (20, 20)), ((17, 8), (33, 8), (20, 8), (24, 3))]  # (N, R) of each
+CASES = [((40, 1), (24, 16), (1, 5)), ((130, 20), (20, 20)), ((17, 8), (33, 8), (20, 8), (24, 3))]  # (N, R) of each
 KINDS = [*((dtype, dtype) for dtype in DTYPES), (torch.float16, torch.float32)]
 
 
@@ -101,6 +101,7 @@ def test_regions_and_partials(monkeypatch):
 
 def test_what_programs_cannot_pick_among_is_launched_one_by_one():
     Ss, Bs, biases, ys = drawn(CASES[0], torch.float32, torch.float32)
-    for B, bias in ((Bs[1].half(), biases[1]), (Bs[1], None)):
+    apart = torch.zeros(2 * len(biases[1]))[::2]
+    for B, bias in ((Bs[1].half(), biases[1]), (Bs[1], None), (Bs[1], apart)):
         names, _ = launched(grouped.up_each, Ss, [Bs[0], B, Bs[2]], [biases[0], bias, biases[2]], ys)
         assert names == ["up_kernel"] * 3
