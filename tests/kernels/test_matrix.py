@@ -117,7 +117,7 @@ def test_command(capsys, tmp_path):
     assert status == 0, said
     assert "cuda:75" in said and "0 with a claim that fails" in said
     version, reports = matrix.read(out)
-    assert version in said and reports and matrix.table(reports) in said
+    assert version in said and reports and {*matrix.table(reports).splitlines()} <= {*said.splitlines()}
     assert (
         matrix.main(["--quick", "--kernel", "keep_mask", "--target", "80", "--json", str(out), "--workers", "1"]) == 0
     )

@@ -13,7 +13,9 @@ from fastlora.kernels.tiles import Target
 from .cases import Case, quick
 from .mutants import dies, everywhere, original, without_swizzle
 
-QUICK = [case for arch in (80, 90) for case in quick(Target("cuda", arch)) if not case.several]
+# two read a seed in their loops, which the compiler copies ahead under a guard that it does not need
+SEEDS = ("s_shared", "da_dx_shared")
+QUICK = [c for arch in (80, 90) for c in quick(Target("cuda", arch)) if not c.several and c.kernel not in SEEDS]
 KERNELS = {(c.target, c.kernel.removesuffix("_dx"), c.tile.tma, c.tile.ws): c for c in reversed(QUICK)}
 
 
