@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 import fastlora.peft
 from fastlora.errors import UserError, WorkError, shown
@@ -63,13 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default=MODEL, metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
     length = "tokens a review is cut at (default 512)"
     add("--max-length", type=whole(8, 65536), default=512, metavar="N", help=length)
-    add(
-        "--dropout",
-        type=number(float, 0, 1 - 1e-9, "at least 0 and below 1"),
-        default=0.01,
-        metavar="P",
-        help="lora_dropout (default 0.01)",
-    )
+    below_one = number(float, 0, 1 - 1e-9, "at least 0 and below 1")
+    add("--dropout", type=below_one, default=0.01, metavar="P", help="lora_dropout (default 0.01)")
     targets = "the layers to adapt (default: by architecture; q_lin for DistilBERT)"
     add("--target-modules", nargs="+", metavar="NAME", help=targets)
     add("--show-tokens", action="store_true", help="print the tokens of the first review")
@@ -80,31 +77,33 @@ def train(args: argparse.Namespace) -> None:
     with parallel.joined(pick_device(args.device)) as (world, device):
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
+        set_seed(args.seed)  # the head's start
         what = f"--model {args.model}"
-        name = hub.located(args.model, what)
-        config = hub.load_config(name, what)
-        targets = args.target_modules or TARGETS.get(config.model_type) or PEFT_TARGETS.get(config.model_type)
+        args.model = hub.located(args.model, what)
+        tokenizer, model, digest = hub.load_model(args.model, what)
+        kind, longest = model.config.model_type, getattr(model.config, "max_position_embeddings", args.max_length)
+        targets = args.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
         if not targets:
-            raise UserError(f"{what}: no default target modules for a {config.model_type!r}; name --target-modules")
-        args.model, args.target_modules, args.max_length = name, targets, min(args.max_length, hub.longest(config))
-        recipe = chosen(Recipe(name, targets, args.max_length, args.dropout), args)
-        settings = runs.settings_of(args, recipe, device=device.type, processes=world.size)
+            raise UserError(f"{what}: no default target modules for a {kind!r}; name --target-modules")
+        _check_targets(model, targets)
+        args.target_modules, args.max_length = targets, min(args.max_length, longest)
+        recipe = chosen(Recipe(args.model, targets, args.max_length, args.dropout), args)
+        settings = runs.settings_of(args, recipe, weights_sha256=digest, device=device.type, processes=world.size)
         with runs.run_folder(args.output, settings, args.resume) if world.first else contextlib.nullcontext():
             if not (args.resume and runs.finished(args.output)):
-                _train(args, recipe, settings, what, device, world)
+                _train(args, recipe, settings, tokenizer, model, device, world)
 
 
-def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, what: str, device: torch.device, world) -> None:
+def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, tokenizer, model, device, world) -> None:
     folder, texts = args.output, _texts(locate(args.data, "imdb"), args)
-    set_seed(args.seed)
-    tokenizer, model, base = hub.load_model(recipe.model, what)
-    _check_targets(model, recipe.target_modules)
     data = {name: _rows(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
     if world.first:
-        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        runs.record(folder, {"texts_sha256": digest, "base_digest": base})
-        if args.show_tokens:
-            _show(tokenizer, texts["train"][0][0], recipe.max_length)
+        runs.record(folder, {"texts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()})
+    if world.first and args.show_tokens:
+        text = texts["train"][0][0]
+        encoded = tokenizer(text, truncation=True, max_length=recipe.max_length)
+        print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
+        print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
     model = get_peft_model(model, _lora_config(recipe))
     if args.impl == "fused":
         fastlora.peft.patch(model)
@@ -126,7 +125,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, what: str, 
         print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
     title = f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test"
     runs.leave(folder, {None: history}, title, trainer.args.device, {
-        **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data, "base_digest": base,
+        **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data,
         "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
         "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
         "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
@@ -157,10 +156,7 @@ class HubTrainer(Trainer):
         try:
             self.train(resume_from_checkpoint=last and str(last))
         except BaseException:
-            for callback in self.callback_handler.callbacks:  # so that what is said of an error begins a line
-                for bar in (getattr(callback, "prediction_bar", None), getattr(callback, "training_bar", None)):
-                    if bar is not None:
-                        bar.close()
+            print(file=sys.stderr)  # what is said of an error is to begin a line, not to follow a bar
             with contextlib.suppress(OSError):  # it holds checkpoints, or nothing is left of the run
                 folder.rmdir()
             raise
@@ -249,15 +245,13 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     """
     report = runs.read_report(run, model=str, max_length=int)
     what = f"{run}: its base model {shown(report['model'])}"
-    with hub.quietly():
-        tokenizer, model, base = hub.load_model(hub.located(report["model"], what), what)
-        if report.get("base_digest") not in (None, base):  # earlier versions left another, or none
-            raise UserError(f"{what} is not the one that the run adapted: its weights, words or settings were changed")
-        max_length = min(report["max_length"], hub.longest(model.config))
-        model = hub.load_adapter(model, run)
-    if report.get("impl") == "fused":
-        fastlora.peft.patch(model)
-    model.eval()
+    logging.set_verbosity_error()  # no report of weights that the adapter brings
+    logging.disable_progress_bar()
+    tokenizer, model, digest = hub.load_model(hub.located(report["model"], what), what)
+    if report.get("weights_sha256") not in (None, digest):  # earlier versions left none
+        raise UserError(f"{what} is not the one that the run adapted: its weights were changed")
+    max_length = min(report["max_length"], getattr(model.config, "max_position_embeddings", report["max_length"]))
+    fastlora.load_adapter(model, run).eval()
 
     @torch.inference_mode()
     def predict(texts: list[str]) -> list[tuple[str, float]]:
@@ -302,9 +296,3 @@ def _rows(tokenizer, texts: list[str], labels: list[int], max_length: int) -> li
     rows = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
     made = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]
     return sorted(made, key=lambda row: -len(row["input_ids"]))
-
-
-def _show(tokenizer, text: str, max_length: int) -> None:
-    encoded = tokenizer(text, truncation=True, max_length=max_length)
-    print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
-    print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
