@@ -32,24 +32,17 @@ BASE_SEED = 0  # of the split and of the base
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the classifier is trained.
-
-    Attributes:
-        epochs, lr, decay, clip, batch_size: of the fine-tuning by SGD; the rate is multiplied by `decay` each epoch.
-        rank, alpha: of the adapter; the update is scaled by alpha / rank.
-        pretrain_epochs: passes over the news; their rate is 1, halved each epoch.
-        scale: mean norm of the word vectors, which are weighted for averaging; None leaves them as they are.
-    """
+    """How the classifier is fine-tuned, by SGD."""
 
     epochs: int = 5
     lr: float = 1.0
-    decay: float = 0.1
+    decay: float = 0.1  # of the rate, after each epoch
     clip: float = 1.0
     batch_size: int = 64
     rank: int = 2
-    alpha: float = 16.0
-    pretrain_epochs: int = 3
-    scale: float | None = 10.0
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    pretrain_epochs: int = 3  # passes over the news; their rate is 1, halved each epoch
+    scale: float | None = 10.0  # mean norm of the word vectors, weighted for averaging; None leaves them as they are
 
 
 RECIPES = {
@@ -60,13 +53,7 @@ RECIPES = {
 
 
 class TextClassifier(nn.Module):
-    """embedding -> mean over the text's words -> fc1 -> ReLU -> fc2.
-
-    Args:
-        words, dim: of the embedding.
-        classes: logits per text.
-        hidden: outputs of fc1.
-    """
+    """embedding of `words` in `dim` numbers -> mean over the text's words -> fc1 -> ReLU -> fc2: `classes` logits."""
 
     def __init__(self, words: int, dim: int, classes: int, hidden: int = 128):
         super().__init__()

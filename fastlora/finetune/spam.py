@@ -37,21 +37,15 @@ BASE_SEED = 0  # of random weights
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the classifier is trained: AdamW at a constant rate, as published.
-
-    Attributes:
-        epochs, lr, weight_decay, batch_size: of AdamW.
-        rank, alpha: of the adapters; the update is scaled by alpha / rank.
-        eval_every: steps between evaluations on the validation messages; checkpoints are written as often.
-    """
+    """How the classifier is trained: AdamW at a constant rate, as published."""
 
     epochs: int = 5
     lr: float = 8e-4
     weight_decay: float = 0.1
     batch_size: int = 8
     rank: int = 16
-    alpha: float = 16.0
-    eval_every: int = 50
+    alpha: float = 16.0  # the updates are scaled by alpha / rank
+    eval_every: int = 50  # steps between evaluations on the validation messages; checkpoints are written as often
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,31 +81,30 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         if begun and runs.finished(folder):
             return
         data = load_data(args, recipe, world, device)
-        model = make_base(size, weights)
+        kept = folder / MODEL if begun and (folder / MODEL).exists() else None
+        model = make_base(size, weights, kept)
         if world.first:
             runs.record(folder, {"texts_sha256": data.digest})
-        if begun and (folder / MODEL).exists():
-            load_base(model, weights, folder)
-        elif world.first:
-            write_checkpoint(folder / MODEL, _of_no_file(model, weights))
-        model.to(device)
-        model.grad_checkpointing = args.grad_checkpointing
-        adapt(model, members, args.impl, "all-linear")
-        if how["precision"] != "float32":
-            _store_frozen(model, getattr(torch, how["precision"]))
-        training = Settings(epochs=recipe.epochs, every=recipe.eval_every, checkpoint=folder / CHECKPOINT, **how)
-        optimiser = torch.optim.AdamW(groups_of(model, members), weight_decay=recipe.weight_decay, fused=True)
-        trainer = Trainer(model, optimiser, data.train, data.valid, training, members, world)
-
-        def keep(_) -> None:
+            write_checkpoint(folder / MODEL, {name: model.state_dict()[name] for name in random_names(model, weights)})
             for file in FILES["gpt2"]:  # so that `predict` finds them
                 if (data.folder / file).exists():
                     (folder / "gpt2").mkdir(exist_ok=True)
                     shutil.copyfile(data.folder / file, folder / file)
+        model.to(device)
+        model.grad_checkpointing = args.grad_checkpointing
+        adapt(model, members, args.impl, "all-linear")
+        if how["precision"] != "float32":
+            for layer in model.modules():  # frozen weights in the dtype that autocast would cast them to at every use
+                if isinstance(layer, FusedLoRALinear):
+                    layer.weight.data = layer.weight.data.to(getattr(torch, how["precision"]))
+                    layer.bias.data = layer.bias.data.to(layer.weight.dtype)
+        training = Settings(epochs=recipe.epochs, every=recipe.eval_every, checkpoint=folder / CHECKPOINT, **how)
+        optimiser = torch.optim.AdamW(groups_of(model, members), weight_decay=recipe.weight_decay, fused=True)
+        trainer = Trainer(model, optimiser, data.train, data.valid, training, members, world)
 
         settings["base"] = str(weights or "random weights, frozen")
         title, layer = f"Spam, {size}, {args.impl}", model.blocks[0].attention.query
-        fine_tune(args, settings, trainer, data, layer, begun, title, keep)
+        fine_tune(args, settings, trainer, data, layer, begun, title)
 
 
 def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, device: torch.device) -> Data:
@@ -157,29 +150,23 @@ def find_base(named: str | None, size: str) -> Path | None:
     return gpt2.find_weights(None if named is None else env.expanded(named)).resolve()
 
 
-def make_base(size: str, weights: Path | None) -> GPT2:
-    """The model with its frozen weights from the file, or random ones; its head is random in any case."""
+def make_base(size: str, weights: Path | None, kept: Path | None = None) -> GPT2:
+    """The model with its frozen weights from the file `weights`, or random ones; its head is random in any case.
+
+    What is random comes from the file `kept`, of the run that goes on: another version of torch may draw otherwise.
+    """
     torch.manual_seed(BASE_SEED)
     model = GPT2(CONFIGS[size])
     if weights is not None:
         gpt2.load_weights(model, weights)
+    if kept is not None:
+        fill(model, kept, read_checkpoint(kept)[0], random_names(model, weights))
     return model
 
 
-def load_base(model: GPT2, weights: Path | None, folder: Path) -> None:
-    """Read into `model` what its run kept of it, which another version of torch might draw otherwise."""
-    fill(model, folder / MODEL, read_checkpoint(folder / MODEL)[0], set(_of_no_file(model, weights)))
-
-
-def _of_no_file(model: GPT2, weights: Path | None) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if weights is None or name.startswith("head.")}
-
-
-def _store_frozen(model: GPT2, dtype: torch.dtype) -> None:
-    """Keep the frozen linear weights in the dtype that autocast would cast them to at every use."""
-    for layer in model.modules():
-        if isinstance(layer, FusedLoRALinear):
-            layer.weight.data, layer.bias.data = layer.weight.data.to(dtype), layer.bias.data.to(dtype)
+def random_names(model: GPT2, weights: Path | None) -> set[str]:
+    """The names of what no file of weights has."""
+    return {name for name in model.state_dict() if weights is None or name.startswith("head.")}
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
@@ -192,10 +179,9 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     if size not in CONFIGS:
         raise UserError(f"{run / runs.REPORT}: damaged, there is no model {size!r}")
     weights = None if report["weights"] == RANDOM else Path(report["weights"])
-    encoding, model = _encoding(report.get("dataset"), run), make_base(size, weights)
+    encoding, model = _encoding(report.get("dataset"), run), make_base(size, weights, run / MODEL)
     if weights and report.get("weights_sha256") not in (None, sha256(weights)):  # earlier versions left none
         raise UserError(f"{weights}: not the base weights that {run} was trained on")
-    load_base(model, weights, run)
     fastlora.load_adapter(model, run).eval()
 
     @torch.inference_mode()

@@ -68,7 +68,7 @@ def groups_of(model: nn.Module, members: Iterable[Member]) -> list[dict]:
 
 def fine_tune(
     args: argparse.Namespace, settings: dict, trainer: Trainer, data: Data, layer: nn.Module, begun: bool, title: str,
-    keep: Callable[[Member], None],
+    keep: Callable[[Member], None] = lambda member: None,
 ) -> None:  # fmt: skip
     """Train, test, and leave everything in `args.output`; a sweep's adapters each, and its best as a plain run's.
 
