@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fastlora import env
 from fastlora.errors import UserError, shown
-from fastlora.files import read_regular
+from fastlora.files import read_regular, sha256
 from fastlora.finetune.homes import FILES, fetch, missing
 from fastlora.finetune.parallel import ALONE, World
 
@@ -49,6 +50,13 @@ def locate(where: str, *needed: str) -> Path:
     for name in needed:
         fetch(name, cache)
     return cache
+
+
+def data_digest(where: str, *needed: str) -> str:
+    """The sha256 of the files that `locate` finds: a run goes on only with the very data that it began with."""
+    folder = locate(where, *needed)
+    sums = [sha256(folder / file) for name in needed for file in FILES[name]]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def found() -> dict[str, str]:
@@ -159,7 +167,6 @@ class Data:
     """What a run reads."""
 
     folder: Path
-    digest: str  # of texts and labels
     train: Batches
     valid: Batches
     test: Batches

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
@@ -33,7 +31,7 @@ from fastlora.errors import UserError, WorkError, shown
 from fastlora.files import write_json
 from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
-from fastlora.finetune.data import locate, random_split, read_texts
+from fastlora.finetune.data import data_digest, locate, random_split, read_texts
 from fastlora.finetune.hub import LABELS
 from fastlora.finetune.options import chosen, defaults, number, pick_device, whole
 
@@ -47,10 +45,10 @@ SPLIT_SEED = 0
 class Recipe:
     """What is trained and how; lora_dropout as `dropout`, lengths in tokens."""
 
-    model: str
-    target_modules: tuple[str, ...]
-    max_length: int
-    dropout: float
+    model: str = MODEL
+    target_modules: tuple[str, ...] = ()
+    max_length: int = 512
+    dropout: float = 0.01
     epochs: int = 2
     rank: int = 4
     alpha: float = 32.0
@@ -61,12 +59,12 @@ class Recipe:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
     add = parser.add_argument
-    parser.epilog = defaults(Recipe(MODEL, (), 0, 0.0))
-    add("--model", default=MODEL, metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
+    parser.epilog = defaults(Recipe())
+    add("--model", metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
     length = "tokens a review is cut at (default 512)"
-    add("--max-length", type=whole(8, 65536), default=512, metavar="N", help=length)
+    add("--max-length", type=whole(8, 65536), metavar="N", help=length)
     below_one = number(float, 0, 1 - 1e-9, "at least 0 and below 1")
-    add("--dropout", type=below_one, default=0.01, metavar="P", help="lora_dropout (default 0.01)")
+    add("--dropout", type=below_one, metavar="P", help="lora_dropout (default 0.01)")
     targets = "the layers to adapt (default: by architecture; q_lin for DistilBERT)"
     add("--target-modules", nargs="+", metavar="NAME", help=targets)
     add("--show-tokens", action="store_true", help="print the tokens of the first review")
@@ -78,17 +76,18 @@ def train(args: argparse.Namespace) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
         set_seed(args.seed)  # the head's start
-        what = f"--model {args.model}"
-        args.model = hub.located(args.model, what)
-        tokenizer, model, digest = hub.load_model(args.model, what)
-        kind, longest = model.config.model_type, getattr(model.config, "max_position_embeddings", args.max_length)
-        targets = args.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
+        recipe = chosen(Recipe(), args)
+        what = f"--model {recipe.model}"
+        name = hub.located(recipe.model, what)
+        tokenizer, model, digest = hub.load_model(name, what)
+        kind, longest = model.config.model_type, getattr(model.config, "max_position_embeddings", recipe.max_length)
+        targets = recipe.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
         if not targets:
             raise UserError(f"{what}: no default target modules for a {kind!r}; name --target-modules")
         _check_targets(model, targets)
-        args.target_modules, args.max_length = targets, min(args.max_length, longest)
-        recipe = chosen(Recipe(args.model, targets, args.max_length, args.dropout), args)
-        settings = runs.settings_of(args, recipe, weights_sha256=digest, device=device.type, processes=world.size)
+        recipe = replace(recipe, model=name, target_modules=targets, max_length=min(recipe.max_length, longest))
+        settings = runs.settings_of(args, recipe, weights_sha256=digest, device=device.type, processes=world.size,
+                                    data_sha256=data_digest(args.data, "imdb"))  # fmt: skip
         with runs.run_folder(args.output, settings, args.resume) if world.first else contextlib.nullcontext():
             if not (args.resume and runs.finished(args.output)):
                 _train(args, recipe, settings, tokenizer, model, device, world)
@@ -97,8 +96,6 @@ def train(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, tokenizer, model, device, world) -> None:
     folder, texts = args.output, _texts(locate(args.data, "imdb"), args)
     data = {name: _rows(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
-    if world.first:
-        runs.record(folder, {"texts_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()})
     if world.first and args.show_tokens:
         text = texts["train"][0][0]
         encoded = tokenizer(text, truncation=True, max_length=recipe.max_length)
@@ -131,15 +128,15 @@ def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, tokenizer, 
         "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
         "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls})  # fmt: skip
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    few = texts["test"][0][:3]
-    for text, (label, probability) in zip(few, load_predictor(folder)(few), strict=True):
-        print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
+    text = texts["test"][0][0]
+    ((label, probability),) = load_predictor(folder)([text])
+    print(f"loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
 
 
 class HubTrainer(Trainer):
     """The Trainer, with the accuracy of the training batches and a row of history at each evaluation.
 
-    Its `seconds` leave evaluation out. What it goes on from are its own checkpoints.
+    Its `seconds` leave evaluation out.
     """
 
     def fit(self) -> None:
@@ -175,10 +172,7 @@ class HubTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs):
-        """The Trainer's, and a row of history that is kept in its state, so that checkpoints hold it.
-
-        Raises WorkError when training has diverged: nothing of such a run is kept.
-        """
+        """The Trainer's, and a row of history, kept in its state as checkpoints are. WorkError for a run that diverged."""
         self.seconds += time.perf_counter() - self._began
         loss, correct, rows = self.accelerator.reduce(self._tally.to(self.args.device), "sum").tolist()
         metrics = super().evaluate(*args, **kwargs)
@@ -210,12 +204,7 @@ class HubTrainer(Trainer):
 def make_trainer(
     model, tokenizer, data: dict[str, list], folder: Path, seed: int, recipe: Recipe, device: torch.device, processes=1
 ) -> HubTrainer:
-    """The trainer of one run: batches of similar length, evaluation and a checkpoint at each epoch's end, best kept.
-
-    Args:
-        data: rows for "train" and "valid".
-        folder: for the checkpoints.
-    """
+    """The trainer of one run on the rows "train" and "valid" of `data`; checkpoints go to `folder`, the best is kept."""
     grouped = {"train_sampling_strategy": "group_by_length"}
     if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # transformers 4
         grouped = {"group_by_length": True}
@@ -230,12 +219,12 @@ def make_trainer(
     )  # fmt: skip
     if processes == 1 and device.type == "cuda":
         settings._n_gpu = 1  # --device names one; the Trainer would spread over all that it sees
+
+    def accuracy(prediction) -> dict[str, float]:
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
     return HubTrainer(model=model, args=settings, train_dataset=data["train"], eval_dataset=data["valid"],
-                      data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=_accuracy)  # fmt: skip
-
-
-def _accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
+                      data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=accuracy)  # fmt: skip
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
@@ -270,28 +259,23 @@ def _lora_config(recipe: Recipe) -> LoraConfig:
 
 def _check_targets(model, names: tuple[str, ...]) -> None:
     """Each name must be that of a linear layer, or its end: PEFT passes over the others as long as one is found."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     for name in names:
-        if not any(f".{layer}".endswith(f".{name}") for layer in linear):
+        if not any(layer.endswith(f".{name}") for layer in linear):
             there = ", ".join(sorted({layer.rpartition(".")[2] for layer in linear}))
             raise UserError(f"--target-modules {name}: the model has no such linear layer; names there: {there}")
 
 
 def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], list[int]]]:
     texts, labels = read_texts(folder / "imdb/train.parquet", len(LABELS), args.train_samples, least=2)
-    train, valid = (
-        ([texts[i] for i in rows], [labels[i] for i in rows])
-        for rows in (part.tolist() for part in random_split(len(texts), SPLIT_SEED))
-    )
-    return {"train": train, "valid": valid, "test": read_texts(folder / "imdb/test.parquet", 2, args.test_samples)}
+    parts = {"test": read_texts(folder / "imdb/test.parquet", len(LABELS), args.test_samples)}
+    for name, rows in zip(("train", "valid"), random_split(len(texts), SPLIT_SEED), strict=True):
+        parts[name] = [texts[i] for i in rows], [labels[i] for i in rows]
+    return parts
 
 
 def _rows(tokenizer, texts: list[str], labels: list[int], max_length: int) -> list[dict]:
-    """The texts' input_ids and attention_mask, lists that are not padded, and labels.
-
-    Sorted by length, so that the neighbours of an evaluation batch need little padding; training batches are drawn by
-    the Trainer's own sampler of similar lengths.
-    """
+    """The texts' token ids, masks and labels, not padded, by length: neighbours in evaluation need little padding."""
     encoded = tokenizer(texts, truncation=True, max_length=max_length, return_token_type_ids=False)
     rows = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
     made = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]

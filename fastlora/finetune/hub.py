@@ -38,8 +38,8 @@ def located(name: str, what: str) -> str:
 def load_model(name: str, what: str) -> tuple:
     """(tokenizer, classifier with two labels, digest of its weights) of model `name`; `what` names it in errors.
 
-    Raises UserError when it is not to be had or damaged, lacks a weight that is not trained, needs code of its own, or
-    its tokenizer cannot pad or knows no word.
+    UserError: it is not to be had or damaged, lacks a weight that is not trained, needs code of its own, or its
+    tokenizer cannot pad or knows no word.
     """
     with refused(what):
         if cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import fastlora
 from fastlora.errors import UserError
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
-from fastlora.finetune.data import Batches, Data, locate, random_split, read_texts
+from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
 from fastlora.finetune.trainer import Member, Settings, Trainer
@@ -86,12 +85,12 @@ def train(args: argparse.Namespace) -> None:
     folder, device = args.output, pick_device(args.device)
     recipe, how = chosen(RECIPES[args.recipe], args), step_choices(args)
     members = members_of(args, recipe)
-    settings = runs.settings_of(args, recipe, precision=how["precision"], device=device.type)
+    settings = runs.settings_of(args, recipe, precision=how["precision"], device=device.type,
+                                data_sha256=data_digest(args.data, "imdb", "ag_news"))  # fmt: skip
     with runs.run_folder(folder, settings, args.resume) as begun:
         if begun and runs.finished(folder):
             return
         data = load_data(args, recipe, device)
-        runs.record(folder, {"texts_sha256": data.digest})
         data.vocabulary.save(folder / VOCABULARY)
         model, pretrained = load_base(folder, data) if (folder / MODEL).exists() else make_base(recipe, data, device)
         model.to(device)
@@ -137,10 +136,6 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
     reviews = [texts["imdb/train"][i] for i in train.tolist()]
     vocabulary = Vocabulary.of([*reviews, *texts["ag_news/train"]], WORDS, LEAST)
     sets = {name: TextDataset(texts[name], labels[name], vocabulary) for name in texts}
-    digest = hashlib.sha256()
-    for dataset in sets.values():
-        for part in (dataset.ids, dataset.offsets, dataset.labels):
-            digest.update(part.numpy())
 
     corpus, offsets, _ = sets["imdb/train"].batch(train)
     news = sets["ag_news/train"]
@@ -151,7 +146,6 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
     else:
         vectors, count = read_glove(args.vectors, vocabulary)
         source = f"{args.vectors.name}, {count:,} of {len(vocabulary):,} words"
-        digest.update(vectors.numpy())
     if recipe.scale is not None:
         vectors = weighted(vectors, ids, recipe.scale)
     print(f"{len(sets['imdb/train']):,} + {len(sets['imdb/test']):,} reviews, {len(news):,} news; word vectors "
@@ -163,7 +157,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
         return Batches(len(rows), lambda i: dataset.batch(rows[i], pad_to), recipe.batch_size, device=device)
 
     return Reviews(
-        folder, digest.hexdigest(), batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"),
+        folder, batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"),
         len(corpus), {"vectors": source, "vocabulary": len(vocabulary)}, vocabulary=vocabulary,
         vectors=vectors, news=batches("ag_news/train"), news_test=batches("ag_news/test"),
     )  # fmt: skip

@@ -64,23 +64,18 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
         if resume and not present:
             print(f"{path}: holds no run to go on with; a new one starts", flush=True)
         clear_leftovers(path)
-        record(path, settings)
+        before = read_json(path / SETTINGS) if SETTINGS in present else dict(settings)
+        for key, value in settings.items():
+            if before.setdefault(key, value) != value:
+                raise UserError(f"{path}: the run was started with {key} = {shown(before[key])}, not {shown(value)}; "
+                                "--resume needs the same settings and data")  # fmt: skip
+        write_json(path / SETTINGS, before)
         try:
             yield bool(present)
         except Exception:
             if not any((path / name).exists() for name in RUN_FILES if name != SETTINGS):
                 (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
             raise
-
-
-def record(path: Path, facts: Mapping) -> None:
-    """Add `facts` to what the run in folder `path` was started with; UserError where it was started with others."""
-    before = read_json(path / SETTINGS) if (path / SETTINGS).exists() else {}
-    for key, value in facts.items():
-        if before.setdefault(key, value) != value:
-            raise UserError(f"{path}: the run was started with {key} = {shown(before[key])}, not {shown(value)}; "
-                            "--resume needs the same settings and data")  # fmt: skip
-    write_json(path / SETTINGS, before)
 
 
 def finished(path: Path) -> bool:

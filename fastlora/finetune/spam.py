@@ -6,7 +6,6 @@ Source: Raschka, "Build a Large Language Model (From Scratch)", chapter 6 and ap
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from fastlora.files import sha256
 from fastlora.finetune import gpt2, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
-from fastlora.finetune.data import FILES, Batches, Data, locate, read_texts
+from fastlora.finetune.data import FILES, Batches, Data, data_digest, locate, read_texts
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL
@@ -73,9 +72,11 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
     weights = find_base(args.weights, size)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     how = step_choices(args, "bf16" if bf16 else "fp32")
-    base = {"model": size, "weights": str(weights or RANDOM), "weights_sha256": weights and sha256(weights)}
-    settings = runs.settings_of(args, recipe, **base, precision=how["precision"], device=device.type,
-                                processes=world.size)  # fmt: skip
+    settings = runs.settings_of(
+        args, recipe, precision=how["precision"], device=device.type, processes=world.size, model=size,
+        weights=str(weights or RANDOM), weights_sha256=weights and sha256(weights),
+        data_sha256=data_digest(args.data, *needed(args.data)),
+    )  # fmt: skip
     with runs.run_folder(folder, settings, args.resume) if world.first else nullcontext(False) as begun:
         begun = world.broadcast(begun, device)
         if begun and runs.finished(folder):
@@ -83,8 +84,7 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         data = load_data(args, recipe, world, device)
         kept = folder / MODEL if begun and (folder / MODEL).exists() else None
         model = make_base(size, weights, kept)
-        if world.first:
-            runs.record(folder, {"texts_sha256": data.digest})
+        if world.first and kept is None:
             write_checkpoint(folder / MODEL, {name: model.state_dict()[name] for name in random_names(model, weights)})
             for file in FILES["gpt2"]:  # so that `predict` finds them
                 if (data.folder / file).exists():
@@ -107,17 +107,20 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         fine_tune(args, settings, trainer, data, layer, begun, title)
 
 
+def needed(where: str) -> tuple[str, ...]:
+    """The data sets that are looked for. Of a folder without GPT-2's vocabulary, tiktoken brings its own."""
+    return ("spam", "gpt2") if where == "auto" else ("spam",)
+
+
 def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, device: torch.device) -> Data:
     """Read and encode the messages, all as long as the longest of the training messages."""
-    folder = locate(args.data, "spam", *(["gpt2"] if args.data == "auto" else []))
-    encoding, length, digest = _encoding(args.data, folder), None, hashlib.sha256()
+    folder = locate(args.data, *needed(args.data))
+    encoding, length = _encoding(args.data, folder), None
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for name, limit in (("train", args.train_samples), ("valid", None), ("test", args.test_samples)):
         texts, labels = read_texts(folder / "spam" / f"{name}.parquet", len(LABELS), limit, "Text", "Label")
         parts[name] = gpt2.encode(texts, encoding, length), torch.tensor(labels)
         length = parts[name][0].shape[1]
-        for part in parts[name]:
-            digest.update(part.numpy())
     sizes = {name: len(labels) for name, (_, labels) in parts.items()}
     whole = recipe.batch_size * world.size
     if sizes["train"] < whole:
@@ -131,8 +134,8 @@ def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, d
     if world.first:
         print(f"{' + '.join(f'{size:,}' for size in sizes.values())} messages of {length} tokens", flush=True)
     train = batches("train")
-    return Data(folder, digest.hexdigest(), train, batches("valid"), batches("test"),
-                len(train) * train.batch_size * length, {"length": length}, (length,))  # fmt: skip
+    tokens = len(train) * train.batch_size * length
+    return Data(folder, train, batches("valid"), batches("test"), tokens, {"length": length}, (length,))
 
 
 def _encoding(data: object, folder: Path):

@@ -409,18 +409,12 @@ def test_a_full_disk_is_one_line_and_a_cut_checkpoint_is_passed_over(folders, wh
 
 
 def test_other_data_or_another_base_is_refused(folders, tmp_path, capsys, monkeypatch):
-    run, texts = tmp_path / "run", distilbert._texts
+    run = tmp_path / "run"
     command = arguments(folders["distilbert"], run, "--epochs 2")
     stopped(monkeypatch, command, HubTrainer, "training_step", 8)
     with monkeypatch.context() as patched:
-        patched.setattr(
-            distilbert,
-            "_texts",
-            lambda *args: {
-                name: (lines, [1 - label for label in labels]) for name, (lines, labels) in texts(*args).items()
-            },
-        )
-        assert "texts_sha256 = " in refused(capsys, [*command, "--resume"])
+        patched.setattr(distilbert, "data_digest", lambda *_: "another")
+        assert "data_sha256 = " in refused(capsys, [*command, "--resume"])
     load = hub.load_model
     monkeypatch.setattr(hub, "load_model", lambda *args: (*load(*args)[:2], "another"))
     assert "weights_sha256 = " in refused(capsys, [*command, "--resume"])
