@@ -172,7 +172,7 @@ class HubTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs):
-        """The Trainer's, and a row of history, kept in its state as checkpoints are. WorkError for a run that diverged."""
+        """The Trainer's, and a row of history in its state. WorkError for a run that has diverged."""
         self.seconds += time.perf_counter() - self._began
         loss, correct, rows = self.accelerator.reduce(self._tally.to(self.args.device), "sum").tolist()
         metrics = super().evaluate(*args, **kwargs)
@@ -204,7 +204,7 @@ class HubTrainer(Trainer):
 def make_trainer(
     model, tokenizer, data: dict[str, list], folder: Path, seed: int, recipe: Recipe, device: torch.device, processes=1
 ) -> HubTrainer:
-    """The trainer of one run on the rows "train" and "valid" of `data`; checkpoints go to `folder`, the best is kept."""
+    """The trainer of one run on `data`'s "train" and "valid"; checkpoints go to `folder`, the best is kept."""
     grouped = {"train_sampling_strategy": "group_by_length"}
     if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # transformers 4
         grouped = {"group_by_length": True}
@@ -232,7 +232,7 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
 
     Raises UserError when the run is not finished or damaged, or the model that it adapts is not to be had.
     """
-    report = runs.read_report(run, model=str, max_length=int)
+    report = runs.read_report(run)
     what = f"{run}: its base model {shown(report['model'])}"
     logging.set_verbosity_error()  # no report of weights that the adapter brings
     logging.disable_progress_bar()

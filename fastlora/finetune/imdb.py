@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.errors import UserError
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
@@ -21,7 +20,7 @@ from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, 
 from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
 from fastlora.finetune.trainer import Member, Settings, Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of, part_of
-from fastlora.finetune.words import TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
+from fastlora.finetune.words import DIM, TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
 
 LABELS, TOPICS = ("negative", "positive"), 4
 WORDS, LEAST = 20_000, 3  # vocabulary: how many words, and how often each occurs at least
@@ -54,11 +53,11 @@ RECIPES = {
 class TextClassifier(nn.Module):
     """embedding of `words` in `dim` numbers -> mean over the text's words -> fc1 -> ReLU -> fc2: `classes` logits."""
 
-    def __init__(self, words: int, dim: int, classes: int, hidden: int = 128):
+    def __init__(self, words: int, dim: int, classes: int):
         super().__init__()
         self.embedding = nn.EmbeddingBag(words, dim, mode="mean", _weight=torch.zeros(words, dim))
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, classes)
+        self.fc1 = nn.Linear(dim, 128)
+        self.fc2 = nn.Linear(128, classes)
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Logits, float32 (batch, classes), of a `TextDataset.batch`: ids (words,), offsets (batch + 1,)."""
@@ -196,10 +195,7 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     Raises UserError when a file is missing or damaged.
     """
     vocabulary, (tensors, _) = Vocabulary.load(run / VOCABULARY), read_checkpoint(run / MODEL)
-    vectors, head = tensors.get("embedding.weight"), tensors.get("fc2.weight")
-    if vectors is None or head is None or vectors.ndim != 2 or len(vectors) != len(vocabulary):
-        raise UserError(f"{run / MODEL}: not the model of a finished IMDb run of {len(vocabulary)} words")
-    model = TextClassifier(*vectors.shape, len(LABELS), hidden=head.shape[-1])
+    model = TextClassifier(len(vocabulary), DIM, len(LABELS))
     fill(model, run / MODEL, tensors)
     fastlora.load_adapter(model, run).eval()
 

@@ -177,19 +177,16 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
 
     Raises UserError when a file is missing or damaged, or the base weights are no longer where they were.
     """
-    report = runs.read_report(run, length=int, model=str, weights=str)
-    size, length = report["model"], min(report["length"], gpt2.LONGEST)
-    if size not in CONFIGS:
-        raise UserError(f"{run / runs.REPORT}: damaged, there is no model {size!r}")
+    report = runs.read_report(run)
     weights = None if report["weights"] == RANDOM else Path(report["weights"])
-    encoding, model = _encoding(report.get("dataset"), run), make_base(size, weights, run / MODEL)
+    encoding, model = _encoding(report["dataset"], run), make_base(report["model"], weights, run / MODEL)
     if weights and report.get("weights_sha256") not in (None, sha256(weights)):  # earlier versions left none
         raise UserError(f"{weights}: not the base weights that {run} was trained on")
     fastlora.load_adapter(model, run).eval()
 
     @torch.inference_mode()
     def predict(texts: list[str]) -> list[tuple[str, float]]:
-        chances, classes = model(gpt2.encode(texts, encoding, length)).softmax(-1).max(-1)
+        chances, classes = model(gpt2.encode(texts, encoding, report["length"])).softmax(-1).max(-1)
         return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
     return predict

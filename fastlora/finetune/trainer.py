@@ -208,7 +208,6 @@ class Trainer:
         for member in self.alive():
             if not math.isfinite(loss := float(member.sums[0])):
                 self._stop(member, f"the loss is {loss}")
-        self._check_parameters()
         valid = self.evaluate(self.valid) if self.valid is not None else [(m, None, None) for m in self.alive()]
         rates = {group.get("name"): group["lr"] for group in self.optimiser.param_groups}
         for member, valid_loss, valid_accuracy in valid:
