@@ -73,8 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f'{package} is not installed: pip install "fastlora-kernels[{EXTRAS[package]}]"', MISTAKE)
     except OSError as error:
         return _explain(error)
-    except MemoryError:
-        return _say("out of memory", FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):  # torch's, of a GPU
+            raise
+        return _say("out of memory; a smaller --batch-size, or fewer runs of a --sweep, may fit", FAILED)
 
 
 def _explain(error: OSError) -> int:

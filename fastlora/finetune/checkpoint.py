@@ -47,10 +47,12 @@ def fill(model: nn.Module, path: Path, tensors: Mapping[str, Tensor], names: set
     """
     state = {name: held for name, held in model.state_dict().items() if names is None or name in names}
     for name in sorted(state.keys() ^ tensors.keys()):
-        raise UserError(f"{path}: {shown(name)} {'is missing' if name in state else 'has no place in this model'}")
+        how = "is missing" if name in state else "has no place in this one"
+        raise UserError(f"{path}: of another model: {shown(name)} {how}")
     for name, held in state.items():
         if (tensors[name].shape, tensors[name].dtype) != (held.shape, held.dtype):
-            raise UserError(f"{path}: {name} is not of this model's shape {tuple(held.shape)} and {held.dtype}")
+            needed = f"{tuple(held.shape)} and {held.dtype}"
+            raise UserError(f"{path}: of another model: {name} is not of this model's shape {needed}")
         if not tensors[name].isfinite().all():
             raise UserError(f"{path}: {name} holds numbers that are not finite")
     model.load_state_dict(tensors, strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +14,11 @@ from torch import Tensor
 
 from fastlora import env
 from fastlora.errors import UserError, shown
-from fastlora.files import read_regular
+from fastlora.files import read_regular, sha256
+from fastlora.finetune.homes import FILES, fetch, missing
 from fastlora.finetune.parallel import ALONE, World
 
 Batch = tuple[Tensor, ...]  # the model's inputs, then the labels
-FILES = {
-    "imdb": ("imdb/train.parquet", "imdb/test.parquet"),
-    "ag_news": ("ag_news/train.parquet", "ag_news/test.parquet"),
-    "spam": ("spam/train.parquet", "spam/valid.parquet", "spam/test.parquet"),
-    "gpt2": ("gpt2/encoder.json", "gpt2/vocab.bpe"),
-}
 MAX_FILE, MAX_TEXT = 1 << 30, 1 << 30  # the programs hold all words in memory, some ten times the text
 
 
@@ -51,16 +47,16 @@ def locate(where: str, *needed: str) -> Path:
     named, cache = env.data_dir(), env.cache_dir() / "data"
     if named is not None and not missing(named, *needed):
         return named
-    from fastlora.finetune.homes import fetch
-
     for name in needed:
         fetch(name, cache)
     return cache
 
 
-def missing(folder: Path, *needed: str) -> list[str]:
-    """Those files of the data sets `needed` that `folder` lacks."""
-    return [file for name in needed for file in FILES[name] if not os.path.isfile(folder / file)]
+def data_digest(where: str, *needed: str) -> str:
+    """The sha256 of the files that `locate` finds: a run goes on only with the very data that it began with."""
+    folder = locate(where, *needed)
+    sums = [sha256(folder / file) for name in needed for file in FILES[name]]
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def found() -> dict[str, str]:
@@ -114,9 +110,7 @@ def read_texts(
 
 
 def random_split(size: int, seed: int, valid: float = 0.05) -> tuple[Tensor, Tensor]:
-    """Row numbers (train, valid) of a random split; at least one row in each. ValueError when `size` < 2."""
-    if size < 2:
-        raise ValueError(f"a split needs at least 2 rows, got {size}")
+    """Row numbers (train, valid) of a random split of two rows or more; at least one row in each."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     held_out = min(size - 1, max(1, round(size * valid)))
     return order[held_out:], order[:held_out]
@@ -128,31 +122,19 @@ def shuffled(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
+@dataclass
 class Batches:
-    """Batches of rows, by their number: nothing but an integer is needed to go on within an epoch.
+    """Batches of rows, by their number: nothing but an integer is needed to go on within an epoch."""
 
-    Args:
-        size: rows in the data set.
-        take: row numbers (int64 tensor on the CPU) -> batch: the model's inputs, and last the labels.
-        batch_size: rows per batch, in each of the processes that train together.
-        drop_last: leave out the last batch when it is short, as processes that train together must.
-        device: where the batches go. Copies to a GPU are asynchronous, from pinned memory.
-        world: the processes that train together: batches are `world.size` times as large, and each takes its part.
-    """
+    size: int  # rows in the data set
+    take: Callable[[Tensor], Batch]  # row numbers (int64, on the CPU) -> their batch
+    batch_size: int  # rows per batch: given, in each of the processes that train together; kept, in all of them
+    drop_last: bool = False  # leave out the last batch when it is short, as processes that train together must
+    device: torch.device | str = "cpu"  # where the batches go. Copies to a GPU are asynchronous, from pinned memory
+    world: World = ALONE  # the processes that train together: each takes its part of a batch
 
-    def __init__(
-        self,
-        size: int,
-        take: Callable[[Tensor], Batch],
-        batch_size: int,
-        drop_last: bool = False,
-        device: torch.device | str = "cpu",
-        world: World = ALONE,
-    ):
-        if size < 1 or batch_size < 1:
-            raise ValueError(f"size and batch_size must be at least 1, got {size} and {batch_size}")
-        self.size, self.take, self.batch_size, self.world = size, take, batch_size * world.size, world
-        self.drop_last, self.device = drop_last, torch.device(device)
+    def __post_init__(self):
+        self.batch_size, self.device = self.batch_size * self.world.size, torch.device(self.device)
 
     def __len__(self) -> int:
         return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
@@ -182,13 +164,12 @@ class Batches:
 
 @dataclass
 class Data:
-    """What a run reads: the data's folder and digest, its batches, the tokens of an epoch, what the report says."""
+    """What a run reads."""
 
     folder: Path
-    digest: str
     train: Batches
     valid: Batches
     test: Batches
-    tokens: int
-    facts: dict = field(default_factory=dict)
-    shape: tuple[int, ...] = ()
+    tokens: int  # of an epoch
+    facts: dict = field(default_factory=dict)  # what the report says of it
+    shape: tuple[int, ...] = ()  # of a row, in the model

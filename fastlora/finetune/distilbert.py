@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
@@ -25,13 +24,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 import fastlora.peft
 from fastlora.errors import UserError, WorkError, shown
 from fastlora.files import write_json
 from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
-from fastlora.finetune.data import locate, random_split, read_texts
+from fastlora.finetune.data import data_digest, locate, random_split, read_texts
 from fastlora.finetune.hub import LABELS
 from fastlora.finetune.options import chosen, defaults, number, pick_device, whole
 
@@ -45,10 +45,10 @@ SPLIT_SEED = 0
 class Recipe:
     """What is trained and how; lora_dropout as `dropout`, lengths in tokens."""
 
-    model: str
-    target_modules: tuple[str, ...]
-    max_length: int
-    dropout: float
+    model: str = MODEL
+    target_modules: tuple[str, ...] = ()
+    max_length: int = 512
+    dropout: float = 0.01
     epochs: int = 2
     rank: int = 4
     alpha: float = 32.0
@@ -59,17 +59,12 @@ class Recipe:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
     add = parser.add_argument
-    parser.epilog = defaults(Recipe(MODEL, (), 0, 0.0))
-    add("--model", default=MODEL, metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
+    parser.epilog = defaults(Recipe())
+    add("--model", metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
     length = "tokens a review is cut at (default 512)"
-    add("--max-length", type=whole(8, 65536), default=512, metavar="N", help=length)
-    add(
-        "--dropout",
-        type=number(float, 0, 1 - 1e-9, "at least 0 and below 1"),
-        default=0.01,
-        metavar="P",
-        help="lora_dropout (default 0.01)",
-    )
+    add("--max-length", type=whole(8, 65536), metavar="N", help=length)
+    below_one = number(float, 0, 1 - 1e-9, "at least 0 and below 1")
+    add("--dropout", type=below_one, metavar="P", help="lora_dropout (default 0.01)")
     targets = "the layers to adapt (default: by architecture; q_lin for DistilBERT)"
     add("--target-modules", nargs="+", metavar="NAME", help=targets)
     add("--show-tokens", action="store_true", help="print the tokens of the first review")
@@ -80,31 +75,32 @@ def train(args: argparse.Namespace) -> None:
     with parallel.joined(pick_device(args.device)) as (world, device):
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
-        what = f"--model {args.model}"
-        name = hub.located(args.model, what)
-        config = hub.load_config(name, what)
-        targets = args.target_modules or TARGETS.get(config.model_type) or PEFT_TARGETS.get(config.model_type)
+        set_seed(args.seed)  # the head's start
+        recipe = chosen(Recipe(), args)
+        what = f"--model {recipe.model}"
+        name = hub.located(recipe.model, what)
+        tokenizer, model, digest = hub.load_model(name, what)
+        kind, longest = model.config.model_type, getattr(model.config, "max_position_embeddings", recipe.max_length)
+        targets = recipe.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
         if not targets:
-            raise UserError(f"{what}: no default target modules for a {config.model_type!r}; name --target-modules")
-        args.model, args.target_modules, args.max_length = name, targets, min(args.max_length, hub.longest(config))
-        recipe = chosen(Recipe(name, targets, args.max_length, args.dropout), args)
-        settings = runs.settings_of(args, recipe, device=device.type, processes=world.size)
+            raise UserError(f"{what}: no default target modules for a {kind!r}; name --target-modules")
+        _check_targets(model, targets)
+        recipe = replace(recipe, model=name, target_modules=targets, max_length=min(recipe.max_length, longest))
+        settings = runs.settings_of(args, recipe, weights_sha256=digest, device=device.type, processes=world.size,
+                                    data_sha256=data_digest(args.data, "imdb"))  # fmt: skip
         with runs.run_folder(args.output, settings, args.resume) if world.first else contextlib.nullcontext():
             if not (args.resume and runs.finished(args.output)):
-                _train(args, recipe, settings, what, device, world)
+                _train(args, recipe, settings, tokenizer, model, device, world)
 
 
-def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, what: str, device: torch.device, world) -> None:
+def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, tokenizer, model, device, world) -> None:
     folder, texts = args.output, _texts(locate(args.data, "imdb"), args)
-    set_seed(args.seed)
-    tokenizer, model, base = hub.load_model(recipe.model, what)
-    _check_targets(model, recipe.target_modules)
     data = {name: _rows(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
-    if world.first:
-        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        runs.record(folder, {"texts_sha256": digest, "base_digest": base})
-        if args.show_tokens:
-            _show(tokenizer, texts["train"][0][0], recipe.max_length)
+    if world.first and args.show_tokens:
+        text = texts["train"][0][0]
+        encoded = tokenizer(text, truncation=True, max_length=recipe.max_length)
+        print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
+        print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
     model = get_peft_model(model, _lora_config(recipe))
     if args.impl == "fused":
         fastlora.peft.patch(model)
@@ -126,21 +122,21 @@ def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, what: str, 
         print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
     title = f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test"
     runs.leave(folder, {None: history}, title, trainer.args.device, {
-        **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data, "base_digest": base,
+        **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data,
         "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
         "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
         "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
         "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls})  # fmt: skip
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    few = texts["test"][0][:3]
-    for text, (label, probability) in zip(few, load_predictor(folder)(few), strict=True):
-        print(f"  loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
+    text = texts["test"][0][0]
+    ((label, probability),) = load_predictor(folder)([text])
+    print(f"loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
 
 
 class HubTrainer(Trainer):
     """The Trainer, with the accuracy of the training batches and a row of history at each evaluation.
 
-    Its `seconds` leave evaluation out. What it goes on from are its own checkpoints.
+    Its `seconds` leave evaluation out.
     """
 
     def fit(self) -> None:
@@ -157,10 +153,7 @@ class HubTrainer(Trainer):
         try:
             self.train(resume_from_checkpoint=last and str(last))
         except BaseException:
-            for callback in self.callback_handler.callbacks:  # so that what is said of an error begins a line
-                for bar in (getattr(callback, "prediction_bar", None), getattr(callback, "training_bar", None)):
-                    if bar is not None:
-                        bar.close()
+            print(file=sys.stderr)  # what is said of an error is to begin a line, not to follow a bar
             with contextlib.suppress(OSError):  # it holds checkpoints, or nothing is left of the run
                 folder.rmdir()
             raise
@@ -179,10 +172,7 @@ class HubTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs):
-        """The Trainer's, and a row of history that is kept in its state, so that checkpoints hold it.
-
-        Raises WorkError when training has diverged: nothing of such a run is kept.
-        """
+        """The Trainer's, and a row of history in its state. WorkError for a run that has diverged."""
         self.seconds += time.perf_counter() - self._began
         loss, correct, rows = self.accelerator.reduce(self._tally.to(self.args.device), "sum").tolist()
         metrics = super().evaluate(*args, **kwargs)
@@ -214,12 +204,7 @@ class HubTrainer(Trainer):
 def make_trainer(
     model, tokenizer, data: dict[str, list], folder: Path, seed: int, recipe: Recipe, device: torch.device, processes=1
 ) -> HubTrainer:
-    """The trainer of one run: batches of similar length, evaluation and a checkpoint at each epoch's end, best kept.
-
-    Args:
-        data: rows for "train" and "valid".
-        folder: for the checkpoints.
-    """
+    """The trainer of one run on `data`'s "train" and "valid"; checkpoints go to `folder`, the best is kept."""
     grouped = {"train_sampling_strategy": "group_by_length"}
     if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # transformers 4
         grouped = {"group_by_length": True}
@@ -234,12 +219,12 @@ def make_trainer(
     )  # fmt: skip
     if processes == 1 and device.type == "cuda":
         settings._n_gpu = 1  # --device names one; the Trainer would spread over all that it sees
+
+    def accuracy(prediction) -> dict[str, float]:
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
     return HubTrainer(model=model, args=settings, train_dataset=data["train"], eval_dataset=data["valid"],
-                      data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=_accuracy)  # fmt: skip
-
-
-def _accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
+                      data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=accuracy)  # fmt: skip
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
@@ -247,17 +232,15 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
 
     Raises UserError when the run is not finished or damaged, or the model that it adapts is not to be had.
     """
-    report = runs.read_report(run, model=str, max_length=int)
+    report = runs.read_report(run)
     what = f"{run}: its base model {shown(report['model'])}"
-    with hub.quietly():
-        tokenizer, model, base = hub.load_model(hub.located(report["model"], what), what)
-        if report.get("base_digest") not in (None, base):  # earlier versions left another, or none
-            raise UserError(f"{what} is not the one that the run adapted: its weights, words or settings were changed")
-        max_length = min(report["max_length"], hub.longest(model.config))
-        model = hub.load_adapter(model, run)
-    if report.get("impl") == "fused":
-        fastlora.peft.patch(model)
-    model.eval()
+    logging.set_verbosity_error()  # no report of weights that the adapter brings
+    logging.disable_progress_bar()
+    tokenizer, model, digest = hub.load_model(hub.located(report["model"], what), what)
+    if report.get("weights_sha256") not in (None, digest):  # earlier versions left none
+        raise UserError(f"{what} is not the one that the run adapted: its weights were changed")
+    max_length = min(report["max_length"], getattr(model.config, "max_position_embeddings", report["max_length"]))
+    fastlora.load_adapter(model, run).eval()
 
     @torch.inference_mode()
     def predict(texts: list[str]) -> list[tuple[str, float]]:
@@ -276,35 +259,24 @@ def _lora_config(recipe: Recipe) -> LoraConfig:
 
 def _check_targets(model, names: tuple[str, ...]) -> None:
     """Each name must be that of a linear layer, or its end: PEFT passes over the others as long as one is found."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     for name in names:
-        if not any(f".{layer}".endswith(f".{name}") for layer in linear):
+        if not any(layer.endswith(f".{name}") for layer in linear):
             there = ", ".join(sorted({layer.rpartition(".")[2] for layer in linear}))
             raise UserError(f"--target-modules {name}: the model has no such linear layer; names there: {there}")
 
 
 def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str], list[int]]]:
     texts, labels = read_texts(folder / "imdb/train.parquet", len(LABELS), args.train_samples, least=2)
-    train, valid = (
-        ([texts[i] for i in rows], [labels[i] for i in rows])
-        for rows in (part.tolist() for part in random_split(len(texts), SPLIT_SEED))
-    )
-    return {"train": train, "valid": valid, "test": read_texts(folder / "imdb/test.parquet", 2, args.test_samples)}
+    parts = {"test": read_texts(folder / "imdb/test.parquet", len(LABELS), args.test_samples)}
+    for name, rows in zip(("train", "valid"), random_split(len(texts), SPLIT_SEED), strict=True):
+        parts[name] = [texts[i] for i in rows], [labels[i] for i in rows]
+    return parts
 
 
 def _rows(tokenizer, texts: list[str], labels: list[int], max_length: int) -> list[dict]:
-    """The texts' input_ids and attention_mask, lists that are not padded, and labels.
-
-    Sorted by length, so that the neighbours of an evaluation batch need little padding; training batches are drawn by
-    the Trainer's own sampler of similar lengths.
-    """
+    """The texts' token ids, masks and labels, not padded, by length: neighbours in evaluation need little padding."""
     encoded = tokenizer(texts, truncation=True, max_length=max_length, return_token_type_ids=False)
     rows = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
     made = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]
     return sorted(made, key=lambda row: -len(row["input_ids"]))
-
-
-def _show(tokenizer, text: str, max_length: int) -> None:
-    encoded = tokenizer(text, truncation=True, max_length=max_length)
-    print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
-    print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")

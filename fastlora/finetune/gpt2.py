@@ -25,7 +25,7 @@ from fastlora.finetune.homes import SOURCES
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Sizes of a GPT-2; `token_std` and `position_std` are the spread of random embeddings, `linear_std` of weights."""
+    """Sizes of a GPT-2, and the spread of its weights where they are random."""
 
     vocabulary: int = 50257
     context: int = 1024
@@ -35,7 +35,6 @@ class GPT2Config:
     classes: int = 2
     token_std: float = 0.02
     position_std: float = 0.01
-    linear_std: float = 0.02
 
 
 # nano is meant for random weights. Token vectors of spread 1 keep words apart as random features; attention that starts
@@ -92,7 +91,7 @@ class GPT2(nn.Module):
         self.head = nn.Linear(config.width, config.classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=config.linear_std)
+                nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.tokens.weight, std=config.token_std)
         nn.init.normal_(self.positions.weight, std=config.position_std)

@@ -11,18 +11,21 @@ import argparse
 import csv
 import http.client
 import io
+import os
 import random
 import re
 import shutil
 import socket
 import tarfile
-import urllib.error
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from filelock import FileLock
+from torch.hub import download_url_to_file
+
 from fastlora.errors import UserError, WorkError, shown
-from fastlora.files import read_regular, sha256, write_bytes
+from fastlora.files import read_regular, write_bytes
 from fastlora.finetune.options import folder_name
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -31,11 +34,16 @@ SEED = 123  # of the splits
 _REVIEW = re.compile(r"aclImdb/(train|test)/(neg|pos)/(\d+)_\d+\.txt")
 _MOST = 100_000_000  # bytes of the SMS Spam Collection, two hundred times its size
 
-
 _IMDB = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 _AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 _SPAM = "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip"
 _GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+FILES = {  # of a data set, in the folder of `--data`
+    "imdb": ("imdb/train.parquet", "imdb/test.parquet"),
+    "ag_news": ("ag_news/train.parquet", "ag_news/test.parquet"),
+    "spam": ("spam/train.parquet", "spam/valid.parquet", "spam/test.parquet"),
+    "gpt2": ("gpt2/encoder.json", "gpt2/vocab.bpe"),
+}
 SOURCES = {  # where the files of a data set are, and the sha256 that each must have
     "imdb": {_IMDB: "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"},
     "ag_news": {
@@ -50,6 +58,11 @@ SOURCES = {  # where the files of a data set are, and the sha256 that each must 
 }
 
 
+def missing(folder: Path, *needed: str) -> list[str]:
+    """Those files of the data sets `needed` that `folder` lacks."""
+    return [file for name in needed for file in FILES[name] if not os.path.isfile(folder / file)]
+
+
 def fetch(name: str, folder: Path) -> None:
     """Make the files of data set `name` in `folder`, unless they are there, from its public home.
 
@@ -58,11 +71,8 @@ def fetch(name: str, folder: Path) -> None:
     Raises:
         WorkError: the network or the data failed; the message says which file, why, and what to do.
     """
-    from fastlora.finetune.data import missing
-    from fastlora.finetune.run import locked
-
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f".{name}.lock"):
+    with FileLock(folder / f".{name}.lock"):
         if missing(folder, name):
             downloads = folder / f".{name}"
             convert(name, [download(*source, downloads) for source in SOURCES[name].items()], folder / name)
@@ -74,26 +84,16 @@ def download(url: str, sum: str, folder: Path) -> Path:
 
     Raises WorkError when the third attempt failed too: no connection, a refusal, content with a wrong checksum.
     """
-    from torch.hub import download_url_to_file
-
     folder.mkdir(parents=True, exist_ok=True)
     path, before = folder / url.rpartition("/")[2], socket.getdefaulttimeout()
-    if path.is_file() and sha256(path) == sum:  # of a call that was killed
-        return path
     socket.setdefaulttimeout(TIMEOUT)  # torch sets none
     try:
         for _ in range(ATTEMPTS):
             try:
                 download_url_to_file(url, str(path), hash_prefix=sum)
                 return path
-            except urllib.error.HTTPError as error:
-                why = f"the server says {error.code} {shown(error.reason)}"
-                if error.code < 500:
-                    break
-            except RuntimeError:  # torch's, for a wrong checksum
-                why = f"its sha256 is not the expected {sum[:16]}…: damaged on its way or replaced at its home"
-            except (http.client.HTTPException, urllib.error.URLError, ConnectionError, TimeoutError) as error:
-                why = shown(str(getattr(error, "reason", error)) or type(error).__name__)
+            except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last for a wrong checksum
+                why = shown(str(error) or type(error).__name__)
     finally:
         socket.setdefaulttimeout(before)
     raise WorkError(f"{url}: cannot be fetched ({why}); give a folder with the data by --data DIR, "
@@ -101,24 +101,18 @@ def download(url: str, sum: str, folder: Path) -> Path:
 
 
 def convert(name: str, parts: Sequence[Path], folder: Path) -> None:
-    """Make the files of data set `name` in `folder` out of `parts`; WorkError when these are not what they should be.
-
-    Members of archives are read, never unpacked by their names.
-    """
-    try:
-        if name == "imdb":
-            write_tables(folder, _reviews(parts[0]))
-        elif name == "ag_news":
-            write_tables(folder, {part.stem: _news(part) for part in parts})
-        elif name == "spam":
-            with zipfile.ZipFile(parts[0]) as archive, archive.open("SMSSpamCollection") as member:
-                write_tables(folder, balanced_split(member.read(_MOST), parts[0]))
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            for part in parts:
-                write_bytes(folder / part.name, part.read_bytes())
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, KeyError, ValueError, csv.Error) as error:
-        raise WorkError(f"{parts[0]}: not the archive of {name} ({error})") from None
+    """Make the files of data set `name` in `folder` out of `parts`. Members of archives are not unpacked by names."""
+    if name == "imdb":
+        write_tables(folder, _reviews(parts[0]))
+    elif name == "ag_news":
+        write_tables(folder, {part.stem: _news(part) for part in parts})
+    elif name == "spam":
+        with zipfile.ZipFile(parts[0]) as archive:
+            write_tables(folder, balanced_split(archive.read("SMSSpamCollection"), parts[0]))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            shutil.copy(part, folder)
 
 
 def write_tables(folder: Path, tables: dict, columns: Sequence[str] = ("text", "label")) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.errors import UserError
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
-from fastlora.finetune.data import Batches, Data, locate, random_split, read_texts
+from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
 from fastlora.finetune.trainer import Member, Settings, Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of, part_of
-from fastlora.finetune.words import TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
+from fastlora.finetune.words import DIM, TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
 
 LABELS, TOPICS = ("negative", "positive"), 4
 WORDS, LEAST = 20_000, 3  # vocabulary: how many words, and how often each occurs at least
@@ -32,24 +30,17 @@ BASE_SEED = 0  # of the split and of the base
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the classifier is trained.
-
-    Attributes:
-        epochs, lr, decay, clip, batch_size: of the fine-tuning by SGD; the rate is multiplied by `decay` each epoch.
-        rank, alpha: of the adapter; the update is scaled by alpha / rank.
-        pretrain_epochs: passes over the news; their rate is 1, halved each epoch.
-        scale: mean norm of the word vectors, which are weighted for averaging; None leaves them as they are.
-    """
+    """How the classifier is fine-tuned, by SGD."""
 
     epochs: int = 5
     lr: float = 1.0
-    decay: float = 0.1
+    decay: float = 0.1  # of the rate, after each epoch
     clip: float = 1.0
     batch_size: int = 64
     rank: int = 2
-    alpha: float = 16.0
-    pretrain_epochs: int = 3
-    scale: float | None = 10.0
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    pretrain_epochs: int = 3  # passes over the news; their rate is 1, halved each epoch
+    scale: float | None = 10.0  # mean norm of the word vectors, weighted for averaging; None leaves them as they are
 
 
 RECIPES = {
@@ -60,19 +51,13 @@ RECIPES = {
 
 
 class TextClassifier(nn.Module):
-    """embedding -> mean over the text's words -> fc1 -> ReLU -> fc2.
+    """embedding of `words` in `dim` numbers -> mean over the text's words -> fc1 -> ReLU -> fc2: `classes` logits."""
 
-    Args:
-        words, dim: of the embedding.
-        classes: logits per text.
-        hidden: outputs of fc1.
-    """
-
-    def __init__(self, words: int, dim: int, classes: int, hidden: int = 128):
+    def __init__(self, words: int, dim: int, classes: int):
         super().__init__()
         self.embedding = nn.EmbeddingBag(words, dim, mode="mean", _weight=torch.zeros(words, dim))
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, classes)
+        self.fc1 = nn.Linear(dim, 128)
+        self.fc2 = nn.Linear(128, classes)
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Logits, float32 (batch, classes), of a `TextDataset.batch`: ids (words,), offsets (batch + 1,)."""
@@ -99,12 +84,12 @@ def train(args: argparse.Namespace) -> None:
     folder, device = args.output, pick_device(args.device)
     recipe, how = chosen(RECIPES[args.recipe], args), step_choices(args)
     members = members_of(args, recipe)
-    settings = runs.settings_of(args, recipe, precision=how["precision"], device=device.type)
+    settings = runs.settings_of(args, recipe, precision=how["precision"], device=device.type,
+                                data_sha256=data_digest(args.data, "imdb", "ag_news"))  # fmt: skip
     with runs.run_folder(folder, settings, args.resume) as begun:
         if begun and runs.finished(folder):
             return
         data = load_data(args, recipe, device)
-        runs.record(folder, {"texts_sha256": data.digest})
         data.vocabulary.save(folder / VOCABULARY)
         model, pretrained = load_base(folder, data) if (folder / MODEL).exists() else make_base(recipe, data, device)
         model.to(device)
@@ -150,10 +135,6 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
     reviews = [texts["imdb/train"][i] for i in train.tolist()]
     vocabulary = Vocabulary.of([*reviews, *texts["ag_news/train"]], WORDS, LEAST)
     sets = {name: TextDataset(texts[name], labels[name], vocabulary) for name in texts}
-    digest = hashlib.sha256()
-    for dataset in sets.values():
-        for part in (dataset.ids, dataset.offsets, dataset.labels):
-            digest.update(part.numpy())
 
     corpus, offsets, _ = sets["imdb/train"].batch(train)
     news = sets["ag_news/train"]
@@ -164,7 +145,6 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
     else:
         vectors, count = read_glove(args.vectors, vocabulary)
         source = f"{args.vectors.name}, {count:,} of {len(vocabulary):,} words"
-        digest.update(vectors.numpy())
     if recipe.scale is not None:
         vectors = weighted(vectors, ids, recipe.scale)
     print(f"{len(sets['imdb/train']):,} + {len(sets['imdb/test']):,} reviews, {len(news):,} news; word vectors "
@@ -176,7 +156,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
         return Batches(len(rows), lambda i: dataset.batch(rows[i], pad_to), recipe.batch_size, device=device)
 
     return Reviews(
-        folder, digest.hexdigest(), batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"),
+        folder, batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"),
         len(corpus), {"vectors": source, "vocabulary": len(vocabulary)}, vocabulary=vocabulary,
         vectors=vectors, news=batches("ag_news/train"), news_test=batches("ag_news/test"),
     )  # fmt: skip
@@ -215,10 +195,7 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     Raises UserError when a file is missing or damaged.
     """
     vocabulary, (tensors, _) = Vocabulary.load(run / VOCABULARY), read_checkpoint(run / MODEL)
-    vectors, head = tensors.get("embedding.weight"), tensors.get("fc2.weight")
-    if vectors is None or head is None or vectors.ndim != 2 or len(vectors) != len(vocabulary):
-        raise UserError(f"{run / MODEL}: not the model of a finished IMDb run of {len(vocabulary)} words")
-    model = TextClassifier(*vectors.shape, len(LABELS), hidden=head.shape[-1])
+    model = TextClassifier(len(vocabulary), DIM, len(LABELS))
     fill(model, run / MODEL, tensors)
     fastlora.load_adapter(model, run).eval()
 

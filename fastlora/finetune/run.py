@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import io
 import json
-import os
 import platform
 import resource
 import sys
@@ -16,11 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 import fastlora
 from fastlora.errors import UserError, shown
-from fastlora.files import FULL, clear_leftovers, read_json, write_bytes, write_json
+from fastlora.files import clear_leftovers, read_json, write_bytes, write_json
 
 SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
@@ -29,18 +28,6 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, VOCABULARY,
              "gpt2", "adapters")  # fmt: skip
 LOCK = ".fastlora.lock"
-
-
-@contextlib.contextmanager
-def locked(path: Path, busy: str | None = None) -> Iterator[None]:
-    """Hold the lock file `path`; while another process does, wait, or raise UserError(busy)."""
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(path, timeout=0 if busy else -1):
-            yield
-    except Timeout:
-        raise UserError(busy) from None
 
 
 def settings_of(args: argparse.Namespace, recipe, **more) -> dict:
@@ -53,26 +40,23 @@ def settings_of(args: argparse.Namespace, recipe, **more) -> dict:
 def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
     """Hold `path` as the output folder of a run; yields True when it holds an unfinished run to go on with.
 
-    Args:
-        path: the folder, made if needed.
-        settings: what decides the run's result (JSON values); kept in run.json, so that a run is resumed only with
-            the settings it was started with.
-        resume: go on with the run that the folder holds (an empty folder starts a new one).
+    `settings`, JSON values that decide the run's result, are kept in run.json: with `resume`, the run that the folder
+    holds goes on only with those that it was started with. An empty folder starts a new one.
 
     Raises UserError when the folder holds a run and `resume` is false, the run was started with other settings,
     another process holds the folder, or it cannot be written to.
     """
-    with contextlib.ExitStack() as held:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(path / LOCK, f"{path}: another run is writing to this folder"))
-        except OSError as error:
-            if error.errno in FULL:
-                raise
-            raise UserError(f"{path}: cannot be used as output folder ({error.strerror})") from None
-        present = [name for name in RUN_FILES if os.path.lexists(path / name)]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held = FileLock(path / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{path}: another run is writing to this folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be used as output folder ({error.strerror})") from None
+    with held:
+        present = [name for name in RUN_FILES if (path / name).exists()]
         if present and not resume:
-            state = "a finished run" if {SETTINGS, REPORT} <= {*present} else f"a run's files ({present[0]})"
+            state = "a finished run" if REPORT in present else f"a run's files ({present[0]})"
             hint = ", or go on with it by --resume" if SETTINGS in present and REPORT not in present else ""
             raise UserError(f"{path}: holds {state} already; choose another --output{hint}")
         if present and SETTINGS not in present:
@@ -80,25 +64,18 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
         if resume and not present:
             print(f"{path}: holds no run to go on with; a new one starts", flush=True)
         clear_leftovers(path)
-        record(path, settings)
+        before = read_json(path / SETTINGS) if SETTINGS in present else dict(settings)
+        for key, value in settings.items():
+            if before.setdefault(key, value) != value:
+                raise UserError(f"{path}: the run was started with {key} = {shown(before[key])}, not {shown(value)}; "
+                                "--resume needs the same settings and data")  # fmt: skip
+        write_json(path / SETTINGS, before)
         try:
             yield bool(present)
         except Exception:
-            if not any(os.path.lexists(path / name) for name in RUN_FILES if name != SETTINGS):
+            if not any((path / name).exists() for name in RUN_FILES if name != SETTINGS):
                 (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
             raise
-
-
-def record(path: Path, facts: Mapping) -> None:
-    """Add `facts` to what the run in folder `path` was started with; UserError where it was started with others."""
-    before = read_json(path / SETTINGS) if os.path.lexists(path / SETTINGS) else {}
-    if not isinstance(before, dict):
-        raise UserError(f"{path / SETTINGS}: damaged, not a run's settings")
-    for key, value in facts.items():
-        if before.setdefault(key, value) != value:
-            raise UserError(f"{path}: the run was started with {key} = {shown(before[key])}, not {shown(value)}; "
-                            "--resume needs the same settings and data")  # fmt: skip
-    write_json(path / SETTINGS, before)
 
 
 def finished(path: Path) -> bool:
@@ -115,12 +92,10 @@ def leave(
 
     `histories` are those of a sweep's runs by name, or that of None alone.
     """
-    text = io.StringIO()
+    import pandas as pd
+
     rows = [({"run": name} if name else {}) | row for name, history in histories.items() for row in history]
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(folder / "history.csv", text.getvalue().encode())
+    write_bytes(folder / "history.csv", pd.DataFrame(rows).to_csv(index=False).encode())
     plot_histories(folder / "curves.png", histories, title)
     report = {
         **report,
@@ -145,7 +120,6 @@ def leave(
 def plot_histories(path: Path, histories: Mapping[str | None, Sequence[Mapping]], title: str) -> None:
     """Draw loss on the left, accuracy on the right: training and validation of one run, or validation of several."""
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     figure.suptitle(title)
@@ -153,28 +127,22 @@ def plot_histories(path: Path, histories: Mapping[str | None, Sequence[Mapping]]
         for name, history in histories.items():
             for part in ("valid",) if name else ("train", "valid"):
                 values = [row[f"{part}_{quantity}"] for row in history]
-                marker = "o" if len(history) < 40 else None
-                axes.plot([row["epoch"] for row in history], values, marker=marker, markersize=3, label=name or part)
-        axes.set(xlabel="epoch", ylabel=f"validation {quantity}" if len(histories) > 1 else quantity)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.plot([row["epoch"] for row in history], values, ".-", label=name or part)
+        axes.set(xlabel="epoch", ylabel=quantity if None in histories else f"validation {quantity}")
         axes.grid(alpha=0.3)
-        if quantity == "accuracy" or None in histories:
-            axes.legend(fontsize="small" if None in histories else "xx-small")
+        axes.legend(fontsize="x-small")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_bytes(path, image.getvalue())
 
 
-def read_report(folder: Path, **wanted: type) -> dict:
-    """The report of a finished run; UserError when `folder` holds none, or one without `wanted` names and types."""
-    try:
-        os.lstat(folder / REPORT)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: holds no finished run (no {REPORT})") from None
+def read_report(folder: Path) -> dict:
+    """The report of a finished run; UserError when `folder` holds none."""
+    if not (folder / REPORT).exists():
+        raise UserError(f"{folder}: holds no finished run (no {REPORT})")
     report = read_json(folder / REPORT)
-    for name, kind in {"task": str, **wanted}.items():
-        if not isinstance(report, dict) or type(report.get(name)) is not kind:
-            raise UserError(f"{folder / REPORT}: damaged, it names no {name}")
+    if not isinstance(report, dict) or "task" not in report:
+        raise UserError(f"{folder / REPORT}: damaged, it names no task")
     return report
 
 

@@ -6,9 +6,9 @@ import random
 import re
 from pathlib import Path
 
-from fastlora.finetune.data import missing
-from fastlora.finetune.homes import write_tables
-from fastlora.finetune.run import LOCK, locked
+from filelock import FileLock
+
+from fastlora.finetune.homes import missing, write_tables
 
 VERSION = "2"  # changes when the texts do
 _WORDS = {
@@ -51,7 +51,7 @@ _SPAM = (
 def make_sample(folder: Path) -> Path:
     """Write imdb, ag_news and spam in the layout of `--data DIR` below `folder`, unless they are there; return it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / LOCK):
+    with FileLock(folder / ".fastlora.lock"):
         for name, rows in _tables().items() if missing(folder, "imdb", "ag_news", "spam") else ():
             data_set, part = name.split("/")
             write_tables(

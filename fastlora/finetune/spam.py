@@ -6,7 +6,6 @@ Source: Raschka, "Build a Large Language Model (From Scratch)", chapter 6 and ap
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from fastlora.files import sha256
 from fastlora.finetune import gpt2, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
-from fastlora.finetune.data import FILES, Batches, Data, locate, read_texts
+from fastlora.finetune.data import FILES, Batches, Data, data_digest, locate, read_texts
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL
@@ -37,21 +36,15 @@ BASE_SEED = 0  # of random weights
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the classifier is trained: AdamW at a constant rate, as published.
-
-    Attributes:
-        epochs, lr, weight_decay, batch_size: of AdamW.
-        rank, alpha: of the adapters; the update is scaled by alpha / rank.
-        eval_every: steps between evaluations on the validation messages; checkpoints are written as often.
-    """
+    """How the classifier is trained: AdamW at a constant rate, as published."""
 
     epochs: int = 5
     lr: float = 8e-4
     weight_decay: float = 0.1
     batch_size: int = 8
     rank: int = 16
-    alpha: float = 16.0
-    eval_every: int = 50
+    alpha: float = 16.0  # the updates are scaled by alpha / rank
+    eval_every: int = 50  # steps between evaluations on the validation messages; checkpoints are written as often
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,52 +72,55 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
     weights = find_base(args.weights, size)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     how = step_choices(args, "bf16" if bf16 else "fp32")
-    base = {"model": size, "weights": str(weights or RANDOM), "weights_sha256": weights and sha256(weights)}
-    settings = runs.settings_of(args, recipe, **base, precision=how["precision"], device=device.type,
-                                processes=world.size)  # fmt: skip
+    settings = runs.settings_of(
+        args, recipe, precision=how["precision"], device=device.type, processes=world.size, model=size,
+        weights=str(weights or RANDOM), weights_sha256=weights and sha256(weights),
+        data_sha256=data_digest(args.data, *needed(args.data)),
+    )  # fmt: skip
     with runs.run_folder(folder, settings, args.resume) if world.first else nullcontext(False) as begun:
         begun = world.broadcast(begun, device)
         if begun and runs.finished(folder):
             return
         data = load_data(args, recipe, world, device)
-        model = make_base(size, weights)
-        if world.first:
-            runs.record(folder, {"texts_sha256": data.digest})
-        if begun and (folder / MODEL).exists():
-            load_base(model, weights, folder)
-        elif world.first:
-            write_checkpoint(folder / MODEL, _of_no_file(model, weights))
-        model.to(device)
-        model.grad_checkpointing = args.grad_checkpointing
-        adapt(model, members, args.impl, "all-linear")
-        if how["precision"] != "float32":
-            _store_frozen(model, getattr(torch, how["precision"]))
-        training = Settings(epochs=recipe.epochs, every=recipe.eval_every, checkpoint=folder / CHECKPOINT, **how)
-        optimiser = torch.optim.AdamW(groups_of(model, members), weight_decay=recipe.weight_decay, fused=True)
-        trainer = Trainer(model, optimiser, data.train, data.valid, training, members, world)
-
-        def keep(_) -> None:
+        kept = folder / MODEL if begun and (folder / MODEL).exists() else None
+        model = make_base(size, weights, kept)
+        if world.first and kept is None:
+            write_checkpoint(folder / MODEL, {name: model.state_dict()[name] for name in random_names(model, weights)})
             for file in FILES["gpt2"]:  # so that `predict` finds them
                 if (data.folder / file).exists():
                     (folder / "gpt2").mkdir(exist_ok=True)
                     shutil.copyfile(data.folder / file, folder / file)
+        model.to(device)
+        model.grad_checkpointing = args.grad_checkpointing
+        adapt(model, members, args.impl, "all-linear")
+        if how["precision"] != "float32":
+            for layer in model.modules():  # frozen weights in the dtype that autocast would cast them to at every use
+                if isinstance(layer, FusedLoRALinear):
+                    layer.weight.data = layer.weight.data.to(getattr(torch, how["precision"]))
+                    layer.bias.data = layer.bias.data.to(layer.weight.dtype)
+        training = Settings(epochs=recipe.epochs, every=recipe.eval_every, checkpoint=folder / CHECKPOINT, **how)
+        optimiser = torch.optim.AdamW(groups_of(model, members), weight_decay=recipe.weight_decay, fused=True)
+        trainer = Trainer(model, optimiser, data.train, data.valid, training, members, world)
 
         settings["base"] = str(weights or "random weights, frozen")
         title, layer = f"Spam, {size}, {args.impl}", model.blocks[0].attention.query
-        fine_tune(args, settings, trainer, data, layer, begun, title, keep)
+        fine_tune(args, settings, trainer, data, layer, begun, title)
+
+
+def needed(where: str) -> tuple[str, ...]:
+    """The data sets that are looked for. Of a folder without GPT-2's vocabulary, tiktoken brings its own."""
+    return ("spam", "gpt2") if where == "auto" else ("spam",)
 
 
 def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, device: torch.device) -> Data:
     """Read and encode the messages, all as long as the longest of the training messages."""
-    folder = locate(args.data, "spam", *(["gpt2"] if args.data == "auto" else []))
-    encoding, length, digest = _encoding(args.data, folder), None, hashlib.sha256()
+    folder = locate(args.data, *needed(args.data))
+    encoding, length = _encoding(args.data, folder), None
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for name, limit in (("train", args.train_samples), ("valid", None), ("test", args.test_samples)):
         texts, labels = read_texts(folder / "spam" / f"{name}.parquet", len(LABELS), limit, "Text", "Label")
         parts[name] = gpt2.encode(texts, encoding, length), torch.tensor(labels)
         length = parts[name][0].shape[1]
-        for part in parts[name]:
-            digest.update(part.numpy())
     sizes = {name: len(labels) for name, (_, labels) in parts.items()}
     whole = recipe.batch_size * world.size
     if sizes["train"] < whole:
@@ -138,8 +134,8 @@ def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, d
     if world.first:
         print(f"{' + '.join(f'{size:,}' for size in sizes.values())} messages of {length} tokens", flush=True)
     train = batches("train")
-    return Data(folder, digest.hexdigest(), train, batches("valid"), batches("test"),
-                len(train) * train.batch_size * length, {"length": length}, (length,))  # fmt: skip
+    tokens = len(train) * train.batch_size * length
+    return Data(folder, train, batches("valid"), batches("test"), tokens, {"length": length}, (length,))
 
 
 def _encoding(data: object, folder: Path):
@@ -157,29 +153,23 @@ def find_base(named: str | None, size: str) -> Path | None:
     return gpt2.find_weights(None if named is None else env.expanded(named)).resolve()
 
 
-def make_base(size: str, weights: Path | None) -> GPT2:
-    """The model with its frozen weights from the file, or random ones; its head is random in any case."""
+def make_base(size: str, weights: Path | None, kept: Path | None = None) -> GPT2:
+    """The model with its frozen weights from the file `weights`, or random ones; its head is random in any case.
+
+    What is random comes from the file `kept`, of the run that goes on: another version of torch may draw otherwise.
+    """
     torch.manual_seed(BASE_SEED)
     model = GPT2(CONFIGS[size])
     if weights is not None:
         gpt2.load_weights(model, weights)
+    if kept is not None:
+        fill(model, kept, read_checkpoint(kept)[0], random_names(model, weights))
     return model
 
 
-def load_base(model: GPT2, weights: Path | None, folder: Path) -> None:
-    """Read into `model` what its run kept of it, which another version of torch might draw otherwise."""
-    fill(model, folder / MODEL, read_checkpoint(folder / MODEL)[0], set(_of_no_file(model, weights)))
-
-
-def _of_no_file(model: GPT2, weights: Path | None) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if weights is None or name.startswith("head.")}
-
-
-def _store_frozen(model: GPT2, dtype: torch.dtype) -> None:
-    """Keep the frozen linear weights in the dtype that autocast would cast them to at every use."""
-    for layer in model.modules():
-        if isinstance(layer, FusedLoRALinear):
-            layer.weight.data, layer.bias.data = layer.weight.data.to(dtype), layer.bias.data.to(dtype)
+def random_names(model: GPT2, weights: Path | None) -> set[str]:
+    """The names of what no file of weights has."""
+    return {name for name in model.state_dict() if weights is None or name.startswith("head.")}
 
 
 def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
@@ -187,20 +177,16 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
 
     Raises UserError when a file is missing or damaged, or the base weights are no longer where they were.
     """
-    report = runs.read_report(run, length=int, model=str, weights=str)
-    size, length = report["model"], min(report["length"], gpt2.LONGEST)
-    if size not in CONFIGS:
-        raise UserError(f"{run / runs.REPORT}: damaged, there is no model {size!r}")
+    report = runs.read_report(run)
     weights = None if report["weights"] == RANDOM else Path(report["weights"])
-    encoding, model = _encoding(report.get("dataset"), run), make_base(size, weights)
+    encoding, model = _encoding(report["dataset"], run), make_base(report["model"], weights, run / MODEL)
     if weights and report.get("weights_sha256") not in (None, sha256(weights)):  # earlier versions left none
         raise UserError(f"{weights}: not the base weights that {run} was trained on")
-    load_base(model, weights, run)
     fastlora.load_adapter(model, run).eval()
 
     @torch.inference_mode()
     def predict(texts: list[str]) -> list[tuple[str, float]]:
-        chances, classes = model(gpt2.encode(texts, encoding, length)).softmax(-1).max(-1)
+        chances, classes = model(gpt2.encode(texts, encoding, report["length"])).softmax(-1).max(-1)
         return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
 
     return predict

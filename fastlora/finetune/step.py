@@ -28,32 +28,20 @@ MAX_GRAPHS = 32  # shapes captured; each keeps the memory of its activations
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a step is taken.
+    """How a step is taken."""
 
-    Attributes:
-        clip: largest norm of the gradient; None does not clip.
-        precision: "float32", or "bfloat16" or "float16" for autocast.
-        graph: capture the step as a CUDA graph where that can be done.
-        compile: pass the model's forward through torch.compile, in one graph.
-    """
-
-    clip: float | None = None
-    precision: str = "float32"
-    graph: bool = False
-    compile: bool = False
+    clip: float | None = None  # largest norm of the gradient; None does not clip
+    precision: str = "float32"  # or "bfloat16" or "float16", for autocast
+    graph: bool = False  # capture the step as a CUDA graph where that can be done
+    compile: bool = False  # pass the model's forward through torch.compile, in one graph
 
 
 class Step:
     """`step(group)` takes one optimiser step on a group of batches; float64 (n, 2): summed loss, correct rows.
 
-    n adapters over one frozen base may train at once: a batch then holds as many rows of each, one after the other.
-    They step by `gradients`, all or some at a time, and `update`; sums are NaN where a loss or gradient is not finite.
-
-    Args:
-        model: logits (batch, classes) of a batch's inputs; trained by cross-entropy, the mean over the group's rows.
-        optimiser: over the trained parameters.
-        settings: how.
-        world: the processes that train together; each is given as many rows of every batch.
+    Trained is the mean cross-entropy of `model(*inputs)`, logits (batch, classes), over the group's rows. n adapters
+    over one frozen base may train at once: a batch then holds as many rows of each, one after the other. They step by
+    `gradients`, all or some at a time, and `update`; sums are NaN where a loss or gradient is not finite.
 
     Attributes:
         names: the adapters that a batch's rows belong to, in the order of the optimiser's groups; None: the only one.
@@ -108,9 +96,8 @@ class Step:
         for p in (p for trained in self.groups() for p in trained["params"]):
             p.grad = None
         rows, sums = sum(len(batch[-1]) for batch in group), 0
-        for i, (*inputs, labels) in enumerate(group, 1):
-            apart = self.world.size > 1 and i < len(group)  # gradients are exchanged with the last batch's
-            with self._forward.no_sync() if apart else nullcontext(), self.routed(len(labels)):
+        for *inputs, labels in group:
+            with self.routed(len(labels)):
                 losses, part = self.losses(inputs, labels)
                 loss = losses.sum() * (len(labels) / rows)
                 self.scaler.scale(loss).backward()

@@ -14,51 +14,35 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from fastlora.errors import UserError, WorkError
-from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
-from fastlora.finetune.data import Batch, Batches
+from fastlora.errors import WorkError
+from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
+from fastlora.finetune.data import Batches
 from fastlora.finetune.parallel import ALONE, World
 from fastlora.finetune.step import Step, StepSettings
 
 
 @dataclass(frozen=True)
 class Settings(StepSettings):
-    """How long to train, and how each step is taken.
+    """How long to train, and how each step is taken."""
 
-    Attributes:
-        epochs: passes over the training batches.
-        decay: the rates are multiplied by it after each epoch.
-        every: evaluate, and write the checkpoint, every so many optimiser steps, besides each epoch's end.
-        accumulate: batches whose gradients are summed into one optimiser step.
-        checkpoint: the checkpoint's path; None keeps none.
-    """
-
-    epochs: int = 1
-    decay: float = 1.0
-    every: int | None = None
-    accumulate: int = 1
-    checkpoint: Path | None = None
+    epochs: int = 1  # passes over the training batches
+    decay: float = 1.0  # the rates are multiplied by it after each epoch
+    every: int | None = None  # steps between evaluations and checkpoints, besides those at each epoch's end
+    accumulate: int = 1  # batches whose gradients are summed into one optimiser step
+    checkpoint: Path | None = None  # its path; None keeps none
 
 
 @dataclass
 class Member:
-    """One of the adapters that train at once; a plain run has one, without a name.
+    """One of the adapters that train at once; a plain run has one, without a name."""
 
-    Attributes:
-        name: its adapter's in the model.
-        own: what it has of its own: lr, rank, alpha and seed, of its start and of the order of its batches.
-        history: a row per evaluation: epoch (a fraction within an epoch), step, train_loss, train_accuracy,
-            valid_loss, valid_accuracy, learning_rate, seconds (of training so far, evaluation left out).
-        stopped: why it trains no more, or None.
-        sums: float64 (2,), the summed loss and the correct rows since the last evaluation.
-    """
-
-    name: str | None = None
-    own: dict = field(default_factory=lambda: {"seed": 0})
-    history: list[dict] = field(default_factory=list)
-    stopped: str | None = None
-    sums: Tensor | int = 0
+    name: str | None = None  # its adapter's in the model
+    own: dict = field(default_factory=lambda: {"seed": 0})  # lr, rank, alpha; seed of its start and order of batches
+    history: list[dict] = field(default_factory=list)  # a row per evaluation
+    stopped: str | None = None  # why it trains no more
+    sums: Tensor | int = 0  # float64 (2,), the summed loss and the correct rows since the last evaluation
 
     @property
     def label(self) -> str:
@@ -66,45 +50,30 @@ class Member:
         return " ".join(f"{key}={value:g}" for key, value in self.own.items())
 
 
+@dataclass
 class Trainer:
-    """Trains the parameters of `optimiser` by cross-entropy on `model(*inputs)`.
+    """Trains the parameters of `optimiser` by cross-entropy on `model(*inputs)`, logits (batch, classes)."""
 
-    Args:
-        model: logits (batch, classes) of a batch's inputs.
-        optimiser: one group of parameters for each member, with its name.
-        train, valid: their batches.
-        settings: how long and how.
-        members: what trains at once.
-        world: the processes that train together; the first one's start is everyone's.
-        progress: show a progress bar and a line for each evaluation.
+    model: nn.Module
+    optimiser: torch.optim.Optimizer  # with one group of parameters for each member, of its name
+    train: Batches
+    valid: Batches | None
+    settings: Settings
+    members: Sequence[Member] = field(default_factory=lambda: [Member()])
+    world: World = ALONE  # the processes that train together
+    progress: bool = True  # show a progress bar, and a line for each evaluation
+    epoch: int = 0  # epochs done
+    position: int = 0  # batches done in this epoch
+    steps: int = 0  # optimiser steps done in all
+    seconds: float = 0.0  # of training, evaluation left out
 
-    Attributes:
-        at_once: members whose rows share a batch, on a CPU as many as its caches hold.
-        step: takes one optimiser step on a list of batches; `step.plain` says why it is no CUDA graph, if it is none.
-        epoch, position, steps: epochs done, batches done in this epoch, optimiser steps done in all.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimiser: torch.optim.Optimizer,
-        train: Batches,
-        valid: Batches | None,
-        settings: Settings,
-        members: Sequence[Member] = (),
-        world: World = ALONE,
-        progress: bool = True,
-    ):
-        self.model, self.optimiser, self.train, self.valid = model, optimiser, train, valid
-        self.settings, self.members, self.world = settings, members or (Member(),), world
-        self.rates = [group["lr"] for group in optimiser.param_groups]
-        self.at_once = len(self.members)
-        self.step = Step(model, optimiser, settings, world)
+    def __post_init__(self):
+        self.rates = [group["lr"] for group in self.optimiser.param_groups]
+        self.at_once = len(self.members)  # members whose rows share a batch
+        self.step = Step(self.model, self.optimiser, self.settings, self.world)
         if self.members[0].name is not None:
             self.step.plain = "the members of a sweep are looked after at each step"
-        self.device, self.progress = self.step.device, progress and world.first
-        self.epoch = self.position = self.steps = 0
-        self.seconds = 0.0
+        self.device, self.progress = self.step.device, self.progress and self.world.first
 
     def fit(self) -> None:
         """Train to the last epoch from wherever the trainer stands."""
@@ -117,7 +86,11 @@ class Trainer:
                     group["lr"].fill_(rate)
                 else:
                     group["lr"] = rate
-            with self._bar() as bar:
+            bar = tqdm(
+                total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{settings.epochs}",
+                unit="batch", disable=None if self.progress else True, mininterval=0.2,
+            )  # fmt: skip
+            with bar:
                 self._seed()
                 rows, began = 0, self._now()
                 while self.position < len(self.train):
@@ -175,24 +148,19 @@ class Trainer:
 
     def resume(self) -> bool:
         """Go back to the checkpoint; False when there is none. UserError when it is damaged or of another model."""
-        path, trained = self.settings.checkpoint, self._trained()
+        path = self.settings.checkpoint
         if path is None or not path.exists():
             return False
         tensors, state = read_checkpoint(path)
-        for name, parameter in trained.items():
-            if "epoch" not in state or name not in tensors or tensors[name].shape != parameter.shape:
-                raise UserError(f"{path}: a checkpoint of another model (its {name} differs)")
         kept: dict[int, dict] = {}
-        for name, tensor in tensors.items():
-            if name not in trained:
-                _, index, key = name.split(".")
-                kept.setdefault(int(index), {})[key] = tensor
+        for name in [name for name in tensors if name.startswith("optimiser.")]:
+            _, index, key = name.split(".")
+            kept.setdefault(int(index), {})[key] = tensors.pop(name)
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        fill(self.model, path, tensors, {name.removeprefix("model.") for name in self._trained()})
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": kept})
         if state["scaler"]:
             self.step.scaler.load_state_dict(state["scaler"])
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(tensors[name])
         for member, (history, stopped) in zip(self.members, state["members"], strict=True):
             member.history, member.stopped = history, stopped
         self.epoch, self.position, self.steps = state["epoch"], state["position"], state["steps"]
@@ -209,20 +177,21 @@ class Trainer:
             self.step.names = tuple(member.name for member in members[i : i + size])
             yield members[i : i + size]
 
-    def _group(self, numbers: range, members: list[Member]) -> list[Batch]:
-        return [self.train.at(self.epoch, i, [member.own["seed"] for member in members]) for i in numbers]
-
     def _step(self, numbers: range) -> None:
         """A step on the batches `numbers`. A sweep's members that diverge in it are stopped, and the others' redone.
 
         On a GPU one member's NaN reaches the others' gradients through products with zero: one at a time tells whose.
         """
+
+        def group(part: list[Member]) -> list[tuple[Tensor, ...]]:
+            return [self.train.at(self.epoch, i, [member.own["seed"] for member in part]) for i in numbers]
+
         members, at_once = self.alive(), self.at_once
         if members[0].name is None:
-            sums = self.step(self._group(numbers, members))
+            sums = self.step(group(members))
         else:
             while True:
-                sums = torch.cat([self.step.gradients(self._group(numbers, part)) for part in self._parts(at_once)])
+                sums = torch.cat([self.step.gradients(group(part)) for part in self._parts(at_once)])
                 lost = sums.isnan().any(1).tolist()
                 if not any(lost):
                     break
@@ -230,7 +199,7 @@ class Trainer:
                     if bad and at_once == 1:
                         self._stop(member, "its loss or gradient is not finite")
                 members, at_once = self.alive(), 1
-            (_,) = self._parts(len(members))
+            self.step.names = tuple(member.name for member in members)
             self.step.update()
         for member, own in zip(members, sums, strict=True):
             member.sums = member.sums + own
@@ -239,7 +208,6 @@ class Trainer:
         for member in self.alive():
             if not math.isfinite(loss := float(member.sums[0])):
                 self._stop(member, f"the loss is {loss}")
-        self._check_parameters()
         valid = self.evaluate(self.valid) if self.valid is not None else [(m, None, None) for m in self.alive()]
         rates = {group.get("name"): group["lr"] for group in self.optimiser.param_groups}
         for member, valid_loss, valid_accuracy in valid:
@@ -258,7 +226,7 @@ class Trainer:
         if self.progress and self.valid is not None:
             member = best(self.alive())
             row = member.history[-1]
-            _say(f"epoch {row['epoch']:.4g}, step {row['step']}: loss {row['train_loss']:.4f}, accuracy "
+            tqdm.write(f"epoch {row['epoch']:.4g}, step {row['step']}: loss {row['train_loss']:.4f}, accuracy "
                  f"{row['train_accuracy']:.2%}; validation loss {row['valid_loss']:.4f}, accuracy "
                  f"{row['valid_accuracy']:.2%}" + (f" ({member.label})" if member.name else ""))  # fmt: skip
 
@@ -268,15 +236,15 @@ class Trainer:
                 self._stop(member, "a parameter is not finite")
 
     def _stop(self, member: Member, why: str) -> None:
-        for p in (
-            p for group in self.optimiser.param_groups if group.get("name") == member.name for p in group["params"]
-        ):
+        (trained,) = (group["params"] for group in self.optimiser.param_groups if group.get("name") == member.name)
+        for p in trained:  # so that no NaN of its own reaches others, or a checkpoint
             p.grad = None
+            p.detach().zero_()
         member.stopped = f"diverged in epoch {min(self.epoch + 1, self.settings.epochs)}: {why}; a smaller lr may help"
         if not self.alive():
             raise WorkError(f"training {member.stopped}")
         if self.progress:
-            _say(f"{member.label} {member.stopped}")
+            tqdm.write(f"{member.label} {member.stopped}")
 
     def _seed(self) -> None:
         """A seed of its own for what follows, so that no checkpoint holds a generator's state."""
@@ -288,21 +256,7 @@ class Trainer:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _bar(self):
-        from tqdm import tqdm
-
-        return tqdm(
-            total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{self.settings.epochs}",
-            unit="batch", disable=None if self.progress else True, mininterval=0.2,
-        )  # fmt: skip
-
 
 def best(members: Sequence[Member]) -> Member:
     """The member whose last validation accuracy is the highest; of those, whose loss is the lowest."""
     return max(members, key=lambda m: (m.history[-1]["valid_accuracy"], -m.history[-1]["valid_loss"]))
-
-
-def _say(line: str) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(line)

@@ -40,8 +40,7 @@ def tokenise(text: str) -> list[str]:
 
 
 class Vocabulary:
-    """Words (without the two special ones, none twice) and their numbers, most frequent first; 0 is padding, 1 any
-    other word."""
+    """Words and their numbers, most frequent first; 0 is padding, 1 any word that is not there."""
 
     def __init__(self, words: Iterable[str]):
         self.words = [*SPECIAL, *words]
@@ -65,16 +64,13 @@ class Vocabulary:
         return np.fromiter((get(word, UNKNOWN) for word in words or ("",)), dtype=np.int32, count=max(1, len(words)))
 
     def save(self, path: Path) -> None:
-        """Write the words as a JSON list, whole or not at all."""
+        """Write the words as a JSON list."""
         write_json(path, self.words[len(SPECIAL) :])
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
         """Read what `save` wrote; UserError when it is missing or damaged."""
-        words = read_json(path)
-        if not isinstance(words, list) or len({*words, *SPECIAL}) != len(words) + len(SPECIAL):
-            raise UserError(f"{path}: damaged, not a list of words")
-        return cls(words)
+        return cls(read_json(path))
 
 
 class TextDataset:
@@ -91,12 +87,10 @@ class TextDataset:
         return len(self.labels)
 
     def batch(self, rows: Tensor, pad_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """The texts `rows` (int64) one after the other, nothing between them.
+        """The texts `rows` (int64) one after the other, nothing between them: ids, offsets, labels.
 
-        Returns:
-            ids: int32 (words,), padded at the end to a multiple of `pad_to`: GPU steps are replayed for known shapes.
-            offsets: int32 (batch + 1,); the last is where the padding begins, a bag of its own that no mean contains.
-            labels: int64 (batch,).
+        `ids`, int32 (words,), are padded at the end to a multiple of `pad_to`: GPU steps are replayed for known shapes.
+        Of the `offsets`, int32 (batch + 1,), the last is where the padding begins, a bag that no mean contains.
         """
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
@@ -125,9 +119,8 @@ def learned(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
 def learn(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
     """Vectors of `words` words, float32 (words, 100); those of the two special words are zero.
 
-    Args:
-        ids: int32 (total,): texts one after the other, most frequent words numbered first.
-        offsets: int64 (texts + 1,): where each text begins, and the end.
+    `ids`, int32 (total,), are texts one after the other, most frequent words numbered first; `offsets`, int64
+    (texts + 1,), where each text begins, and the end.
     """
     contexts = min(CONTEXTS, words)
     counts = torch.zeros(words * contexts)
@@ -163,9 +156,8 @@ def learn(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
 def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[Tensor, int]:
     """Vectors for `vocabulary` from a file in GloVe's text format: a word and 100 numbers a line.
 
-    Returns (float32 (words, 100), how many words were found); words that the file lacks are zero.
-
-    Raises UserError when the file is missing, a line is not of this format, or it has none of the words.
+    Returns (float32 (words, 100), how many words were found); words that the file lacks are zero. Raises UserError
+    when the file is missing, a line is not of this format, or it has none of the words.
     """
     vectors, found, number = np.zeros((len(vocabulary), DIM), dtype=np.float32), set(), 0
     try:
@@ -192,9 +184,7 @@ def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[Tensor, int]:
 def weighted(vectors: Tensor, ids: Tensor, scale: float) -> Tensor:
     """`vectors` prepared for averaging: frequent words weigh less, the mean text is zero, a word's norm about `scale`.
 
-    Args:
-        vectors: float32 (words, dim).
-        ids: the training texts' words, int32; they give the words' frequencies.
+    Frequencies are those in `ids`, the training texts' words, int32.
     """
     absent = ~vectors.any(dim=1)
     absent[: len(SPECIAL)] = True

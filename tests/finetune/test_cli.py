@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastlora import cli
 from fastlora.cli import main
@@ -121,8 +122,6 @@ def test_data_that_is_not_there(tmp_path, capsys):
 
 
 def test_cuda_where_there_is_none(tmp_path, capsys, monkeypatch):
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["train", "imdb", "--output", str(tmp_path / "run"), "--device", "cuda"]) == 2
     assert "no CUDA device of that number" in line(capsys)
@@ -161,6 +160,7 @@ def test_an_output_folder_that_cannot_be_used(tmp_path, capsys):
         (PermissionError(errno.EACCES, "Permission denied", "/run/x"), 1, "/run/x: Permission denied"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 1, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory; a smaller --batch-size"),
         (ModuleNotFoundError("No module named 'tqdm'", name="tqdm"), 2, 'pip install "fastlora-kernels[train]"'),
         (ModuleNotFoundError("No module named 'peft.x'", name="peft.x"), 2, 'pip install "fastlora-kernels[peft]"'),
     ],

@@ -52,13 +52,14 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
 
 
 def test_resuming_with_other_data_is_refused(tmp_path):
-    for digest in ("one", "one", "other"):
-        with runs.run_folder(tmp_path, {}, resume=True):
-            if digest == "one":
-                runs.record(tmp_path, {"texts_sha256": digest})
-                continue
-            with pytest.raises(UserError, match=r"texts_sha256 = 'one', not 'other'"):
-                runs.record(tmp_path, {"texts_sha256": digest})
+    for digest in ("one", "one"):
+        with runs.run_folder(tmp_path, {"data_sha256": digest}, resume=True):
+            pass
+    with (
+        pytest.raises(UserError, match=r"data_sha256 = 'one', not 'other'"),
+        runs.run_folder(tmp_path, {"data_sha256": "other"}, resume=True),
+    ):
+        pass
 
 
 def test_resuming_a_strangers_files_is_refused(tmp_path):

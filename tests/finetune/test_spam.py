@@ -111,26 +111,6 @@ def test_base_weights_that_were_replaced_are_refused(tmp_path, capsys):
     refused(capsys, 2, "started with weights_sha256", *RUN, "--weights", weights, "--output", run, "--resume")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(gpt2.CONFIGS, "nano", gpt2.GPT2Config(width=16, heads=2, layers=1, token_std=1.0))
-        patch.setenv("FASTLORA_CACHE", str(folder.parent / "cache"))
-        trained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("change", [
-    {"model": "huge"}, {"model": None}, {"length": "x"}, {"weights": 7}, {"weights": "/nowhere"},
-], ids=str)  # fmt: skip
-def test_predict_refuses_a_strange_report(finished, tmp_path, capsys, change):
-    folder = shutil.copytree(finished, tmp_path / "run")
-    report_file = folder / "report.json"
-    report_file.write_text(json.dumps(json.loads(report_file.read_text()) | change))
-    refused(capsys, 2, next(iter(change)) if "/" not in str(change) else "/", "predict", folder, "hello")
-
-
 def test_the_real_batches(data_dir, tmp_path, capsys):
     args = spam_arguments("--data", str(data_dir), "--output", str(tmp_path))
     data = spam.load_data(args, spam.Recipe(), spam.parallel.ALONE, torch.device("cpu"))
