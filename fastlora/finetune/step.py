@@ -96,8 +96,9 @@ class Step:
         for p in (p for trained in self.groups() for p in trained["params"]):
             p.grad = None
         rows, sums = sum(len(batch[-1]) for batch in group), 0
-        for *inputs, labels in group:
-            with self.routed(len(labels)):
+        for i, (*inputs, labels) in enumerate(group, 1):
+            apart = self.world.size > 1 and i < len(group)  # gradients are exchanged with the last batch's
+            with self._forward.no_sync() if apart else nullcontext(), self.routed(len(labels)):
                 losses, part = self.losses(inputs, labels)
                 loss = losses.sum() * (len(labels) / rows)
                 self.scaler.scale(loss).backward()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastlora
 from fastlora.errors import UserError
@@ -66,6 +68,46 @@ def groups_of(model: nn.Module, members: Iterable[Member]) -> list[dict]:
              "lr": m.own["lr"], "name": m.name} for m in members]  # fmt: skip
 
 
+def announce(trainer: Trainer) -> None:
+    """Say what memory a sweep needs and how large one would fit; UserError where this one does not.
+
+    Measured: what one member keeps for backward of its first batch, beside its gradients and the optimiser's numbers.
+    """
+    member, kept = max(trainer.members, key=lambda member: member.own["rank"]), {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    trainer.step.names = (member.name,)
+    base = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    *inputs, labels = trainer.train.at(0, 0)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.step.routed(len(labels)):
+        trainer.step.losses(inputs, labels)
+    (group,) = groups_of(trainer.model, [member])
+    states = 2 if isinstance(trainer.optimiser, torch.optim.AdamW) else 0  # numbers for each parameter
+    numbers = sum(p.numel() * p.element_size() for p in group["params"])
+    each, batch = numbers * (2 + states), sum(size for place, size in kept.items() if place not in base)
+    free = torch.cuda.mem_get_info(trainer.device)[0] if trainer.device.type == "cuda" else free_memory()
+    count, together = len(trainer.members), batch * trainer.at_once
+    if trainer.at_once == count:
+        each, together = each + batch, 0
+    fit = max(0, int((0.9 * free - together) / each))
+    print(f"{count} runs at once need about {(together + count * each) / 2**20:,.1f} MiB; {free / 2**20:,.0f} MiB are "
+          f"free, enough for {fit:,} runs", flush=True)  # fmt: skip
+    if count > fit:
+        raise UserError(f"--sweep: {count} runs need more memory than there is; at most {fit} fit")
+
+
+def free_memory() -> int:
+    """Bytes of the machine's memory that a process may still take."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except OSError:  # not Linux: all of it
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def fine_tune(
     args: argparse.Namespace, settings: dict, trainer: Trainer, data: Data, layer: nn.Module, begun: bool, title: str,
     keep: Callable[[Member], None] = lambda member: None,
@@ -85,6 +127,8 @@ def fine_tune(
     if trainer.device.type == "cpu":
         rows = data.train.batch_size * math.prod(data.shape)
         trainer.at_once = max(1, min(len(trainer.members), CPU_ROWS // rows))
+    if several:
+        announce(trainer)
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
     trainer.fit()

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastlora
 from fastlora.cli import main
-from fastlora.errors import WorkError
+from fastlora.errors import UserError, WorkError
 from fastlora.finetune import gpt2, tune
 from fastlora.finetune.data import Batches
 from fastlora.finetune.trainer import Member, Settings, Trainer
@@ -215,6 +215,15 @@ def test_a_nan_that_reaches_all_is_traced_to_its_member(monkeypatch, where):
 def test_when_all_diverge_the_run_fails():
     with pytest.raises(WorkError, match="training diverged in epoch 1"):
         trainer([1e38, 1e38]).fit()
+
+
+def test_memory_is_said_and_too_large_a_sweep_refused(monkeypatch, capsys):
+    run = trainer([0.1, 0.2])
+    tune.announce(run)
+    assert "2 runs at once need about" in capsys.readouterr().out
+    monkeypatch.setattr(tune, "free_memory", lambda: 1)
+    with pytest.raises(UserError, match="2 runs need more memory than there is; at most 0 fit"):
+        tune.announce(run)
 
 
 def test_peft_loads_a_members_folder(swept):
