@@ -292,7 +292,10 @@ RANK_TILES: dict[str, dict[tuple[int | str, str], tuple[tuple, ...]]] = {
 # Ranks above those of HOLDS, which a bank has: by the type of product, or by (arch, type) where one tile does not
 # serve all; None where every tile that was tried spills.
 BANK_TILES: dict[str, dict[str | tuple[int | str, str], tuple[int, ...] | None]] = {
-    "s": {"half": (32, 0, 32, 8, 3), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 32, 8, 2), (75, "half"): None},
+    "s": {
+        "half": (32, 0, 32, 8, 3), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 32, 8, 2),
+        (75, "half"): None, (75, "ieee"): (16, 0, 16, 8, 2),
+    },
     "da": {
         "half": (32, 0, 32, 8, 3), "tf32": (32, 0, 32, 8, 2), "ieee": (16, 0, 16, 8, 2),
         (75, "half"): (16, 0, 16, 8, 2), (120, "half"): (16, 0, 16, 8, 2),
