@@ -76,9 +76,10 @@ BASES = {
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("K, N, blocksize", [(64, 48, 64), (2048, 1500, 64), (1000, 1300, 64), (1026, 1100, 4096)])
 def test_four_bits_are_dequantised_as_bitsandbytes_does(quant_type, double, dtype, K, N, blocksize):
-    layer = four_bit(K, N, dtype, quant_type, double, blocksize=blocksize)
-    weight, want = packed_of(layer, dtype), of_package(layer, dtype)
-    assert torch.equal(dense(weight), want) and torch.equal(dense(weight, keep=True), want)
+    with torch.compiler.set_stance("force_eager"):  # bitsandbytes would compile what it has no CPU kernel for
+        layer = four_bit(K, N, dtype, quant_type, double, blocksize=blocksize)
+        weight, want = packed_of(layer, dtype), of_package(layer, dtype)
+        assert torch.equal(dense(weight), want) and torch.equal(dense(weight, keep=True), want)
 
 
 @pytest.mark.parametrize("N, K", [(40, 96), (5, 16), (33, 48), (2, 1), (40, 128)])

@@ -40,15 +40,17 @@ class Tensors:
 
     def __init__(self) -> None:
         self.memory = Global()
-        self.placed: dict[int, tuple[torch.Tensor, int]] = {}  # storage -> a tensor of it, where it lies
+        self.placed: dict[int, int] = {}  # storage -> where it lies
+        self.tensors: list[tuple[torch.Tensor, int]] = []  # and where its storage lies
 
     def address(self, tensor: torch.Tensor, written: bool = True) -> int:
         """Where the emulated GPU finds the tensor; `written=False`: nobody may read it before the kernel writes it."""
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
         if key not in self.placed:  # as far past a multiple of 256 as on the host
-            self.placed[key] = tensor, self.memory.place(storage.nbytes(), key % 256)
-        base = self.placed[key][1]
+            self.placed[key] = self.memory.place(storage.nbytes(), key % 256)
+        base = self.placed[key]
+        self.tensors.append((tensor, base))
         if written:
             elements(self.memory.data[base - BASE :], tensor)[...] = elements(storage_bytes(tensor), tensor)
         elements(self.memory.state[base - BASE :], tensor)[...] = HOST if written else UNWRITTEN
@@ -56,11 +58,9 @@ class Tensors:
 
     def fetch(self) -> None:
         """Copies what kernels wrote back into the tensors."""
-        for tensor, address in self.placed.values():
-            start = address - BASE
-            stop = start + tensor.untyped_storage().nbytes()
-            written = np.flatnonzero(self.memory.state[start:stop] >= WRITTEN)
-            storage_bytes(tensor)[written] = self.memory.data[start + written]
+        for tensor, base in self.tensors:
+            data, state = (elements(part[base - BASE :], tensor) for part in (self.memory.data, self.memory.state))
+            np.copyto(elements(storage_bytes(tensor), tensor), data, where=state >= WRITTEN)
 
 
 def storage_bytes(tensor: torch.Tensor) -> np.ndarray:
