@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlora import accuracy, check, shared_autograd
 from fastlora.paths import Path
-from fastlora.paths.problem import Problem, Update, draw_seed, drawn
+from fastlora.paths.problem import Problem, Update, draw_seeds, drawn
 from fastlora.paths.shared import Needs, Projection, Shared
 
 
@@ -79,7 +79,7 @@ def _fault(path: Path, shared: Shared, problems: Sequence[Problem], needs: Needs
             for (w, b, u), dy in zip(many, dys, strict=True)
         ]
         if problems[0].dropout:
-            masks = [path.mask(draw_seed(x.device), *x.shape, 0.1) for _ in many]
+            masks = [path.mask(seed, *x.shape, 0.1) for seed in draw_seeds(x.device, len(many))]
             inputs = [replace(one, mask=mask) for one, mask in zip(inputs, masks, strict=True)]
         torch.manual_seed(0)
         found = accuracy.shared_violations(partial(shared_autograd.run, path), inputs, needs=needs)

@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _explain(error)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):  # torch's, of a GPU
+        torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+        if not (isinstance(error, MemoryError) or torchs):
             raise
         return _say("out of memory; a smaller --batch-size, or fewer runs of a --sweep, may fit", FAILED)
 

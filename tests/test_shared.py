@@ -15,7 +15,7 @@ from fastlora import reference, roofline, shared, shared_autograd
 from fastlora.accuracy import shared_violations
 from fastlora.node import NODE
 from fastlora.paths import PATHS
-from fastlora.paths.problem import draw_seed
+from fastlora.paths.problem import draw_seeds
 
 SHAPES = ((53, 3), (41, 8), (72, 16))  # (N, R) of each
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
@@ -41,7 +41,8 @@ def draw(dtype=torch.float32, adapter_dtype=None, p=0.0, path="cpu", shapes=SHAP
     many = [replace(one, x=x, dy=one.dy.view(*lead, -1), dropout_p=p) for one in many]
     if p:
         torch.manual_seed(0)
-        many = [replace(one, mask=PATHS[path].mask(draw_seed(x.device), M, K, p).view(x.shape)) for one in many]
+        masks = [PATHS[path].mask(seed, M, K, p) for seed in draw_seeds(x.device, len(many))]
+        many = [replace(one, mask=mask.view(x.shape)) for one, mask in zip(many, masks, strict=True)]
     torch.manual_seed(0)
     return many
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlora import env
 from fastlora.errors import UserError, shown
 from fastlora.files import read_regular, sha256
-from fastlora.finetune.homes import FILES, fetch, missing
+from fastlora.finetune.homes import FILES, SOURCES, fetch, missing
 from fastlora.finetune.parallel import ALONE, World
 
 Batch = tuple[Tensor, ...]  # the model's inputs, then the labels
@@ -53,9 +53,17 @@ def locate(where: str, *needed: str) -> Path:
 
 
 def data_digest(where: str, *needed: str) -> str:
-    """The sha256 of the files that `locate` finds: a run goes on only with the very data that it began with."""
+    """A sha256 for the files that `locate` finds: a run goes on only with the very data that it began with.
+
+    Of what the package makes, by its source: the bytes differ with the libraries that write them.
+    """
     folder = locate(where, *needed)
-    sums = [sha256(folder / file) for name in needed for file in FILES[name]]
+    if where == "sample":
+        sums = [folder.name]
+    elif folder == env.cache_dir() / "data":
+        sums = [sum for name in needed for sum in SOURCES[name].values()]
+    else:
+        sums = [sha256(folder / file) for name in needed for file in FILES[name]]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
@@ -128,31 +136,31 @@ class Batches:
 
     size: int  # rows in the data set
     take: Callable[[Tensor], Batch]  # row numbers (int64, on the CPU) -> their batch
-    batch_size: int  # rows per batch: given, in each of the processes that train together; kept, in all of them
+    batch_size: int  # rows per batch, in each of the processes that train together
     drop_last: bool = False  # leave out the last batch when it is short, as processes that train together must
     device: torch.device | str = "cpu"  # where the batches go. Copies to a GPU are asynchronous, from pinned memory
     world: World = ALONE  # the processes that train together: each takes its part of a batch
 
     def __post_init__(self):
-        self.batch_size, self.device = self.batch_size * self.world.size, torch.device(self.device)
+        self.device, self._whole = torch.device(self.device), self.batch_size * self.world.size
 
     def __len__(self) -> int:
-        return self.size // self.batch_size if self.drop_last else -(-self.size // self.batch_size)
+        return self.size // self._whole if self.drop_last else -(-self.size // self._whole)
 
     def rows(self, i: int) -> int:
         """The rows of batch `i`, over all processes."""
-        return min(self.batch_size, self.size - i * self.batch_size)
+        return min(self._whole, self.size - i * self._whole)
 
     def at(self, epoch: int, i: int, seeds: Sequence[int] = (0,)) -> Batch:
         """This process's part of batch `i` of an epoch: of each seed's own order, one after the other."""
-        start, end = i * self.batch_size, (i + 1) * self.batch_size
+        start, end = i * self._whole, (i + 1) * self._whole
         parts = [self.world.part(shuffled(self.size, seed, epoch)[start:end]) for seed in seeds]
         return self._place(torch.cat(parts))
 
     def in_order(self, times: int = 1) -> Iterator[Batch]:
         """Whole batches in the rows' order, each `times` over, dealt out to the processes in turn: for evaluation."""
         for i in range(self.world.rank, len(self), self.world.size):
-            start = i * self.batch_size
+            start = i * self._whole
             yield self._place(torch.arange(start, start + self.rows(i)).repeat(times))
 
     def _place(self, rows: Tensor) -> Batch:

@@ -20,12 +20,13 @@ import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.error import HTTPError
 
 from filelock import FileLock
 from torch.hub import download_url_to_file
 
 from fastlora.errors import UserError, WorkError, shown
-from fastlora.files import read_regular, write_bytes
+from fastlora.files import FULL, read_regular, sha256, write_bytes
 from fastlora.finetune.options import folder_name
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -80,12 +81,14 @@ def fetch(name: str, folder: Path) -> None:
 
 
 def download(url: str, sum: str, folder: Path) -> Path:
-    """Fetch `url` into `folder`, with a progress bar, and return its path. Its sha256 is `sum`.
+    """Fetch `url` into `folder`, unless it is there, with a progress bar, and return its path. Its sha256 is `sum`.
 
-    Raises WorkError when the third attempt failed too: no connection, a refusal, content with a wrong checksum.
+    Raises WorkError when the server refused, or the third attempt failed too: no connection, a wrong checksum.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, before = folder / url.rpartition("/")[2], socket.getdefaulttimeout()
+    if path.exists() and sha256(path) == sum:
+        return path
     socket.setdefaulttimeout(TIMEOUT)  # torch sets none
     try:
         for _ in range(ATTEMPTS):
@@ -93,7 +96,11 @@ def download(url: str, sum: str, folder: Path) -> Path:
                 download_url_to_file(url, str(path), hash_prefix=sum)
                 return path
             except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last for a wrong checksum
+                if getattr(error, "errno", None) in FULL:
+                    raise
                 why = shown(str(error) or type(error).__name__)
+                if isinstance(error, HTTPError) and error.code < 500:
+                    break
     finally:
         socket.setdefaulttimeout(before)
     raise WorkError(f"{url}: cannot be fetched ({why}); give a folder with the data by --data DIR, "
@@ -112,7 +119,7 @@ def convert(name: str, parts: Sequence[Path], folder: Path) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         for part in parts:
-            shutil.copy(part, folder)
+            write_bytes(folder / part.name, part.read_bytes())
 
 
 def write_tables(folder: Path, tables: dict, columns: Sequence[str] = ("text", "label")) -> None:

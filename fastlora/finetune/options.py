@@ -37,7 +37,7 @@ def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     return number(int, least, most, f"a whole number from {least} to {most}")
 
 
-positive = number(float, 1e-37, 1e37, "a finite number above zero that float32 has")  # alpha / rank too
+positive = number(float, 1e-30, 1e30, "a finite number above zero that float32 has")  # alpha / rank by far too
 
 
 def folder_name(text: str) -> Path:

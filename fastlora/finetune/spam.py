@@ -6,7 +6,6 @@ Source: Raschka, "Build a Large Language Model (From Scratch)", chapter 6 and ap
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 import fastlora
 from fastlora import env
 from fastlora.errors import UserError
-from fastlora.files import sha256
+from fastlora.files import sha256, write_bytes
 from fastlora.finetune import gpt2, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
@@ -85,11 +84,11 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         kept = folder / MODEL if begun and (folder / MODEL).exists() else None
         model = make_base(size, weights, kept)
         if world.first and kept is None:
-            write_checkpoint(folder / MODEL, {name: model.state_dict()[name] for name in random_names(model, weights)})
             for file in FILES["gpt2"]:  # so that `predict` finds them
                 if (data.folder / file).exists():
                     (folder / "gpt2").mkdir(exist_ok=True)
-                    shutil.copyfile(data.folder / file, folder / file)
+                    write_bytes(folder / file, (data.folder / file).read_bytes())
+            write_checkpoint(folder / MODEL, {name: model.state_dict()[name] for name in random_names(model, weights)})
         model.to(device)
         model.grad_checkpointing = args.grad_checkpointing
         adapt(model, members, args.impl, "all-linear")
@@ -134,7 +133,7 @@ def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, d
     if world.first:
         print(f"{' + '.join(f'{size:,}' for size in sizes.values())} messages of {length} tokens", flush=True)
     train = batches("train")
-    tokens = len(train) * train.batch_size * length
+    tokens = len(train) * train.rows(0) * length
     return Data(folder, train, batches("valid"), batches("test"), tokens, {"length": length}, (length,))
 
 

@@ -125,7 +125,7 @@ def fine_tune(
     if resumed and trainer.world.first:
         print(f"resumed after step {trainer.steps}")
     if trainer.device.type == "cpu":
-        rows = data.train.batch_size * math.prod(data.shape)
+        rows = data.train.rows(0) * math.prod(data.shape)
         trainer.at_once = max(1, min(len(trainer.members), CPU_ROWS // rows))
     if several:
         announce(trainer)
@@ -148,7 +148,7 @@ def fine_tune(
         title = f"{title}, best of {len(trainer.members)}"
     fastlora.save_adapter(model, folder, modules_to_save=[], adapter=member.name)  # heads are kept apart
     keep(member)
-    rows = data.train.batch_size * len(trainer.step.names)
+    rows = data.train.rows(0) * len(trainer.step.names)
     with trainer.step.routed(rows):
         x = torch.zeros(rows, *data.shape, part_of(layer, member).in_features, device=trainer.device)
         path = "eager" if args.impl == "eager" else fastlora.explain(layer, x.to(part_of(layer, member).weight)).path

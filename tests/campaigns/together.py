@@ -18,7 +18,7 @@ import torch
 
 from fastlora import accuracy, lora_linears
 from fastlora.choice import select
-from fastlora.paths.problem import draw_seed
+from fastlora.paths.problem import draw_seeds
 
 from .case import KERNELS, Case, draw, tensors
 from .observe import forced
@@ -48,7 +48,8 @@ def faults(seed: int, paths: tuple[str | None, ...]) -> list[str]:
             chosen = select(x, many[0].weight, many[0].lora_A, p, case.path)
             torch.manual_seed(seed)
             M, K = x.shape[:-1].numel(), x.shape[-1]
-            many = [replace(one, mask=chosen.mask(draw_seed(x.device), M, K, p).view(x.shape)) for one in many]
+            masks = [chosen.mask(seed, M, K, p) for seed in draw_seeds(x.device, len(many))]
+            many = [replace(one, mask=mask.view(x.shape)) for one, mask in zip(many, masks, strict=True)]
         # a term for each rank, and sums of n terms in another order: see `observe._judged`
         longest = max(x.shape[:-1].numel(), x.shape[-1], *(one.weight.shape[0] for one in many))
         terms = sum(one.lora_A.shape[0] for one in many) + longest * (case.dtype in ("f32", "f64"))

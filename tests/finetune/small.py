@@ -50,6 +50,28 @@ def hub_model(folder: Path, kind: str = "distilbert") -> Path:
     return folder
 
 
+def cut_writes(monkeypatch, after: int) -> None:
+    """After `after` files the disk is full in the middle of one, however it is written."""
+    import errno
+
+    whole, left = Path.write_bytes, [after]
+
+    def full(path, content):
+        left[0] -= 1
+        if left[0] < 0:
+            with open(path, "wb") as file:
+                file.write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return whole(path, content)
+
+    def copied(source, target):
+        full(Path(target), Path(source).read_bytes())
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for name in ("copy", "copyfile"):
+        monkeypatch.setattr(f"shutil.{name}", copied)
+
+
 def gpt2_weights(folder: Path, seed: int) -> None:
     """Random weights of `nano` in `folder`, as transformers saves them."""
     import torch

@@ -161,6 +161,7 @@ def test_an_output_folder_that_cannot_be_used(tmp_path, capsys):
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 1, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "out of memory; a smaller --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"), 1, "out of memory; a smaller"),
         (ModuleNotFoundError("No module named 'tqdm'", name="tqdm"), 2, 'pip install "fastlora-kernels[train]"'),
         (ModuleNotFoundError("No module named 'peft.x'", name="peft.x"), 2, 'pip install "fastlora-kernels[peft]"'),
     ],

@@ -150,3 +150,16 @@ def test_processes_share_out_every_batch(rows, size):
         assert batches(World(0, size), 4).rows(i) == len(batch)
     dealt = [batch for rank in range(size) for (batch,) in batches(World(rank, size), 4).in_order()]
     assert sorted(torch.cat(dealt).tolist()) == x.tolist()
+
+
+def test_what_the_package_makes_is_told_by_its_source(tmp_path, monkeypatch):
+    """Its files' bytes differ with the libraries that write them."""
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    before = data.data_digest("sample", "spam")
+    path = next(tmp_path.glob("sample-*/spam/train.parquet"))
+    pd.read_parquet(path).to_parquet(path, compression="gzip")
+    assert data.data_digest("sample", "spam") == before
+    folder = str(path.parent.parent)
+    of_files = data.data_digest(folder, "spam")
+    pd.read_parquet(path).to_parquet(path, compression=None)
+    assert data.data_digest(folder, "spam") not in (before, of_files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import hashlib
 import http.server
 import io
@@ -14,6 +15,7 @@ import zipfile
 
 import pandas as pd
 import pytest
+import small
 
 from fastlora.errors import WorkError
 from fastlora.finetune import data, homes
@@ -101,6 +103,32 @@ def test_no_progress_gives_up_with_one_line(server, tmp_path):
         fetch(server, tmp_path)
     assert "\n" not in str(caught.value)
     assert server.requests == homes.ATTEMPTS
+
+
+def test_a_refusal_is_not_asked_again_nor_a_file_that_is_there(server, tmp_path):
+    server.plan = [404]
+    with pytest.raises(WorkError, match="HTTP Error 404"):
+        fetch(server, tmp_path)
+    for _ in range(2):
+        assert fetch(server, tmp_path).read_bytes() == CONTENT
+    assert server.requests == 2
+
+
+def test_a_full_disk_is_no_fault_of_the_server(server, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(homes, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="No space left"):
+        fetch(server, tmp_path)
+
+
+def test_a_vocabulary_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    parts = [tmp_path / "encoder.json", tmp_path / "vocab.bpe"]
+    for part in parts:
+        part.write_bytes(CONTENT)
+    small.cut_writes(monkeypatch, after=1)
+    with pytest.raises(OSError, match="No space left"):
+        homes.convert("gpt2", parts, tmp_path / "gpt2")
+    assert [path.name for path in (tmp_path / "gpt2").iterdir()] == ["encoder.json"]
 
 
 def test_corrupted_content_is_thrown_away(server, tmp_path):

@@ -97,6 +97,18 @@ def test_weights_from_a_folder(tmp_path, capsys):
     refused(capsys, 2, str(tmp_path / "weights"), "predict", tmp_path / "run", "hello")
 
 
+def test_a_run_cut_short_while_it_begins_has_its_vocabulary_in_the_end(tmp_path, monkeypatch, data_dir):
+    run = ["train", "spam", "--data", str(data_dir), "--model", "nano", "--epochs", "1", "--train-samples", "16"]
+    run += ["--test-samples", "8", "--output", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        small.cut_writes(patch, after=2)  # run.json and encoder.json
+        assert main(run) == 1
+    assert main([*run, "--resume"]) == 0
+    for name in ("encoder.json", "vocab.bpe"):
+        assert (tmp_path / "gpt2" / name).read_bytes() == (data_dir / "gpt2" / name).read_bytes()
+    assert main(["predict", str(tmp_path), "hello"]) == 0
+
+
 def test_base_weights_that_were_replaced_are_refused(tmp_path, capsys):
     run, weights = tmp_path / "run", tmp_path / "weights"
     small.gpt2_weights(weights, 1)
