@@ -123,6 +123,7 @@ struct TensorMap {
 struct Matrix {
   int64_t slot, offset, dims, sizes[2], strides[2];  // offset in bytes; no dims: there is none
 };
+inline bool same(const Matrix& one, const Matrix& other) { return !std::memcmp(&one, &other, sizeof one); }
 struct Product {
   Matrix out, c, a, b;  // out = beta c + alpha a b; c may be out. Without b: a, cast
   int64_t like;         // an input of their dtype
@@ -243,8 +244,9 @@ class Record {
       Tensor out = matrix(product.out);
       if (!product.b.dims)
         out.copy_(matrix(product.a));
-      else if (product.c.dims)
-        at::addmm_out(out, matrix(product.c), matrix(product.a), matrix(product.b), product.beta, product.alpha);
+      else if (product.c.dims)  // onto what is there: another tensor of it would be copied onto itself
+        at::addmm_out(out, same(product.c, product.out) ? out : matrix(product.c), matrix(product.a),
+                      matrix(product.b), product.beta, product.alpha);
       else if (product.alpha == 1.0)
         at::mm_out(out, matrix(product.a), matrix(product.b));
       else

@@ -185,7 +185,7 @@ def explain(layer, x: Tensor) -> Choice:
         x: (..., K), as it would be passed.
 
     Raises:
-        TypeError: layer is not a LoRA layer of ours.
+        TypeError, ValueError: layer is not a LoRA layer of ours, or x does not fit it.
         RuntimeError: FASTLORA_PATH names a path that cannot run here.
     """
     own = getattr(layer, "explain", None)
@@ -207,6 +207,8 @@ def _explain(layer, x: Tensor) -> Choice:
     if torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     (N, R), K = layer.lora_B.shape, layer.lora_A.shape[1]
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension needs to be the layer's {K}")
     dora = getattr(layer, "lora_magnitude_vector", None) is not None  # which drops elements of x itself
     dropout = bool(layer.training and layer.lora_dropout > 0.0 and not dora)
     plain = layer.weight.shape == (N, K) and type(layer.weight) in (Tensor, torch.nn.Parameter)

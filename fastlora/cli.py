@@ -30,6 +30,7 @@ EXTRAS = {
     "tiktoken": "train",
     "tqdm": "train",
     "matplotlib": "train",
+    "huggingface_hub": "train",
     "peft": "peft",
     "transformers": "peft",
     "accelerate": "peft",
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KeyboardInterrupt:
-        return _say("interrupted; what was written whole is kept", INTERRUPTED)
+        return _say("interrupted; what was written whole is kept, and train goes on with it by --resume", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left
         _abandon_output()
         return FAILED
@@ -70,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
             raise
-        return _say(f'{package} is not installed: pip install "fastlora-kernels[{EXTRAS[package]}]"', MISTAKE)
+        extra = EXTRAS[package]
+        return _say(f'{package} is not installed: pip install "fastlora-kernels[{extra}]", or -e ".[{extra}]" '
+                    "where its source is", MISTAKE)  # fmt: skip
     except OSError as error:
         return _explain(error)
     except (MemoryError, RuntimeError) as error:
@@ -135,6 +138,8 @@ def _run(argv: list[str]) -> int:
         _check_forced_path(getattr(args, "device", "cpu"))
     if args.command == "train":
         importlib.import_module(PROGRAMS[args.program][0]).train(args)
+        if args.data == "sample":
+            print("the texts were made up out of templates: the figures say nothing about real ones")
     elif args.command == "predict":
         _predict(args.run, args.text)
     elif args.command == "prepare":

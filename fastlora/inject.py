@@ -47,8 +47,8 @@ def inject(
 
     Layers are named as PEFT names them. Hooks on a replaced layer keep working. A layer that the model holds under
     several names is replaced under all of them and adapted once. The base weights stay where they are, shared with
-    whatever they were shared with. On a GPU query, key and value of a transformers model, and gate and up, are computed
-    together (`fastlora.siblings`). Nothing is changed when an error is raised.
+    whatever they were shared with. Query, key and value of a transformers model, and gate and up, are computed together
+    where `fastlora.siblings.on` is set. Nothing is changed when an error is raised.
 
     Args:
         model: any module that holds layers which `FusedLoRALinear.from_linear` takes.
@@ -66,8 +66,8 @@ def inject(
             "classifier" and "score" to modules_to_save, "QUESTION_ANS" adds "qa_outputs", as PEFT does.
         layer_class: `FusedLoRALinear` or a subclass of it.
         adapters: several adapters by name, each with its own `r`, `lora_alpha`, `lora_dropout`, `use_rslora`,
-            `rank_pattern` or `alpha_pattern`, in the place of the arguments. They learn side by side, each from the
-            samples that `fastlora.route` gives it, and each trains a copy of what modules_to_save names. Their
+            `rank_pattern` or `alpha_pattern`; what one leaves out is the argument's. They learn side by side, each from
+            the samples that `fastlora.route` gives it, and each trains a copy of what modules_to_save names. Their
             parameters are ordinary ones: `layer.adapters[name].parameters()`.
 
     Raises:

@@ -211,7 +211,8 @@ def together(path: str, many: Sequence[Work]) -> list[Pass]:
         ups = _joined([product(w, M, w.R, w.N, triton=True) for w in many])
         return [*passes, ups, *(product(w, M, K, w.N, extra=M * w.N * e) for w in many), *dxs]
     ys = [split(w)[0][-1] for w in many]
-    dx = replace(_joined(dxs, 2.0 * rows * (len(many) - 1)), triton=True, rate=ys[0].rate)
+    dx = _joined(dxs, 2.0 * rows * (len(many) - 1))
+    dx = replace(dx, tiles=dxs[0].tiles, triton=True, rate=ys[0].rate)  # one product's, each deeper
     if path == "onepass":  # of small layers, where one launch reads x
         ys = [_joined(ys, (len(many) - 1) * rows)]
     return [*passes, *ys, dx]

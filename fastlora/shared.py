@@ -122,6 +122,8 @@ def path_for(x: Tensor, projections: Sequence[One], p: float, forced: str | None
     name = names.pop()
     if names or name not in SHARED or x.numel() == 0:
         return None
+    if name == "torch" and x.is_cuda and NODE is not None:  # which serves each alone, and has no record of all
+        return None
     if name in KERNELS and max(one[1].shape[0] for one in projections) > WIDEST:
         return None
     if name in KERNELS and x.is_cuda:

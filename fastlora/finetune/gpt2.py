@@ -7,7 +7,6 @@ Language Model (From Scratch)", appendix E, whose 2,666,528 trainable numbers at
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,12 +130,11 @@ def find_weights(folder: Path | None) -> Path:
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"--weights {folder}: holds no {WEIGHTS}")
         return folder / WEIGHTS
-    with contextlib.suppress(ImportError):
-        from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
-        for name in ("gpt2", "openai-community/gpt2"):
-            if isinstance(found := try_to_load_from_cache(name, WEIGHTS), str):
-                return Path(found)
+    for name in ("gpt2", "openai-community/gpt2"):
+        if isinstance(found := try_to_load_from_cache(name, WEIGHTS), str):
+            return Path(found)
     raise UserError(f"GPT-2's weights are not in the Hugging Face hub's cache; `hf download gpt2 {WEIGHTS}` "
                     "fetches them, or give --weights DIR or --weights random")  # fmt: skip
 

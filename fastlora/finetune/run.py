@@ -139,7 +139,10 @@ def plot_histories(path: Path, histories: Mapping[str | None, Sequence[Mapping]]
 def read_report(folder: Path) -> dict:
     """The report of a finished run; UserError when `folder` holds none."""
     if not (folder / REPORT).exists():
-        raise UserError(f"{folder}: holds no finished run (no {REPORT})")
+        why = "holds no run" if folder.is_dir() else "no such folder"
+        if (folder / SETTINGS).exists():
+            why = "holds an unfinished run; what started it goes on with it by --resume"
+        raise UserError(f"{folder}: {why} (no {REPORT})")
     report = read_json(folder / REPORT)
     if not isinstance(report, dict) or "task" not in report:
         raise UserError(f"{folder / REPORT}: damaged, it names no task")

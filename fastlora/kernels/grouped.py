@@ -65,11 +65,12 @@ def up_each_kernel(
     """Program (i, j, n) writes tile (i, j) of the n-th y."""
     n = tl.program_id(2)
     N = pick(n, N0, N1, N2)
-    write_update(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, M, N, n,
-        s0_ptr, s1_ptr, s2_ptr, b0_ptr, b1_ptr, b2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, y0_ptr, y1_ptr, y2_ptr,
-        R0, R1, R2, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
-    )  # fmt: skip
+    if tl.program_id(1) * BLOCK_N < N:
+        write_update(
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, M, N, n,
+            s0_ptr, s1_ptr, s2_ptr, b0_ptr, b1_ptr, b2_ptr, bias0_ptr, bias1_ptr, bias2_ptr, y0_ptr, y1_ptr, y2_ptr,
+            R0, R1, R2, RANK_STEPS, BLOCK_R, INPUT_PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -276,7 +277,8 @@ def gemm_sum_launch(
     by_n = weights[0].stride(1) == 1
     if tile is None:
         kind = tiles.kind_of(dx.dtype, precision)
-        tile, aligned = _tile(target, M, K, 1, kind, [dx, *dys, *weights])
+        one_way = all((w.stride(1) == 1) == by_n for w in weights)  # a descriptor's box is of one for all
+        tile, aligned = _tile(target, M, K, 1, kind, [dx, *dys, *weights], one_way)
         tile = tile if kind != "ieee" else gemm_sum_tiles(target, kind, aligned, False)[0]
     shared = {
         "M": M, **each("N{}", Ns), "K": K, "INPUT_PRECISION": precision,
@@ -311,9 +313,9 @@ def _ordered(kernel, args: dict) -> dict:
 
 def ds_db_each_launches(
     target: Target, dys: Sequence[Tensor], Bs: Sequence[Tensor], Ss: Sequence[Tensor], scalings: Sequence[float],
-    dSs: Sequence[Tensor], dBs: Sequence[Tensor], tile: Tile | None = None,
-) -> list[Launch] | None:  # fmt: skip
-    """dSᵢ (M, R) and dBᵢ (N, R); all contiguous. None where two reads of dY are better, one by one."""
+    tile: Tile | None = None,
+) -> tuple[list[Launch], list[Tensor], list[Tensor]] | None:  # fmt: skip
+    """The launches, dSᵢ (M, R) and dBᵢ (N, R); all contiguous. None where two reads of dY are better, one by one."""
     M, Ns, ranks = dys[0].shape[0], [B.shape[0] for B in Bs], [B.shape[1] for B in Bs]
     precision, itemsize = tiles.input_precision(dys[0].dtype, target), dys[0].dtype.itemsize
     kind = tiles.kind_of(dys[0].dtype, precision)
@@ -329,6 +331,7 @@ def ds_db_each_launches(
             return list(outs)
         return [out.new_empty((n, *out.shape), dtype=torch.float32) for out, n in zip(outs, counts, strict=True)]
 
+    dSs, dBs = [torch.empty_like(S) for S in Ss], [torch.empty_like(B) for B in Bs]
     ds, db = partials(dSs, parts), partials(dBs, [parts_m] * len(dBs))
     args = {
         **each("dy{}_ptr", dys), **each("b{}_ptr", Bs), **each("s{}_ptr", Ss), **each("ds{}_ptr", ds),
@@ -337,7 +340,8 @@ def ds_db_each_launches(
         "BLOCK_R": tiles.padded_rank(max(ranks)), "INPUT_PRECISION": precision,
     }  # fmt: skip
     sums = [(part, out) for part, out in zip([*ds, *db], [*dSs, *dBs], strict=True) if part is not out]
-    return [Launch(ds_db_each_kernel, (max(parts), parts_m, len(Bs)), args, tile.options), *sum_launches(*sums)]
+    first = Launch(ds_db_each_kernel, (max(parts), parts_m, len(Bs)), args, tile.options)
+    return [first, *sum_launches(*sums)], dSs, dBs
 
 
 def _tile(
@@ -398,17 +402,14 @@ def ds_db_each(
     """dSᵢ (M, R) = scalingᵢ dYᵢ Bᵢ in dY's dtype and dBᵢ (N, R) = dYᵢᵀ Sᵢ in B's, contiguous as all operands are."""
     target, dSs, dBs = tiles.target_of(dys[0].device), [], []
     for one in groups(Bs, [None] * len(Bs)):
-        made = [torch.empty_like(S) for S in Ss[one]], [torch.empty_like(B) for B in Bs[one]]
-        launches = None
-        if one.stop - one.start > 1:
-            launches = ds_db_each_launches(target, dys[one], Bs[one], Ss[one], scalings[one], *made)
-        if launches is None:
-            operands = zip(dys[one], Bs[one], Ss[one], scalings[one], strict=True)
-            made = zip(*(ds_db(*each_one) for each_one in operands), strict=True)
-        else:
-            run(launches)
-        for found, new in zip((dSs, dBs), made, strict=True):
-            found += new
+        operands = dys[one], Bs[one], Ss[one], scalings[one]
+        found = ds_db_each_launches(target, *operands) if one.stop - one.start > 1 else None
+        if found is None:
+            made = [ds_db(*each_one) for each_one in zip(*operands, strict=True)]
+            found = [], [dS for dS, _ in made], [dB for _, dB in made]
+        run(found[0])
+        dSs += found[1]
+        dBs += found[2]
     return dSs, dBs
 
 

@@ -68,10 +68,11 @@ class Launch:
     @property
     def turns(self) -> int:
         """How many tiles a program of a persistent grid makes, 1 in other grids."""
-        if "y_desc" not in self.args:
+        columns = "N" if "y_desc" in self.args else "K" if "dx_desc" in self.args else None
+        if columns is None:
             return 1
-        tiles = triton.cdiv(self.args["M"], self.args["BLOCK_M"]) * triton.cdiv(self.args["N"], self.args["BLOCK_N"])
-        return triton.cdiv(tiles, self.grid[0])
+        sides = [triton.cdiv(self.args[side], self.args[f"BLOCK_{side}"]) for side in ("M", columns)]
+        return triton.cdiv(sides[0] * sides[1], self.grid[0])
 
     @property
     def label(self) -> str:

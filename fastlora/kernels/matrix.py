@@ -146,7 +146,7 @@ def _grouped_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, 
         x, W, bias = _tensor(m, n, dtype, aligned), _tensor(n, n, dtype, aligned), _tensor(1, n, dtype, aligned)[0]
         Ss, Bs, ys, Ws = [_tensor(m, R, dtype)] * 3, [_tensor(n, R, adapter)] * 3, [torch.empty_like(x)] * 3, [W] * 3
         yield grouped.up_each_launch(target, Ss, Bs, [bias] * 3, ys)
-        yield from grouped.ds_db_each_launches(target, ys, Bs, Ss, [2.0] * 3, Ss, Bs) or ()
+        yield from (grouped.ds_db_each_launches(target, ys, Bs, Ss, [2.0] * 3) or ((),))[0]
         for tile in grouped.gemm_each_tiles(target, kind, R, aligned):
             yield grouped.gemm_each_launch(target, x, Ws, [bias] * 3, Ss, Bs, ys, tile)
         for tile in grouped.gemm_sum_tiles(target, kind, aligned, False) if R == 16 and m == M else ():

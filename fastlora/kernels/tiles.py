@@ -4,7 +4,8 @@ A tile is a pure function of (target, shape, dtype, alignment), so all of it can
 with no GPU; nothing here asks a device anything until `target_of` or `multiprocessors` is called. A tile stands in a
 table when it compiles for its architecture without spilling registers and within shared memory, for all that its row
 can be asked: `python -m fastlora.kernels.matrix` tells. The order within a row is arithmetic, where no
-comment says that it was measured.
+comment says that it was measured. `rank_tiles` and `gemm_tiles` choose: the first is the default, the others are what
+fastlora/tuning.py times beside it.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ weights that it cannot dequantise (Int4Tensor and its kin) or that change x too;
 A quantised base is kept for backward as it is, in compiled code too, and dequantised again there. Two things differ:
 bitsandbytes' 8-bit layers round x to 8 bits as well, on a GPU and in eval mode, where here x stays as it is; and its
 4-bit kernel for CPUs takes wrong blocks where a row is no whole number of them, where here they are right.
-On a GPU layers of transformers' models that read the same x, as query, key and value do, are computed together: see
-`fastlora.siblings`; `report` names them.
+Layers of transformers' models that read the same x, as query, key and value do, are computed together where
+`fastlora.siblings.on` is set; `report` names them.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Inside, each sample of a batch (dimension 0) runs with the adapter named for it, in training too, where PEFT
     refuses `adapter_names`; None is the base alone. Which adapters are active makes no difference.
 
-    Modules of modules_to_save and LoRA layers that are not fused take PEFT's own way for `adapter_names`. PEFT lets the
-    active adapters learn: `model.base_model.set_adapter(["a", "b"])`, or `requires_grad_`, makes several.
+    Modules of modules_to_save and LoRA layers that are not fused take PEFT's own way for `adapter_names`. PEFT lets only
+    the active adapter learn; `p.requires_grad_()` for the parameters p that have ".b." in their names makes "b" learn
+    too, and what modules_to_save copied for it.
 
     Args:
         model: a model after `fastlora.peft.patch`.
@@ -58,5 +59,5 @@ def _warn_of_idle(route: Route, layers: Sequence[nn.Module]) -> None:
     idle = [n for n in route.used if not any(x.lora_A[n].weight.requires_grad for x in layers if n in x.lora_A)]
     if idle and len(idle) < len(route.used) and torch.is_grad_enabled():
         message = (f"fastlora.peft.route: adapter {idle[0]!r} asks for no gradient, others do; "
-                   f"model.base_model.set_adapter({list(route.used)}) makes all of them learn")  # fmt: skip
+                   f"requires_grad_() for the parameters with '.{idle[0]}.' in their names makes it learn")  # fmt: skip
         warn_once(("fastlora.peft.route", idle[0]), message)

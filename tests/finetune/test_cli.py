@@ -48,7 +48,7 @@ def line(capsys):
         (["train", "imdb", "--output", "x", "--device", "tpu9"], "--device tpu9: no such kind of device"),
         (["train", "imdb", "--output", "x", "--device", "meta"], "only cpu and cuda"),
         (["predict"], "required"),
-        (["predict", "nowhere", "text"], "nowhere: holds no finished run"),
+        (["predict", "nowhere", "text"], "nowhere: no such folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(command, message, capsys, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from judge import DTYPES, draw, judge, paired
 
 from fastlora.kernels import grouped, tiles
 from fastlora.kernels.launch import recording
+from fastlora.kernels.tiles import Target
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -105,3 +106,21 @@ def test_what_programs_cannot_pick_among_is_launched_one_by_one():
     for B, bias in ((Bs[1].half(), biases[1]), (Bs[1], None), (Bs[1], apart)):
         names, _ = launched(grouped.up_each, Ss, [Bs[0], B, Bs[2]], [biases[0], bias, biases[2]], ys)
         assert names == ["up_kernel"] * 3
+
+
+def test_a_sum_through_descriptors_is_of_weights_that_lie_one_way():
+    target, half = Target("cuda", 90), torch.bfloat16
+    dys, dx = [torch.empty(64, 256, dtype=half)] * 3, torch.empty(64, 256, dtype=half)
+    W = torch.empty(256, 256, dtype=half)
+    for weights, tma in (([W] * 3, True), ([W.t()] * 3, True), ([W, W, W.t()], False), ([W.t(), W, W], False)):
+        launch = grouped.gemm_sum_launch(target, dys, weights, dx)
+        assert ("dx_desc" in launch.args) == tma
+
+
+def test_a_persistent_sum_is_checked_with_programs_of_several_tiles():
+    """What `turns` says decides on how many rows the self-check looks."""
+    target, half = Target("cuda", 90), torch.bfloat16
+    for M, turns in ((2048, 1), (4096, 2)):
+        dys, W = [torch.empty(M, 4096, dtype=half)] * 3, torch.empty(4096, 2048, dtype=half)
+        launch = grouped.gemm_sum_launch(target, dys, [W] * 3, torch.empty(M, 2048, dtype=half))
+        assert launch.turns == turns
