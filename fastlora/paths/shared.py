@@ -1,13 +1,15 @@
 """How the paths compute projections that read the same x: the rank terms from one read of it, dX summed as it is made.
 
-| path               | forward                                   | backward                                       |
-| ------------------ | ----------------------------------------- | ---------------------------------------------- |
-| `torch`            | one product for all S                     | one product for all dA, one for all dS A       |
-| `cpu`              | one after the other                       | one after the other, dX += by kernels and ATen |
-| `hybrid`           | one kernel for all S                      | one kernel for all dA and Σ drop'(dS A)        |
-| `split`, `onepass` | one kernel for all S, then `split`'s GEMM | as `hybrid`                                    |
+| path               | forward                              | backward                                                   |
+| ------------------ | ------------------------------------ | ---------------------------------------------------------- |
+| `torch`            | one product for all S                | one product for all dA, one for all dS A                   |
+| `cpu`              | one after the other                  | one after the other, dX += by kernels and ATen             |
+| `hybrid`           | a kernel for all S, one for all S Bᵀ | a kernel for all dS and dB, one for all dA and Σ drop'(dS A) |
+| `split`, `onepass` | a kernel for all S, one for all Y    | the same, and one for Σ dY W                               |
 
-dX = Σ dY W is summed by ATen's GEMMs (beta = 1), in the order of the projections. S holds what each path's own S holds.
+"A kernel for all" is of as many as it holds: fastlora/kernels/shared.py and grouped.py. Elsewhere dX = Σ dY W is summed
+by ATen's GEMMs (beta = 1), in the order of the projections. S holds what each path's own S holds. On a GPU path `torch`
+computes them apart where the node in C++ is there, which is faster one by one than Python is for all.
 With dropout each projection has a mask of its own: then `torch` makes and reads a dropped x for each, as without
 sharing; the kernels still read x once and make every mask.
 """
