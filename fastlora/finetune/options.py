@@ -84,7 +84,7 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     seed = "0 (default) to 2^32 - 1: the adapter's start and the order of batches"
     add("--seed", type=MEMBER["seed"], default=0, metavar="N", help=seed)
     add("--device", default="auto", metavar="cpu|cuda[:N]|auto", help="default: cuda if there")
-    add("--resume", action="store_true", help="go on with the unfinished run in --output; where there is none, begin one")
+    add("--resume", action="store_true", help="go on with the unfinished run in --output, or begin one")
     add("--train-samples", type=whole(2), metavar="N", help="train on the first N rows only")
     add("--test-samples", type=whole(1), metavar="N", help="test on the first N rows only")
 

@@ -38,7 +38,7 @@ import triton
 from torch import Tensor
 
 from fastlora import env
-from fastlora.kernels import gemm, grads, grouped, onepass, s, shared, tiles, up
+from fastlora.kernels import gemm, gemm_each, grads, grouped, onepass, s, shared, tiles, up
 from fastlora.kernels.dropout import Dropout, drop_launch, mask_bits, mask_launch
 from fastlora.kernels.launch import Launch
 from fastlora.kernels.tiles import TARGETS, Target
@@ -147,15 +147,15 @@ def _grouped_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, 
         Ss, Bs, ys, Ws = [_tensor(m, R, dtype)] * 3, [_tensor(n, R, adapter)] * 3, [torch.empty_like(x)] * 3, [W] * 3
         yield grouped.up_each_launch(target, Ss, Bs, [bias] * 3, ys)
         yield from (grouped.ds_db_each_launches(target, ys, Bs, Ss, [2.0] * 3) or ((),))[0]
-        for tile in grouped.gemm_each_tiles(target, kind, R, aligned):
-            yield grouped.gemm_each_launch(target, x, Ws, [bias] * 3, Ss, Bs, ys, tile)
-        for tile in grouped.gemm_sum_tiles(target, kind, aligned, False) if R == 16 and m == M else ():
-            yield grouped.gemm_sum_launch(target, ys, Ws, x, tile)
-    for tile in grouped.gemm_sum_tiles(target, kind, aligned, True) if target.has_tma else ():
+        for tile in gemm_each.gemm_each_tiles(target, kind, R, aligned):
+            yield gemm_each.gemm_each_launch(target, x, Ws, [bias] * 3, Ss, Bs, ys, tile)
+        for tile in gemm_each.gemm_sum_tiles(target, kind, aligned, False) if R == 16 and m == M else ():
+            yield gemm_each.gemm_sum_launch(target, ys, Ws, x, tile)
+    for tile in gemm_each.gemm_sum_tiles(target, kind, aligned, True) if target.has_tma else ():
         n = 4096 if aligned else 4104
         x, W = _tensor(M, n, dtype), _tensor(n, n, dtype)
         for weight in (W, W.t()):
-            yield grouped.gemm_sum_launch(target, [x] * 3, [weight] * 3, torch.empty_like(x), tile)
+            yield gemm_each.gemm_sum_launch(target, [x] * 3, [weight] * 3, torch.empty_like(x), tile)
 
 
 def _gemm_launches(target: Target, dtype: torch.dtype, adapter: torch.dtype, aligned: bool) -> Iterator[Launch]:

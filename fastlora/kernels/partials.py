@@ -12,7 +12,7 @@ import triton.language as tl
 from fastlora.kernels.launch import Launch
 
 BLOCK = 256
-MOST = 4  # sums of a launch: five spill on sm_90
+SUMS = 4  # sums of a launch: five spill on sm_90
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def sum_kernel(
     partials0_ptr, out0_ptr, P0, size0, partials1_ptr, out1_ptr, P1, size1, partials2_ptr, out2_ptr, P2, size2,
     partials3_ptr, out3_ptr, P3, size3, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Up to MOST sums in one launch: the first cdiv(size0, BLOCK) programs make out0, the next ones out1, ..."""
+    """Up to SUMS sums in one launch: the first cdiv(size0, BLOCK) programs make out0, the next ones out1, ..."""
     block = _sum(partials0_ptr, out0_ptr, P0, size0, tl.program_id(0), BLOCK, BLOCK_P)
     if partials1_ptr is not None:
         block = _sum(partials1_ptr, out1_ptr, P1, size1, block, BLOCK, BLOCK_P)
@@ -49,9 +49,9 @@ def sum_kernel(
 def sum_launches(*sums: tuple[torch.Tensor, torch.Tensor]) -> list[Launch]:
     """out = partials.sum(0), cast, of each (partials, out): float32 (P, ...) and (...), both contiguous."""
     found = []
-    for first in range(0, len(sums), MOST):
+    for first in range(0, len(sums), SUMS):
         args, blocks = {}, 0
-        for i in range(MOST):
+        for i in range(SUMS):
             partials, out = sums[first + i] if first + i < len(sums) else (None, None)
             P, size = (None, None) if out is None else (partials.shape[0], out.numel())
             args |= {f"partials{i}_ptr": partials, f"out{i}_ptr": out, f"P{i}": P, f"size{i}": size}

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import Dropout, drop, how, keep_of, keep_signs
 from fastlora.kernels.grads import da_launches
-from fastlora.kernels.grouped import MOST
+from fastlora.kernels.grouped import PROJECTIONS
 from fastlora.kernels.grouped import each as _each
 from fastlora.kernels.launch import Launch, run
 from fastlora.kernels.partials import sum_launches
@@ -194,11 +194,11 @@ def da_dx_shared_kernel(
 
 
 def chunks(ranks: Sequence[int], target: Target) -> list[slice]:
-    """Which adapters share a launch: neighbours, at most MOST, of RANKS ranks together when all are padded alike."""
+    """Which adapters share a launch: neighbours, at most PROJECTIONS, of RANKS ranks together, all padded alike."""
     found, first, most = [], 0, 1 if target.backend == "hip" else RANKS // 2 if target.family == 75 else RANKS
     for i in range(1, len(ranks) + 1):
         each = tiles.padded_rank(max(ranks[first : i + 1]))
-        if i == len(ranks) or i - first == MOST or (i + 1 - first) * each > most:
+        if i == len(ranks) or i - first == PROJECTIONS or (i + 1 - first) * each > most:
             found.append(slice(first, i))
             first = i
     return found

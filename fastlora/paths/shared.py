@@ -1,15 +1,15 @@
 """How the paths compute projections that read the same x: the rank terms from one read of it, dX summed as it is made.
 
-| path               | forward                              | backward                                                   |
-| ------------------ | ------------------------------------ | ---------------------------------------------------------- |
-| `torch`            | one product for all S                | one product for all dA, one for all dS A                   |
-| `cpu`              | one after the other                  | one after the other, dX += by kernels and ATen             |
-| `hybrid`           | a kernel for all S, one for all S Bᵀ | a kernel for all dS and dB, one for all dA and Σ drop'(dS A) |
-| `split`, `onepass` | a kernel for all S, one for all Y    | the same, and one for Σ dY W                               |
+| path               | forward                         | backward                                            |
+| ------------------ | ------------------------------- | --------------------------------------------------- |
+| `torch`            | one product for all S           | one product for all dA, one for all dS A            |
+| `cpu`              | one after the other             | one after the other, dX += by kernels and ATen      |
+| `hybrid`           | a kernel for all S, one for S B | one for all dS and dB, one for dA and Σ drop'(dS A) |
+| `split`, `onepass` | a kernel for all S, one for Y   | the same, and one for Σ dY W                        |
 
-"A kernel for all" is of as many as it holds: fastlora/kernels/shared.py and grouped.py. Elsewhere dX = Σ dY W is summed
-by ATen's GEMMs (beta = 1), in the order of the projections. S holds what each path's own S holds. On a GPU path `torch`
-computes them apart where the node in C++ is there, which is faster one by one than Python is for all.
+"All" are as many as a launch holds: fastlora/kernels/shared.py, grouped.py and gemm_each.py. Elsewhere dX = Σ dY W is
+summed by ATen's GEMMs (beta = 1), in the order of the projections. S holds what each path's own S holds. On a GPU path
+`torch` computes them apart where the node in C++ is there, which is faster one by one than Python is for all.
 With dropout each projection has a mask of its own: then `torch` makes and reads a dropped x for each, as without
 sharing; the kernels still read x once and make every mask.
 """
@@ -127,7 +127,7 @@ def hybrid_forward(x: Tensor, many: list[Projection]) -> Made:
 
 def split_forward(x: Tensor, many: list[Projection]) -> Made:
     def to_ys(*operands):
-        from fastlora.kernels.grouped import gemm_each
+        from fastlora.kernels.gemm_each import gemm_each
 
         gemm_each(*operands)
 
@@ -156,7 +156,7 @@ def hybrid_backward(dys, x, many, Ss, needs) -> Gradients:
 
 def split_backward(dys, x, many, Ss, needs) -> Gradients:
     def to_dx(*operands):
-        from fastlora.kernels.grouped import gemm_sum
+        from fastlora.kernels.gemm_each import gemm_sum
 
         gemm_sum(*operands)
 

@@ -20,9 +20,9 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Inside, each sample of a batch (dimension 0) runs with the adapter named for it, in training too, where PEFT
     refuses `adapter_names`; None is the base alone. Which adapters are active makes no difference.
 
-    Modules of modules_to_save and LoRA layers that are not fused take PEFT's own way for `adapter_names`. PEFT lets only
-    the active adapter learn; `p.requires_grad_()` for the parameters p that have ".b." in their names makes "b" learn
-    too, and what modules_to_save copied for it.
+    Modules of modules_to_save and LoRA layers that are not fused take PEFT's own way for `adapter_names`. PEFT lets
+    only the active adapter learn; `p.requires_grad_()` for the parameters p that have ".b." in their names makes "b"
+    learn too, and what modules_to_save copied for it.
 
     Args:
         model: a model after `fastlora.peft.patch`.

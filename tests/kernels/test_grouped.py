@@ -8,7 +8,7 @@ import pytest
 import torch
 from judge import DTYPES, draw, judge, paired
 
-from fastlora.kernels import grouped, tiles
+from fastlora.kernels import gemm_each, grouped, tiles
 from fastlora.kernels.launch import recording
 from fastlora.kernels.tiles import Target
 
@@ -53,7 +53,7 @@ def test_products_with_their_updates(case, kind, transposed):
     weights = [draw(N, K, dtype=dtype, seed=40 + i) for i, (N, _) in enumerate(case)]
     if transposed:  # as Conv1D has them: then programs can pick only where all are as wide
         weights = [W.t().contiguous().t() for W in weights]
-    names, _ = launched(grouped.gemm_each, x, weights, biases, Ss, Bs, ys)
+    names, _ = launched(gemm_each.gemm_each, x, weights, biases, Ss, Bs, ys)
     alone = len(case) if transposed else len(case) - 3
     assert names == ["gemm_each_kernel"] * (not transposed) + ["gemm_kernel"] * alone
     for S, B, b, W, y in zip(Ss, Bs, biases, weights, ys, strict=True):
@@ -82,7 +82,7 @@ def test_their_sum_is_added_to_dx(case, dtype):
     weights[1] = weights[1].t().contiguous().t()
     before = draw(M, K, dtype=dtype, seed=60)
     dx = before.clone()
-    names, _ = launched(grouped.gemm_sum, dys, weights, dx)
+    names, _ = launched(gemm_each.gemm_sum, dys, weights, dx)
     assert names == ["gemm_sum_kernel"] * (1 + len(case) // 4)
 
     def total(before, *pairs):
@@ -113,7 +113,7 @@ def test_a_sum_through_descriptors_is_of_weights_that_lie_one_way():
     dys, dx = [torch.empty(64, 256, dtype=half)] * 3, torch.empty(64, 256, dtype=half)
     W = torch.empty(256, 256, dtype=half)
     for weights, tma in (([W] * 3, True), ([W.t()] * 3, True), ([W, W, W.t()], False), ([W.t(), W, W], False)):
-        launch = grouped.gemm_sum_launch(target, dys, weights, dx)
+        launch = gemm_each.gemm_sum_launch(target, dys, weights, dx)
         assert ("dx_desc" in launch.args) == tma
 
 
@@ -122,5 +122,5 @@ def test_a_persistent_sum_is_checked_with_programs_of_several_tiles():
     target, half = Target("cuda", 90), torch.bfloat16
     for M, turns in ((2048, 1), (4096, 2)):
         dys, W = [torch.empty(M, 4096, dtype=half)] * 3, torch.empty(4096, 2048, dtype=half)
-        launch = grouped.gemm_sum_launch(target, dys, [W] * 3, torch.empty(M, 2048, dtype=half))
+        launch = gemm_each.gemm_sum_launch(target, dys, [W] * 3, torch.empty(M, 2048, dtype=half))
         assert launch.turns == turns
