@@ -142,7 +142,7 @@ class FusedLoRALinear(nn.Module):
             self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features, **place))
             self.__dict__["_norms"] = dora.Norms()
         self.fan_in_fan_out = False
-        self._keep_base(None)
+        self._set_base(None)
 
     def set_scaling(self, lora_alpha: float = 16, use_rslora: bool = False, scaling: float | None = None) -> None:
         """Set `scaling` to lora_alpha / r, to lora_alpha / sqrt(r), or outright; see the class for the arguments."""
@@ -266,13 +266,13 @@ class FusedLoRALinear(nn.Module):
         if not base.is_meta and bool((torch.isfinite(base) & ~torch.isfinite(merged)).any()):
             raise ValueError(f"the merged weight is not finite in {base.dtype}; the layer is left unmerged")
         self.weight = nn.Parameter(merged, requires_grad=False)
-        self._keep_base(stored)
+        self._set_base(stored)
 
     def unmerge(self) -> None:
         """Put the base weight back: the same parameter, bit for bit. Does nothing when not merged."""
         if self._base is not None:
             self.weight = self._base
-            self._keep_base(None)
+            self._set_base(None)
 
     def requires_grad_(self, requires_grad: bool = True) -> FusedLoRALinear:
         """Turn the adapter's gradients on or off. The weight stays frozen, and the bias as it is."""
@@ -297,7 +297,7 @@ class FusedLoRALinear(nn.Module):
             parts.append("merged=True")
         return ", ".join(parts)
 
-    def _keep_base(self, base: nn.Parameter | None) -> None:
+    def _set_base(self, base: nn.Parameter | None) -> None:
         # Straight into __dict__: kept out of parameters(), and still copied and pickled with the module.
         self.__dict__["_base"] = base
         self.__dict__["_special"] = self._quantised is not None or (self.use_dora and base is None)
@@ -310,7 +310,7 @@ class FusedLoRALinear(nn.Module):
         try:
             return super()._apply(fn, recurse)
         finally:
-            self._keep_base(self._parameters.pop("_base"))
+            self._set_base(self._parameters.pop("_base"))
 
     def _as_stored(self, base: Tensor) -> Tensor:
         """A base weight (N, K) in the layout of the original layer, which the state dict has, or one of those back."""
@@ -355,7 +355,7 @@ class FusedLoRALinear(nn.Module):
                     base = nn.Parameter(self._as_stored(base.detach()), requires_grad=False)
             self._parameters["weight"] = base if self._base is None else weight
             if self._base is not None:
-                self._keep_base(base)
+                self._set_base(base)
 
 
 class EagerLoRALinear(FusedLoRALinear):

@@ -337,7 +337,7 @@ def test_a_layer_that_is_more_than_lora_linear_keeps_all_alone(kind, computed):
     if kind == "merged":
         layers[1].merge()
     elif kind == "dora":
-        layers[1]._keep_base(None)
+        layers[1]._set_base(None)
         layers[1].__dict__["_special"], layers[1].use_dora = True, False
     elif kind == "dropouts that differ":
         layers[1].lora_dropout = 0.5

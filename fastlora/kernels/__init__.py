@@ -9,12 +9,15 @@
 | `up.py`       | S Bᵀ + bias, and keep * (dS A): what ATen's GEMM adds to                            |
 | `onepass.py`  | y and S from one read of x                                                         |
 | `cuda.py`     | all of it in CUDA C++ for Hopper (csrc/cuda), through ctypes                        |
+| `shared.py`   | S, and dA with dx, of several projections of one x                                 |
+| `grouped.py`  | what else they have beside the GEMMs, in one launch; `gemm_each.py`: the GEMMs      |
 | `bank.py`     | factors and thresholds of each row, where several adapters share a launch          |
 | `partials.py` | sums of partial results, in order                                                   |
 | `product.py`  | products, in tf32 of operands that are rounded to it                                |
 | `dropout.py`  | the mask, a function of (seed, row, column)                                        |
 | `tiles.py`    | which tile runs on which GPU                                                       |
 | `launch.py`   | a launch as data: run it, compile it for any GPU, record it                         |
+| `ahead.py`    | kernels compiled before they are needed, by helper processes                        |
 | `matrix.py`   | a command: compile every launch for every target, with no GPU                       |
 
 To add a kernel: write its file as formula, `@triton.jit` kernel, a function that makes its `Launch`es, an entry that
