@@ -14,6 +14,7 @@
 | `bank.py`     | factors and thresholds of each row, where several adapters share a launch          |
 | `partials.py` | sums of partial results, in order                                                   |
 | `product.py`  | products, in tf32 of operands that are rounded to it                                |
+| `dequantise.py` | the 4-bit weights of bitsandbytes made dense                                      |
 | `dropout.py`  | the mask, a function of (seed, row, column)                                        |
 | `tiles.py`    | which tile runs on which GPU                                                       |
 | `launch.py`   | a launch as data: run it, compile it for any GPU, record it                         |
