@@ -42,7 +42,6 @@ def test_one(on_gpu, path, arch, dtype, adapter, dropout, bank):
 @pytest.mark.parametrize(("arch", "dtype"), [(75, HALF), (90, BRAIN), (90, FLOAT)])
 def test_several_that_share_x(on_gpu, path, arch, dtype, monkeypatch):
     problems = [Problem(70, N, 72, R, dtype, dtype, CPU, True) for N, R in ((48, 8), (32, 4), (32, 16))]
-    monkeypatch.setattr(check_shared, "_kernels", lambda *_: frozenset())  # of the rows that are needed; 70 are all
     for module in (check_shared, shared_autograd):  # as on a GPU, all in one draw
         monkeypatch.setattr(module, "draw_seeds", lambda _, n: list(torch.randint(2**63 - 1, (n, 2))[:, 0]))
     with on_gpu(arch):
