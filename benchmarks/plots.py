@@ -24,7 +24,9 @@ def draw(payload: dict, path: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (roofline, overhead, speedup) = pyplot.subplots(1, 3, figsize=(19, max(5.5, 0.17 * len(groups))))
+    figure = pyplot.figure(figsize=(10, max(7.0, 0.2 * len(groups))), layout="constrained")
+    places = figure.subplot_mosaic([["speedup", "overhead"], ["speedup", "roofline"]])
+    roofline, overhead, speedup = (places[name] for name in ("roofline", "overhead", "speedup"))
     _draw_roofline(roofline, groups, payload["ceilings"])
     for name in ("eager", *RIVALS[1:], "fastlora"):
         points = [(group[name]["M"], 100 * (group[name]["over_bare"]["median"] - 1))
@@ -38,15 +40,15 @@ def draw(payload: dict, path: Path) -> Path | None:
     gains = sorted((1 / group["fastlora"]["over_eager"]["median"], case) for case, group in groups.items()
                    if "over_eager" in group.get("fastlora", {}))  # fmt: skip
     colours = [COLOURS["fastlora" if gain >= 1 else "eager"] for gain, _ in gains]
-    speedup.barh([case for _, case in gains], [gain for gain, _ in gains], color=colours)
+    speedup.barh([case.removeprefix("classifier-") for _, case in gains], [gain for gain, _ in gains], color=colours)
     speedup.axvline(1, color="black", linewidth=0.8)
-    speedup.tick_params(axis="y", labelsize=6)
-    speedup.set(xlabel="eager ÷ fastlora", title="Speed-up over eager")
+    speedup.tick_params(axis="y", labelsize=8)
+    speedup.margins(y=0.01)
+    speedup.set(xlabel="eager ÷ fastlora, M×K×N", title="Speed-up over eager")
     for axes in (roofline, overhead):
         axes.legend(fontsize=7)
     data = payload["metadata"]
     figure.suptitle(f"{data['device_name']}, torch {data['versions'].get('torch')}, {TRAIN}, {data['date'][:10]}")
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
     return path
