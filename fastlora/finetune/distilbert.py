@@ -13,7 +13,6 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -227,7 +226,7 @@ def make_trainer(
                       data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=accuracy)  # fmt: skip
 
 
-def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
+def load_predictor(run: Path) -> runs.Predictor:
     """A function that labels reviews, (label, probability) each, from a finished run's folder.
 
     Raises UserError when the run is not finished or damaged, or the model that it adapts is not to be had.
@@ -242,14 +241,12 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     max_length = min(report["max_length"], getattr(model.config, "max_position_embeddings", report["max_length"]))
     fastlora.load_adapter(model, run).eval()
 
-    @torch.inference_mode()
-    def predict(texts: list[str]) -> list[tuple[str, float]]:
+    def logits(texts: list[str]) -> torch.Tensor:
         batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_token_type_ids=False,
                           return_tensors="pt")  # fmt: skip
-        chances, classes = model(**batch).logits.float().softmax(-1).max(-1)
-        return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
+        return model(**batch).logits
 
-    return predict
+    return runs.predictor(LABELS, logits)
 
 
 def _lora_config(recipe: Recipe) -> LoraConfig:

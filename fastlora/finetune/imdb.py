@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,7 +188,7 @@ def sgd(groups: list[dict]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, fused=groups[0]["params"][0].is_cuda)
 
 
-def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
+def load_predictor(run: Path) -> runs.Predictor:
     """A function that labels reviews, (label, probability) each, from a finished run's folder.
 
     Raises UserError when a file is missing or damaged.
@@ -199,11 +198,8 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     fill(model, run / MODEL, tensors)
     fastlora.load_adapter(model, run).eval()
 
-    @torch.inference_mode()
-    def predict(texts: list[str]) -> list[tuple[str, float]]:
+    def logits(texts: list[str]) -> Tensor:
         dataset = TextDataset([tokenise(text) for text in texts], [0] * len(texts), vocabulary)
-        ids, offsets, _ = dataset.batch(torch.arange(len(texts)))
-        chances, classes = model(ids, offsets).softmax(-1).max(-1)
-        return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
+        return model(*dataset.batch(torch.arange(len(texts)))[:2])
 
-    return predict
+    return runs.predictor(LABELS, logits)

@@ -9,13 +9,13 @@ import json
 import platform
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 
 import fastlora
 from fastlora.errors import UserError, shown
@@ -28,6 +28,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, VOCABULARY,
              "gpt2", "adapters")  # fmt: skip
 LOCK = ".fastlora.lock"
+Predictor = Callable[[list[str]], list[tuple[str, float]]]  # texts to (label, probability) each
 
 
 def settings_of(args: argparse.Namespace, recipe, **more) -> dict:
@@ -147,6 +148,17 @@ def read_report(folder: Path) -> dict:
     if not isinstance(report, dict) or "task" not in report:
         raise UserError(f"{folder / REPORT}: damaged, it names no task")
     return report
+
+
+def predictor(labels: Sequence[str], logits: Callable[[list[str]], Tensor]) -> Predictor:
+    """A function that labels texts, (label, probability) each, by `logits(texts)`, (texts, labels)."""
+
+    @torch.inference_mode()
+    def predict(texts: list[str]) -> list[tuple[str, float]]:
+        chances, classes = logits(texts).float().softmax(-1).max(-1)
+        return [(labels[c], p) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
+
+    return predict
 
 
 def counts(model: nn.Module, adapter: str | None = None) -> dict[str, int]:

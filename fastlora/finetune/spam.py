@@ -6,7 +6,6 @@ Source: Raschka, "Build a Large Language Model (From Scratch)", chapter 6 and ap
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +170,7 @@ def random_names(model: GPT2, weights: Path | None) -> set[str]:
     return {name for name in model.state_dict() if weights is None or name.startswith("head.")}
 
 
-def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
+def load_predictor(run: Path) -> runs.Predictor:
     """A function that labels messages, (label, probability) each, from a finished run's folder.
 
     Raises UserError when a file is missing or damaged, or the base weights are no longer where they were.
@@ -182,10 +181,4 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     if weights and report.get("weights_sha256") not in (None, sha256(weights)):  # earlier versions left none
         raise UserError(f"{weights}: not the base weights that {run} was trained on")
     fastlora.load_adapter(model, run).eval()
-
-    @torch.inference_mode()
-    def predict(texts: list[str]) -> list[tuple[str, float]]:
-        chances, classes = model(gpt2.encode(texts, encoding, report["length"])).softmax(-1).max(-1)
-        return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
-
-    return predict
+    return runs.predictor(LABELS, lambda texts: model(gpt2.encode(texts, encoding, report["length"])))
