@@ -17,7 +17,8 @@ from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
-from fastlora.finetune.trainer import Member, Settings, Trainer
+from fastlora.finetune.step import Settings
+from fastlora.finetune.trainer import Member, Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of, part_of
 from fastlora.finetune.words import DIM, TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
 

@@ -24,7 +24,8 @@ from fastlora.finetune.data import FILES, Batches, Data, data_digest, locate, re
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL
-from fastlora.finetune.trainer import Settings, Trainer
+from fastlora.finetune.step import Settings
+from fastlora.finetune.trainer import Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
 from fastlora.linear import FusedLoRALinear
 

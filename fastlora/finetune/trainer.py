@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +19,7 @@ from fastlora.errors import WorkError
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches
 from fastlora.finetune.parallel import ALONE, World
-from fastlora.finetune.step import Step, StepSettings
-
-
-@dataclass(frozen=True)
-class Settings(StepSettings):
-    """How long to train, and how each step is taken."""
-
-    epochs: int = 1  # passes over the training batches
-    decay: float = 1.0  # the rates are multiplied by it after each epoch
-    every: int | None = None  # steps between evaluations and checkpoints, besides those at each epoch's end
-    accumulate: int = 1  # batches whose gradients are summed into one optimiser step
-    checkpoint: Path | None = None  # its path; None keeps none
+from fastlora.finetune.step import Settings, Step
 
 
 @dataclass

@@ -16,7 +16,8 @@ from fastlora.cli import main
 from fastlora.errors import UserError, WorkError
 from fastlora.finetune import gpt2, tune
 from fastlora.finetune.data import Batches
-from fastlora.finetune.trainer import Member, Settings, Trainer
+from fastlora.finetune.step import Settings
+from fastlora.finetune.trainer import Member, Trainer
 
 FEW = ["--data", "sample", "--epochs", "2", "--device", "cpu", "--train-samples", "300", "--test-samples", "100"]
 IMDB = ["train", "imdb", *FEW]
