@@ -225,7 +225,7 @@ def test_predict_names_the_damaged_file(run, tmp_path, capsys, name, how):
         ),
         (
             lambda f: pd.DataFrame({"text": ["x", "y"], "label": [0, 3]}).to_parquet(f / "imdb" / "train.parquet"),
-            "unknown label 3",
+            "no text with one of the labels 0 to 1, but has label 3, text 'y'",
         ),
         (
             lambda f: pd.DataFrame({"text": ["x"], "label": [0]}).to_parquet(f / "imdb" / "train.parquet"),
