@@ -31,7 +31,7 @@ CONTEXTS = 4000  # columns of the co-occurrence matrix: the most frequent words
 SMOOTHING = 0.75  # power of the contexts' frequencies, which tames rare contexts
 RARE = 1e-3  # a word of frequency p weighs RARE / (RARE + p): Arora et al. 2017
 NORM = 5.0  # mean length of a vector, about that of GloVe's
-_VERSION = "3"  # of the cache
+_VERSION = "4"  # of the cache
 
 
 def tokenise(text: str) -> list[str]:
@@ -142,11 +142,8 @@ def learn(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
     table.clamp_(min=1).log_()  # positive PMI: what is below chance counts as chance
 
     rank = min(DIM, contexts)
-    sketch = torch.randn(contexts, min(rank + 10, contexts), generator=torch.Generator().manual_seed(0))
-    for _ in range(3):
-        sketch = torch.linalg.qr(table @ sketch).Q
-        sketch = torch.linalg.qr(table.T @ sketch).Q
-    left, singular, _ = torch.linalg.svd(table @ sketch, full_matrices=False)
+    torch.manual_seed(0)  # who trains seeds anew
+    left, singular, _ = torch.svd_lowrank(table, min(rank + 10, contexts), niter=3)
     vectors = torch.zeros(words, DIM)
     vectors[:, :rank] = left[:, :rank] * singular[:rank].sqrt()
     vectors[: len(SPECIAL)] = 0
