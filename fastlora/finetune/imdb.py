@@ -169,9 +169,9 @@ def make_base(recipe: Recipe, data: Reviews, device: torch.device) -> tuple[Text
     model.embedding.weight.data.copy_(data.vectors)
     model.to(device)
     settings = Settings(epochs=recipe.pretrain_epochs, decay=0.5, clip=recipe.clip)
-    trainer = Trainer(model, sgd([{"params": list(model.parameters()), "lr": 1.0}]), data.news, None, settings)
+    trainer = Trainer(model, sgd([{"params": [*model.parameters()], "lr": 1.0}]), data.news, data.news_test, settings)
     trainer.fit()
-    ((_, _, accuracy),) = trainer.evaluate(data.news_test)
+    accuracy = trainer.members[0].history[-1]["valid_accuracy"]
     print(f"pre-trained on news: {accuracy:.2%} of the test news right, {trainer.seconds:.1f} s", flush=True)
     return model, {"epochs": settings.epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3)}
 

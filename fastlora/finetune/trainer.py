@@ -45,7 +45,7 @@ class Trainer:
     model: nn.Module
     optimiser: torch.optim.Optimizer  # with one group of parameters for each member, of its name
     train: Batches
-    valid: Batches | None
+    valid: Batches
     settings: Settings
     members: Sequence[Member] = field(default_factory=lambda: [Member()])
     world: World = ALONE  # the processes that train together
@@ -196,9 +196,8 @@ class Trainer:
         for member in self.alive():
             if not math.isfinite(loss := float(member.sums[0])):
                 self._stop(member, f"the loss is {loss}")
-        valid = self.evaluate(self.valid) if self.valid is not None else [(m, None, None) for m in self.alive()]
         rates = {group.get("name"): group["lr"] for group in self.optimiser.param_groups}
-        for member, valid_loss, valid_accuracy in valid:
+        for member, valid_loss, valid_accuracy in self.evaluate(self.valid):
             loss, correct = member.sums.tolist()
             member.sums = 0
             member.history.append({
@@ -211,7 +210,7 @@ class Trainer:
                 "learning_rate": float(f"{rates[member.name]:.12g}"),  # 0.01, not 0.010000000000000002
                 "seconds": round(self.seconds, 4),
             })  # fmt: skip
-        if self.progress and self.valid is not None:
+        if self.progress:
             member = best(self.alive())
             row = member.history[-1]
             tqdm.write(f"epoch {row['epoch']:.4g}, step {row['step']}: loss {row['train_loss']:.4f}, accuracy "

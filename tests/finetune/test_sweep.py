@@ -105,7 +105,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bits(swept, tmp_path, monk
     def stop(self):
         nonlocal count
         whole(self)
-        count += len(self.members) > 1 or self.valid is None
+        count += len(self.members) > 1 or self.settings.checkpoint is None
         if count == 3 + save - 1:  # three of the pre-training
             raise Stop
 
