@@ -116,7 +116,7 @@ def test_texts_and_labels_of_a_dictionary(tmp_path):
 
 def test_what_to_do_about_a_damaged_file_of_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
-    path = make_sample(tmp_path / "sample-2") / "imdb" / "train.parquet"
+    path = make_sample(tmp_path / "sample-3") / "imdb" / "train.parquet"
     os.truncate(path, 1000)
     with pytest.raises(UserError, match="delete it, and it is made again"):
         read_texts(path, 2)
