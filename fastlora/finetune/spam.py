@@ -22,6 +22,7 @@ from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import FILES, Batches, Data, data_digest, locate, read_texts
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
+from fastlora.finetune.homes import missing
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL
 from fastlora.finetune.step import Settings
@@ -74,7 +75,7 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
     settings = runs.settings_of(
         args, recipe, precision=how["precision"], device=device.type, processes=world.size, model=size,
         weights=str(weights or RANDOM), weights_sha256=weights and sha256(weights),
-        data_sha256=data_digest(args.data, *needed(args.data)),
+        data_sha256=data_digest(args.data, "spam"),
     )  # fmt: skip
     with runs.run_folder(folder, settings, args.resume) if world.first else nullcontext(False) as begun:
         begun = world.broadcast(begun, device)
@@ -84,10 +85,9 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         kept = folder / MODEL if begun and (folder / MODEL).exists() else None
         model = make_base(size, weights, kept)
         if world.first and kept is None:
-            for file in FILES["gpt2"]:  # so that `predict` finds them
-                if (data.folder / file).exists():
-                    (folder / "gpt2").mkdir(exist_ok=True)
-                    write_bytes(folder / file, (data.folder / file).read_bytes())
+            for file in FILES["gpt2"] if args.data != "sample" else ():  # so that `predict` finds them
+                (folder / "gpt2").mkdir(exist_ok=True)
+                write_bytes(folder / file, (vocabulary(data.folder) / file).read_bytes())
             write_checkpoint(folder / MODEL, {name: model.state_dict()[name] for name in random_names(model, weights)})
         model.to(device)
         model.grad_checkpointing = args.grad_checkpointing
@@ -106,14 +106,9 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         fine_tune(args, settings, trainer, data, layer, begun, title)
 
 
-def needed(where: str) -> tuple[str, ...]:
-    """The data sets that are looked for. Of a folder without GPT-2's vocabulary, tiktoken brings its own."""
-    return ("spam", "gpt2") if where == "auto" else ("spam",)
-
-
 def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, device: torch.device) -> Data:
     """Read and encode the messages, all as long as the longest of the training messages."""
-    folder = locate(args.data, *needed(args.data))
+    folder = locate(args.data, "spam")
     encoding, length = _encoding(args.data, folder), None
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for name, limit in (("train", args.train_samples), ("valid", None), ("test", args.test_samples)):
@@ -139,7 +134,12 @@ def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, d
 
 def _encoding(data: object, folder: Path):
     """GPT-2's encoding; its single bytes for the sample, which has to do without files and network."""
-    return gpt2.byte_encoding() if data == "sample" else gpt2.gpt2_encoding(folder)
+    return gpt2.byte_encoding() if data == "sample" else gpt2.gpt2_encoding(vocabulary(folder))
+
+
+def vocabulary(folder: Path) -> Path:
+    """The folder that holds GPT-2's vocabulary: `folder`, or where `--data auto` finds it."""
+    return locate("auto", "gpt2") if missing(folder, "gpt2") else folder
 
 
 # The frozen base: GPT-2's weights from a file, or random ones, which are kept with the run.
