@@ -18,8 +18,8 @@ from fastlora.finetune.data import Batches, Data, data_digest, locate, random_sp
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
 from fastlora.finetune.step import Settings
-from fastlora.finetune.trainer import Member, Trainer
-from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of, part_of
+from fastlora.finetune.trainer import Trainer
+from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
 from fastlora.finetune.words import DIM, TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
 
 LABELS, TOPICS = ("negative", "positive"), 4
@@ -64,10 +64,6 @@ class TextClassifier(nn.Module):
         means = self.embedding(ids, offsets)[:-1]  # the last bag holds the padding
         return self.fc2(F.relu(self.fc1(means)))
 
-    def body(self) -> dict[str, Tensor]:
-        """What pre-training learns for good: all but the head, fc2."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("fc2.")}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
@@ -91,23 +87,21 @@ def train(args: argparse.Namespace) -> None:
             return
         data = load_data(args, recipe, device)
         data.vocabulary.save(folder / VOCABULARY)
-        model, pretrained = load_base(folder, data) if (folder / MODEL).exists() else make_base(recipe, data, device)
-        model.to(device)
-        body = model.body()
-        write_checkpoint(folder / MODEL, body, pretrained=pretrained)
+        if (folder / MODEL).exists():
+            model, pretrained = load_base(folder, len(data.vocabulary))
+            model.to(device)
+        else:
+            model, pretrained = make_base(recipe, data, device)
+            write_checkpoint(folder / MODEL, model.state_dict(), pretrained=pretrained)
         model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=device)
         adapt(model, members, args.impl, ["fc1"], head="fc2")
         training = Settings(epochs=recipe.epochs, decay=recipe.decay, clip=recipe.clip, checkpoint=folder / CHECKPOINT,
                             **how)  # fmt: skip
         trainer = Trainer(model, sgd(groups_of(model, members)), data.train, data.valid, training, members)
 
-        def keep(member: Member) -> None:
-            head = {f"fc2.{name}": tensor for name, tensor in part_of(model.fc2, member).state_dict().items()}
-            write_checkpoint(folder / MODEL, body | head, pretrained=pretrained)
-
         settings["pretrained"] = pretrained
         title = f"{'made-up sample' if args.data == 'sample' else 'IMDb'}, {args.impl}"
-        fine_tune(args, settings, trainer, data, model.fc1, begun, title, keep)
+        fine_tune(args, settings, trainer, data, model.fc1, begun, title)
 
 
 @dataclass
@@ -176,11 +170,11 @@ def make_base(recipe: Recipe, data: Reviews, device: torch.device) -> tuple[Text
     return model, {"epochs": settings.epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3)}
 
 
-def load_base(folder: Path, data: Reviews) -> tuple[TextClassifier, dict]:
-    """What `make_base` gave to the run that is gone on with."""
+def load_base(folder: Path, words: int) -> tuple[TextClassifier, dict]:
+    """What `make_base` gave to the run in `folder`, of a vocabulary of `words` words."""
     tensors, state = read_checkpoint(folder / MODEL)
-    model = TextClassifier(*data.vectors.shape, TOPICS)
-    fill(model, folder / MODEL, {name: t for name, t in tensors.items() if name in model.body()}, set(model.body()))
+    model = TextClassifier(words, DIM, TOPICS)
+    fill(model, folder / MODEL, tensors)
     return model, state.get("pretrained")
 
 
@@ -194,9 +188,9 @@ def load_predictor(run: Path) -> runs.Predictor:
 
     Raises UserError when a file is missing or damaged.
     """
-    vocabulary, (tensors, _) = Vocabulary.load(run / VOCABULARY), read_checkpoint(run / MODEL)
-    model = TextClassifier(len(vocabulary), DIM, len(LABELS))
-    fill(model, run / MODEL, tensors)
+    vocabulary = Vocabulary.load(run / VOCABULARY)
+    model, _ = load_base(run, len(vocabulary))
+    model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS))
     fastlora.load_adapter(model, run).eval()
 
     def logits(texts: list[str]) -> Tensor:

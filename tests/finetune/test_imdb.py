@@ -76,14 +76,17 @@ def test_a_run_leaves_everything(run, cpu_path):
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx([1, 0.1, 0.01])
 
 
-def test_the_adapter_is_a_and_b_in_pefts_format(run):
+def test_the_adapter_is_a_b_and_the_head_in_pefts_format(run):
     tensors = load_file(run / "adapter_model.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         "base_model.model.fc1.lora_A.weight": (2, 100),
         "base_model.model.fc1.lora_B.weight": (128, 2),
+        "base_model.model.fc2.weight": (2, 128),
+        "base_model.model.fc2.bias": (2,),
     }
     assert all(bool(t.any()) for t in tensors.values())
-    assert json.loads((run / "adapter_config.json").read_text())["r"] == 2
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert (config["r"], config["modules_to_save"]) == (2, ["fc2"])
 
 
 def test_predict_tells_good_from_bad(run, capsys):
@@ -111,7 +114,8 @@ def test_prediction_is_that_of_the_trained_model(run):
     down, up = (adapter[f"base_model.model.fc1.lora_{part}.weight"] for part in "AB")
     mean = base["embedding.weight"][[words.get(word, 1) for word in BAD.replace(",", "").split()]].mean(0)
     hidden = torch.relu((base["fc1.weight"] + 8.0 * up @ down) @ mean + base["fc1.bias"])
-    chances = (base["fc2.weight"] @ hidden + base["fc2.bias"]).softmax(0)
+    weight, bias = (adapter[f"base_model.model.fc2.{part}"] for part in ("weight", "bias"))
+    chances = (weight @ hidden + bias).softmax(0)
     ((label, chance),) = imdb.load_predictor(run)([BAD])
     assert label == imdb.LABELS[int(chances.argmax())]
     assert chance == pytest.approx(float(chances.max()), abs=1e-5)
@@ -270,8 +274,8 @@ def edited(folder, name, change):
 @pytest.mark.parametrize("change", [
     lambda t: t.pop("fc1.weight"),
     lambda t: t.update({"a\n\x1b[2Jb": torch.zeros(1)}),
-    lambda t: t.update({"fc2.bias": torch.zeros(2, dtype=torch.int64)}),
-    lambda t: t.update({"fc2.bias": torch.full((2,), torch.nan)}),
+    lambda t: t.update({"fc2.bias": torch.zeros(4, dtype=torch.int64)}),
+    lambda t: t.update({"fc2.bias": torch.full((4,), torch.nan)}),
     lambda t: t.update({"embedding.weight": t["embedding.weight"][:-1].clone()}),
 ])  # fmt: skip
 def test_predict_demands_the_tensors_of_the_model_and_no_others(run, tmp_path, capsys, change):
