@@ -16,11 +16,11 @@ from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
-from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
+from fastlora.finetune.run import CHECKPOINT, MODEL
 from fastlora.finetune.step import Settings
 from fastlora.finetune.trainer import Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
-from fastlora.finetune.words import DIM, TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
+from fastlora.finetune.words import DIM, SPECIAL, TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
 
 LABELS, TOPICS = ("negative", "positive"), 4
 WORDS, LEAST = 20_000, 3  # vocabulary: how many words, and how often each occurs at least
@@ -86,13 +86,13 @@ def train(args: argparse.Namespace) -> None:
         if begun and runs.finished(folder):
             return
         data = load_data(args, recipe, device)
-        data.vocabulary.save(folder / VOCABULARY)
         if (folder / MODEL).exists():
-            model, pretrained = load_base(folder, len(data.vocabulary))
+            model, _, pretrained = load_base(folder, data.vocabulary)
             model.to(device)
         else:
             model, pretrained = make_base(recipe, data, device)
-            write_checkpoint(folder / MODEL, model.state_dict(), pretrained=pretrained)
+            words = data.vocabulary.words[len(SPECIAL) :]
+            write_checkpoint(folder / MODEL, model.state_dict(), pretrained=pretrained, words=words)
         model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=device)
         adapt(model, members, args.impl, ["fc1"], head="fc2")
         training = Settings(epochs=recipe.epochs, decay=recipe.decay, clip=recipe.clip, checkpoint=folder / CHECKPOINT,
@@ -170,12 +170,13 @@ def make_base(recipe: Recipe, data: Reviews, device: torch.device) -> tuple[Text
     return model, {"epochs": settings.epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3)}
 
 
-def load_base(folder: Path, words: int) -> tuple[TextClassifier, dict]:
-    """What `make_base` gave to the run in `folder`, of a vocabulary of `words` words."""
+def load_base(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[TextClassifier, Vocabulary, dict]:
+    """What `make_base` gave to the run in `folder`, and between the `vocabulary`, that of the file by default."""
     tensors, state = read_checkpoint(folder / MODEL)
-    model = TextClassifier(words, DIM, TOPICS)
+    vocabulary = vocabulary or Vocabulary(state.get("words", ()))
+    model = TextClassifier(len(vocabulary), DIM, TOPICS)
     fill(model, folder / MODEL, tensors)
-    return model, state.get("pretrained")
+    return model, vocabulary, state.get("pretrained")
 
 
 def sgd(groups: list[dict]) -> torch.optim.Optimizer:
@@ -188,8 +189,7 @@ def load_predictor(run: Path) -> runs.Predictor:
 
     Raises UserError when a file is missing or damaged.
     """
-    vocabulary = Vocabulary.load(run / VOCABULARY)
-    model, _ = load_base(run, len(vocabulary))
+    model, vocabulary, _ = load_base(run)
     model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS))
     fastlora.load_adapter(model, run).eval()
 

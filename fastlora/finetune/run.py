@@ -23,10 +23,10 @@ from fastlora.files import clear_leftovers, read_json, write_bytes, write_json
 
 SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
-CHECKPOINT, MODEL, VOCABULARY = "checkpoint.safetensors", "model.safetensors", "vocabulary.json"
+CHECKPOINT, MODEL = "checkpoint.safetensors", "model.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, VOCABULARY,
-             "gpt2", "adapters")  # fmt: skip
+RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, "gpt2",
+             "adapters")  # fmt: skip
 LOCK = ".fastlora.lock"
 Predictor = Callable[[list[str]], list[tuple[str, float]]]  # texts to (label, probability) each
 

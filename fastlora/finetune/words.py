@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastlora import env
 from fastlora.errors import UserError
-from fastlora.files import read_json, write_json
 from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 
 PAD, UNKNOWN, SPECIAL = 0, 1, ("<pad>", "<unk>")
@@ -62,15 +61,6 @@ class Vocabulary:
         """The numbers of `words`, int32; a text with no words becomes one unknown word, so that its mean exists."""
         get = self.numbers.get
         return np.fromiter((get(word, UNKNOWN) for word in words or ("",)), dtype=np.int32, count=max(1, len(words)))
-
-    def save(self, path: Path) -> None:
-        """Write the words as a JSON list."""
-        write_json(path, self.words[len(SPECIAL) :])
-
-    @classmethod
-    def load(cls, path: Path) -> Vocabulary:
-        """Read what `save` wrote; UserError when it is missing or damaged."""
-        return cls(read_json(path))
 
 
 class TextDataset:

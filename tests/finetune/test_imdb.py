@@ -109,8 +109,8 @@ def test_predict_reads_standard_input(run, capsys, monkeypatch):
 
 def test_prediction_is_that_of_the_trained_model(run):
     # Dense and by hand: mean of vectors, W + scaling B A, ReLU, head.
-    words = {word: i for i, word in enumerate(["<pad>", "<unk>", *json.loads((run / "vocabulary.json").read_text())])}
-    base, adapter = load_file(run / "model.safetensors"), load_file(run / "adapter_model.safetensors")
+    base, state = read_checkpoint(run / "model.safetensors")
+    words, adapter = {word: i for i, word in enumerate(state["words"], 2)}, load_file(run / "adapter_model.safetensors")
     down, up = (adapter[f"base_model.model.fc1.lora_{part}.weight"] for part in "AB")
     mean = base["embedding.weight"][[words.get(word, 1) for word in BAD.replace(",", "").split()]].mean(0)
     hidden = torch.relu((base["fc1.weight"] + 8.0 * up @ down) @ mean + base["fc1.bias"])
@@ -181,10 +181,10 @@ def test_a_killed_run_resumed_ends_with_the_same_bits(run, tmp_path, monkeypatch
     assert train(tmp_path / "run", "--lr", "0.5", "--resume") == 2
     assert "lr = 1.0, not 0.5" in capsys.readouterr().err
     assert train(tmp_path / "run", "--resume") == 0
-    for name in ("adapter_model.safetensors", "vocabulary.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", run))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
+    (ours, kept), (theirs, same) = (read_checkpoint(folder / "model.safetensors") for folder in (tmp_path / "run", run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and kept["words"] == same["words"]
     assert train(tmp_path / "run", "--resume") == 0
     assert "finished already" in capsys.readouterr().out
 
@@ -208,7 +208,7 @@ def damage(folder, name, how):
 
 @pytest.mark.parametrize("how", ["missing", "cut"])
 @pytest.mark.parametrize(
-    "name", ["report.json", "model.safetensors", "vocabulary.json", "adapter_config.json", "adapter_model.safetensors"]
+    "name", ["report.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"]
 )
 def test_predict_names_the_damaged_file(run, tmp_path, capsys, name, how):
     folder = shutil.copytree(run, tmp_path / "run")
