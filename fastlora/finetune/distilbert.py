@@ -120,7 +120,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, tokenizer, 
     if args.impl == "fused":
         print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
     title = f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test"
-    runs.leave(folder, {None: history}, title, trainer.args.device, {
+    runs.leave(folder, history, title, trainer.args.device, {
         **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data,
         "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
         "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),

@@ -28,6 +28,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, "gpt2",
              "adapters")  # fmt: skip
 LOCK = ".fastlora.lock"
+MOST_NAMED = 12  # runs in a picture's legend, which leaves no room for more
 Predictor = Callable[[list[str]], list[tuple[str, float]]]  # texts to (label, probability) each
 
 
@@ -86,18 +87,16 @@ def finished(path: Path) -> bool:
     return (path / REPORT).exists()
 
 
-def leave(
-    folder: Path, histories: Mapping[str | None, Sequence[Mapping]], title: str, device: torch.device, report: Mapping
-) -> None:
+def leave(folder: Path, rows: Sequence[Mapping], title: str, device: torch.device, report: Mapping) -> None:
     """Write history.csv, curves.png and, last, since it says that the run is finished, report.json.
 
-    `histories` are those of a sweep's runs by name, or that of None alone.
+    `rows` of history, one an evaluation; those of a sweep have the name of their run under "run".
     """
     import pandas as pd
 
-    rows = [({"run": name} if name else {}) | row for name, history in histories.items() for row in history]
-    write_bytes(folder / "history.csv", pd.DataFrame(rows).to_csv(index=False).encode())
-    plot_histories(folder / "curves.png", histories, title)
+    history = pd.DataFrame(rows)
+    write_bytes(folder / "history.csv", history.to_csv(index=False).encode())
+    plot_history(folder / "curves.png", history, title)
     report = {
         **report,
         "device": f"cpu ({torch.get_num_threads()} threads)",
@@ -118,20 +117,21 @@ def leave(
           f"{report['train_seconds']:.1f} s; everything is in {folder}")  # fmt: skip
 
 
-def plot_histories(path: Path, histories: Mapping[str | None, Sequence[Mapping]], title: str) -> None:
+def plot_history(path: Path, history, title: str) -> None:
     """Draw loss on the left, accuracy on the right: training and validation of one run, or validation of several."""
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+    from matplotlib.figure import Figure  # no pyplot, and so none of pandas' plots: no display, no global state
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure, several = Figure(figsize=(9, 3.5), layout="constrained"), "run" in history
     figure.suptitle(title)
+    runs = history.groupby("run", sort=False) if several else [(None, history)]
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for name, history in histories.items():
-            for part in ("valid",) if name else ("train", "valid"):
-                values = [row[f"{part}_{quantity}"] for row in history]
-                axes.plot([row["epoch"] for row in history], values, ".-", label=name or part)
-        axes.set(xlabel="epoch", ylabel=quantity if None in histories else f"validation {quantity}")
+        for name, rows in runs:
+            for part in ("valid",) if several else ("train", "valid"):
+                axes.plot(rows["epoch"], rows[f"{part}_{quantity}"], ".-", label=name or part)
+        axes.set(xlabel="epoch", ylabel=f"validation {quantity}" if several else quantity)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        if len(runs) <= MOST_NAMED:
+            axes.legend(fontsize="x-small")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_bytes(path, image.getvalue())

@@ -149,8 +149,8 @@ def fine_tune(
     with trainer.step.routed(rows):
         x = torch.zeros(rows, *data.shape, part_of(layer, member).in_features, device=trainer.device)
         path = "eager" if args.impl == "eager" else fastlora.explain(layer, x.to(part_of(layer, member).weight)).path
-    histories = {one.label if several else None: one.history for one in trainer.members if one.history}
-    runs.leave(folder, histories, f"{title}: {tested[member.name]:.1%} on test", trainer.device, {
+    history = [({"run": one.label} if several else {}) | row for one in trainer.members for row in one.history]
+    runs.leave(folder, history, f"{title}: {tested[member.name]:.1%} on test", trainer.device, {
         **settings, **member.own, **report, **data.facts, **runs.counts(model, member.name), "path": path,
         "dataset": args.data if args.data in ("sample", "auto") else str(data.folder),
         "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
