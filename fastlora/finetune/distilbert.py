@@ -87,8 +87,8 @@ def train(args: argparse.Namespace) -> None:
         recipe = replace(recipe, model=name, target_modules=targets, max_length=min(recipe.max_length, longest))
         settings = runs.settings_of(args, recipe, weights_sha256=digest, device=device.type, processes=world.size,
                                     data_sha256=data_digest(args.data, "imdb"))  # fmt: skip
-        with runs.run_folder(args.output, settings, args.resume) if world.first else contextlib.nullcontext():
-            if not (args.resume and runs.finished(args.output)):
+        with runs.run_folder(args.output, settings, args.resume, world, device) as begun:
+            if begun != runs.FINISHED:
                 _train(args, recipe, settings, tokenizer, model, device, world)
 
 

@@ -83,7 +83,7 @@ def train(args: argparse.Namespace) -> None:
     settings = runs.settings_of(args, recipe, precision=how["precision"], device=device.type,
                                 data_sha256=data_digest(args.data, "imdb", "ag_news"))  # fmt: skip
     with runs.run_folder(folder, settings, args.resume) as begun:
-        if begun and runs.finished(folder):
+        if begun == runs.FINISHED:
             return
         data = load_data(args, recipe, device)
         if (folder / MODEL).exists():

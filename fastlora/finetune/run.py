@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.errors import UserError, shown
 from fastlora.files import clear_leftovers, read_json, write_bytes, write_json
+from fastlora.finetune.parallel import ALONE, World
 
 SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
@@ -28,6 +29,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, "gpt2",
              "adapters")  # fmt: skip
 LOCK = ".fastlora.lock"
+NEW, BEGUN, FINISHED = range(3)
 MOST_NAMED = 12  # runs in a picture's legend, which leaves no room for more
 Predictor = Callable[[list[str]], list[tuple[str, float]]]  # texts to (label, probability) each
 
@@ -39,8 +41,10 @@ def settings_of(args: argparse.Namespace, recipe, **more) -> dict:
 
 
 @contextlib.contextmanager
-def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
-    """Hold `path` as the output folder of a run; yields True when it holds an unfinished run to go on with.
+def run_folder(path: Path, settings: Mapping, resume: bool, world: World = ALONE, device="cpu") -> Iterator[int]:
+    """Hold `path` as the output folder of a run; yields NEW, BEGUN or FINISHED, by what run it holds to go on with.
+
+    Of processes that train together the first holds it, and all get its answer.
 
     `settings`, JSON values that decide the run's result, are kept in run.json: with `resume`, the run that the folder
     holds goes on only with those that it was started with. An empty folder starts a new one.
@@ -48,6 +52,9 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
     Raises UserError when the folder holds a run and `resume` is false, the run was started with other settings,
     another process holds the folder, or it cannot be written to.
     """
+    if not world.first:
+        yield world.broadcast(NEW, device)
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = FileLock(path / LOCK).acquire(timeout=0)
@@ -72,19 +79,14 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
                 raise UserError(f"{path}: the run was started with {key} = {shown(before[key])}, not {shown(value)}; "
                                 "--resume needs the same settings and data")  # fmt: skip
         write_json(path / SETTINGS, before)
+        if REPORT in present:
+            print(f"{path}: the run is finished already")
         try:
-            yield bool(present)
+            yield world.broadcast(FINISHED if REPORT in present else BEGUN if present else NEW, device)
         except Exception:
             if not any((path / name).exists() for name in RUN_FILES if name != SETTINGS):
                 (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
             raise
-
-
-def finished(path: Path) -> bool:
-    """Whether the run in the folder `path` is finished; says so."""
-    if (path / REPORT).exists():
-        print(f"{path}: the run is finished already")
-    return (path / REPORT).exists()
 
 
 def leave(folder: Path, rows: Sequence[Mapping], title: str, device: torch.device, report: Mapping) -> None:

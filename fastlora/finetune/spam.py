@@ -6,7 +6,6 @@ Source: Raschka, "Build a Large Language Model (From Scratch)", chapter 6 and ap
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,9 +76,8 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         weights=str(weights or RANDOM), weights_sha256=weights and sha256(weights),
         data_sha256=data_digest(args.data, "spam"),
     )  # fmt: skip
-    with runs.run_folder(folder, settings, args.resume) if world.first else nullcontext(False) as begun:
-        begun = world.broadcast(begun, device)
-        if begun and runs.finished(folder):
+    with runs.run_folder(folder, settings, args.resume, world, device) as begun:
+        if begun == runs.FINISHED:
             return
         data = load_data(args, recipe, world, device)
         kept = folder / MODEL if begun and (folder / MODEL).exists() else None
