@@ -25,8 +25,8 @@ import fastlora
 from benchmarks.measure import interleave, metadata, ratio, summary, write_results
 from fastlora.finetune import gpt2, imdb, options, spam
 from fastlora.finetune.parallel import ALONE
-from fastlora.finetune.step import PRECISIONS, Step, StepSettings
-from fastlora.finetune.trainer import Settings, Trainer
+from fastlora.finetune.step import Settings, Step
+from fastlora.finetune.trainer import Trainer
 from fastlora.finetune.tune import LAYERS
 
 ARMS = ("bare", "eager", "fused")
@@ -59,7 +59,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=("gpt2", "imdb", "spam"), help="repeatable (default: all)")
     parser.add_argument("--data", default=str(DATA) if DATA.is_dir() else "sample", help="as for fastlora train")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="float32")
+    parser.add_argument("--precision", choices=tuple(options.PRECISIONS.values()), default="float32")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--output", default=None, help="folder for the JSON (default benchmarks/results/<device>)")
     return parser.parse_args(argv)
@@ -82,7 +82,7 @@ def _spam_arms(base: gpt2.GPT2, device: torch.device, args: argparse.Namespace) 
         fastlora.inject(model, r=16, lora_alpha=16, target_modules="all-linear", layer_class=layer)
 
     return {
-        name: _arm(name, base, adapted, "head", optimiser, StepSettings(precision=args.precision))
+        name: _arm(name, base, adapted, "head", optimiser, Settings(precision=args.precision))
         for name in _arms(device)
     }
 
@@ -91,7 +91,7 @@ def _arms(device: torch.device) -> tuple[str, ...]:
     return (*ARMS, GRAPH) if device.type == "cuda" else ARMS
 
 
-def _arm(name: str, base: nn.Module, adapted, head: str, optimiser, settings: StepSettings):
+def _arm(name: str, base: nn.Module, adapted, head: str, optimiser, settings: Settings):
     """A function that makes (model, optimiser, settings) anew, sharing the frozen weights of `base`."""
 
     def make():
@@ -103,7 +103,7 @@ def _arm(name: str, base: nn.Module, adapted, head: str, optimiser, settings: St
             torch.manual_seed(1)
             adapted(model, LAYERS["eager" if name == GRAPH else name])
         graph = name in ("fused", GRAPH) and next(model.parameters()).is_cuda
-        how = StepSettings(settings.clip, settings.precision, graph)
+        how = Settings(settings.clip, settings.precision, graph)
         return model, optimiser([p for p in model.parameters() if p.requires_grad]), how
 
     return make
@@ -158,7 +158,7 @@ def _imdb(args: argparse.Namespace, device: torch.device):
         fastlora.inject(model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["fc1"], layer_class=layer)
         model.fc2.requires_grad_(True)
 
-    settings = StepSettings(recipe.clip, args.precision)
+    settings = Settings(recipe.clip, args.precision)
     arms = {name: _arm(name, base, adapted, "fc2", optimiser, settings) for name in _arms(device)}
     yield _measure(
         "imdb, 64 reviews", arms, [data.train.at(0, i) for i in range(min(64, len(data.train)))], args, SHARES["imdb"]

@@ -16,7 +16,7 @@ from typing import BinaryIO
 from fastlora.errors import UserError
 
 OURS, TEMPORARY = ".fastlora-", ".part"  # how temporary files begin and end; the user's own are never touched
-MAX_JSON = 16 << 20  # bytes; the largest of ours, a vocabulary, has half a MiB
+MAX_JSON = 16 << 20  # bytes; ours have some KiB
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -94,11 +94,9 @@ def read_texts(
         for batch in file.iter_batches(1024, columns=[text, label]):
             rows = batch.slice(0, None if limit is None else limit - len(texts)).to_pydict()
             for said, number in zip(rows[text], rows[label], strict=True):
-                if not isinstance(said, str):
-                    raise UserError(f"{path}: row {len(texts)} has no text in column {text!r}, but {shown(said)}")
-                if number not in range(classes):
-                    what = f"the unknown label {shown(number)}; known are 0 to {classes - 1}"
-                    raise UserError(f"{path}: row {len(texts)} has {what}")
+                if not isinstance(said, str) or number not in range(classes):
+                    raise UserError(f"{path}: row {len(texts)} is no text with one of the labels 0 to {classes - 1}, "
+                                    f"but has {label} {shown(number)}, {text} {shown(said)}")  # fmt: skip
                 texts.append(said)
                 labels.append(int(number))
                 size += len(said)

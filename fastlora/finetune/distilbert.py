@@ -13,7 +13,6 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,8 +87,8 @@ def train(args: argparse.Namespace) -> None:
         recipe = replace(recipe, model=name, target_modules=targets, max_length=min(recipe.max_length, longest))
         settings = runs.settings_of(args, recipe, weights_sha256=digest, device=device.type, processes=world.size,
                                     data_sha256=data_digest(args.data, "imdb"))  # fmt: skip
-        with runs.run_folder(args.output, settings, args.resume) if world.first else contextlib.nullcontext():
-            if not (args.resume and runs.finished(args.output)):
+        with runs.run_folder(args.output, settings, args.resume, world, device) as begun:
+            if begun != runs.FINISHED:
                 _train(args, recipe, settings, tokenizer, model, device, world)
 
 
@@ -121,7 +120,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, tokenizer, 
     if args.impl == "fused":
         print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
     title = f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test"
-    runs.leave(folder, {None: history}, title, trainer.args.device, {
+    runs.leave(folder, history, title, trainer.args.device, {
         **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data,
         "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
         "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
@@ -227,7 +226,7 @@ def make_trainer(
                       data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=accuracy)  # fmt: skip
 
 
-def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
+def load_predictor(run: Path) -> runs.Predictor:
     """A function that labels reviews, (label, probability) each, from a finished run's folder.
 
     Raises UserError when the run is not finished or damaged, or the model that it adapts is not to be had.
@@ -242,14 +241,12 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     max_length = min(report["max_length"], getattr(model.config, "max_position_embeddings", report["max_length"]))
     fastlora.load_adapter(model, run).eval()
 
-    @torch.inference_mode()
-    def predict(texts: list[str]) -> list[tuple[str, float]]:
+    def logits(texts: list[str]) -> torch.Tensor:
         batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_token_type_ids=False,
                           return_tensors="pt")  # fmt: skip
-        chances, classes = model(**batch).logits.float().softmax(-1).max(-1)
-        return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
+        return model(**batch).logits
 
-    return predict
+    return runs.predictor(LABELS, logits)
 
 
 def _lora_config(recipe: Recipe) -> LoraConfig:

@@ -158,7 +158,7 @@ def load_weights(model: GPT2, path: Path) -> None:
     fill(model, path, ours, set(ours))
 
 
-# The encoding: from OpenAI's files, with no network.
+# The encoding: from OpenAI's files.
 
 PAD = 50256  # GPT-2 has no padding token; <|endoftext|> stands in
 LONGEST = 1024  # tokens; as many as GPT-2 has positions
@@ -168,26 +168,17 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 def gpt2_encoding(data: Path):
     """tiktoken's encoding `gpt2` (50,257 tokens), from `<data>/gpt2/{encoder.json,vocab.bpe}` with no network.
 
-    Without these files it is tiktoken's own, from its cache or its download. Both files must be OpenAI's to the
-    byte: a vocabulary that differs would silently encode to other ids.
-
-    Raises:
-        UserError: a file is missing beside the other, is not OpenAI's, or nothing is found and the network is out
-            of reach.
+    Both files must be OpenAI's to the byte: a vocabulary that differs would silently encode to other ids. UserError
+    where one is not, or is missing.
     """
     import tiktoken
     import tiktoken.load
 
     sums, (encoder, merges) = SOURCES["gpt2"].values(), (data / file for file in FILES["gpt2"])
     try:
-        if not (encoder.exists() or merges.exists()):
-            return tiktoken.get_encoding("gpt2")
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder), *reversed(sums))
-    except Exception as error:  # requests' many, and tiktoken's ValueError for a wrong checksum
-        why = shown(str(error))
-        raise UserError(
-            f"GPT-2's vocabulary: {encoder} and {merges.name}, or the network, are needed ({why})"
-        ) from None
+    except (OSError, ValueError) as error:  # the latter for a wrong checksum
+        raise UserError(f"GPT-2's vocabulary: {encoder} and {merges.name} are needed ({shown(str(error))})") from None
     return tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": PAD})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,11 @@ from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
-from fastlora.finetune.run import CHECKPOINT, MODEL, VOCABULARY
-from fastlora.finetune.trainer import Member, Settings, Trainer
-from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of, part_of
-from fastlora.finetune.words import DIM, TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
+from fastlora.finetune.run import CHECKPOINT, MODEL
+from fastlora.finetune.step import Settings
+from fastlora.finetune.trainer import Trainer
+from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
+from fastlora.finetune.words import DIM, SPECIAL, TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
 
 LABELS, TOPICS = ("negative", "positive"), 4
 WORDS, LEAST = 20_000, 3  # vocabulary: how many words, and how often each occurs at least
@@ -64,10 +64,6 @@ class TextClassifier(nn.Module):
         means = self.embedding(ids, offsets)[:-1]  # the last bag holds the padding
         return self.fc2(F.relu(self.fc1(means)))
 
-    def body(self) -> dict[str, Tensor]:
-        """What pre-training learns for good: all but the head, fc2."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("fc2.")}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
@@ -87,27 +83,25 @@ def train(args: argparse.Namespace) -> None:
     settings = runs.settings_of(args, recipe, precision=how["precision"], device=device.type,
                                 data_sha256=data_digest(args.data, "imdb", "ag_news"))  # fmt: skip
     with runs.run_folder(folder, settings, args.resume) as begun:
-        if begun and runs.finished(folder):
+        if begun == runs.FINISHED:
             return
         data = load_data(args, recipe, device)
-        data.vocabulary.save(folder / VOCABULARY)
-        model, pretrained = load_base(folder, data) if (folder / MODEL).exists() else make_base(recipe, data, device)
-        model.to(device)
-        body = model.body()
-        write_checkpoint(folder / MODEL, body, pretrained=pretrained)
+        if (folder / MODEL).exists():
+            model, _, pretrained = load_base(folder, data.vocabulary)
+            model.to(device)
+        else:
+            model, pretrained = make_base(recipe, data, device)
+            words = data.vocabulary.words[len(SPECIAL) :]
+            write_checkpoint(folder / MODEL, model.state_dict(), pretrained=pretrained, words=words)
         model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=device)
         adapt(model, members, args.impl, ["fc1"], head="fc2")
         training = Settings(epochs=recipe.epochs, decay=recipe.decay, clip=recipe.clip, checkpoint=folder / CHECKPOINT,
                             **how)  # fmt: skip
         trainer = Trainer(model, sgd(groups_of(model, members)), data.train, data.valid, training, members)
 
-        def keep(member: Member) -> None:
-            head = {f"fc2.{name}": tensor for name, tensor in part_of(model.fc2, member).state_dict().items()}
-            write_checkpoint(folder / MODEL, body | head, pretrained=pretrained)
-
         settings["pretrained"] = pretrained
         title = f"{'made-up sample' if args.data == 'sample' else 'IMDb'}, {args.impl}"
-        fine_tune(args, settings, trainer, data, model.fc1, begun, title, keep)
+        fine_tune(args, settings, trainer, data, model.fc1, begun, title)
 
 
 @dataclass
@@ -169,19 +163,20 @@ def make_base(recipe: Recipe, data: Reviews, device: torch.device) -> tuple[Text
     model.embedding.weight.data.copy_(data.vectors)
     model.to(device)
     settings = Settings(epochs=recipe.pretrain_epochs, decay=0.5, clip=recipe.clip)
-    trainer = Trainer(model, sgd([{"params": list(model.parameters()), "lr": 1.0}]), data.news, None, settings)
+    trainer = Trainer(model, sgd([{"params": [*model.parameters()], "lr": 1.0}]), data.news, data.news_test, settings)
     trainer.fit()
-    ((_, _, accuracy),) = trainer.evaluate(data.news_test)
+    accuracy = trainer.members[0].history[-1]["valid_accuracy"]
     print(f"pre-trained on news: {accuracy:.2%} of the test news right, {trainer.seconds:.1f} s", flush=True)
     return model, {"epochs": settings.epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3)}
 
 
-def load_base(folder: Path, data: Reviews) -> tuple[TextClassifier, dict]:
-    """What `make_base` gave to the run that is gone on with."""
+def load_base(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[TextClassifier, Vocabulary, dict]:
+    """What `make_base` gave to the run in `folder`, and between the `vocabulary`, that of the file by default."""
     tensors, state = read_checkpoint(folder / MODEL)
-    model = TextClassifier(*data.vectors.shape, TOPICS)
-    fill(model, folder / MODEL, {name: t for name, t in tensors.items() if name in model.body()}, set(model.body()))
-    return model, state.get("pretrained")
+    vocabulary = vocabulary or Vocabulary(state.get("words", ()))
+    model = TextClassifier(len(vocabulary), DIM, TOPICS)
+    fill(model, folder / MODEL, tensors)
+    return model, vocabulary, state.get("pretrained")
 
 
 def sgd(groups: list[dict]) -> torch.optim.Optimizer:
@@ -189,21 +184,17 @@ def sgd(groups: list[dict]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, fused=groups[0]["params"][0].is_cuda)
 
 
-def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
+def load_predictor(run: Path) -> runs.Predictor:
     """A function that labels reviews, (label, probability) each, from a finished run's folder.
 
     Raises UserError when a file is missing or damaged.
     """
-    vocabulary, (tensors, _) = Vocabulary.load(run / VOCABULARY), read_checkpoint(run / MODEL)
-    model = TextClassifier(len(vocabulary), DIM, len(LABELS))
-    fill(model, run / MODEL, tensors)
+    model, vocabulary, _ = load_base(run)
+    model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS))
     fastlora.load_adapter(model, run).eval()
 
-    @torch.inference_mode()
-    def predict(texts: list[str]) -> list[tuple[str, float]]:
+    def logits(texts: list[str]) -> Tensor:
         dataset = TextDataset([tokenise(text) for text in texts], [0] * len(texts), vocabulary)
-        ids, offsets, _ = dataset.batch(torch.arange(len(texts)))
-        chances, classes = model(ids, offsets).softmax(-1).max(-1)
-        return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
+        return model(*dataset.batch(torch.arange(len(texts)))[:2])
 
-    return predict
+    return runs.predictor(LABELS, logits)

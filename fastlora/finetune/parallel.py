@@ -34,9 +34,9 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def broadcast(self, value: bool, device: torch.device) -> bool:
+    def broadcast(self, value: int, device: torch.device) -> int:
         """The first process's `value`, in all of them."""
-        return bool(self.add(torch.tensor(int(value and self.first), device=device)))
+        return int(self.add(torch.tensor(value * self.first, device=device)))
 
 
 ALONE = World()

@@ -9,25 +9,29 @@ import json
 import platform
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 
 import fastlora
 from fastlora.errors import UserError, shown
 from fastlora.files import clear_leftovers, read_json, write_bytes, write_json
+from fastlora.finetune.parallel import ALONE, World
 
 SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
-CHECKPOINT, MODEL, VOCABULARY = "checkpoint.safetensors", "model.safetensors", "vocabulary.json"
+CHECKPOINT, MODEL = "checkpoint.safetensors", "model.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, VOCABULARY,
-             "gpt2", "adapters")  # fmt: skip
+RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, "gpt2",
+             "adapters")  # fmt: skip
 LOCK = ".fastlora.lock"
+NEW, BEGUN, FINISHED = range(3)
+MOST_NAMED = 12  # runs in a picture's legend, which leaves no room for more
+Predictor = Callable[[list[str]], list[tuple[str, float]]]  # texts to (label, probability) each
 
 
 def settings_of(args: argparse.Namespace, recipe, **more) -> dict:
@@ -37,8 +41,10 @@ def settings_of(args: argparse.Namespace, recipe, **more) -> dict:
 
 
 @contextlib.contextmanager
-def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
-    """Hold `path` as the output folder of a run; yields True when it holds an unfinished run to go on with.
+def run_folder(path: Path, settings: Mapping, resume: bool, world: World = ALONE, device="cpu") -> Iterator[int]:
+    """Hold `path` as the output folder of a run; yields NEW, BEGUN or FINISHED, by what run it holds to go on with.
+
+    Of processes that train together the first holds it, and all get its answer.
 
     `settings`, JSON values that decide the run's result, are kept in run.json: with `resume`, the run that the folder
     holds goes on only with those that it was started with. An empty folder starts a new one.
@@ -46,6 +52,9 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
     Raises UserError when the folder holds a run and `resume` is false, the run was started with other settings,
     another process holds the folder, or it cannot be written to.
     """
+    if not world.first:
+        yield world.broadcast(NEW, device)
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = FileLock(path / LOCK).acquire(timeout=0)
@@ -70,33 +79,26 @@ def run_folder(path: Path, settings: Mapping, resume: bool) -> Iterator[bool]:
                 raise UserError(f"{path}: the run was started with {key} = {shown(before[key])}, not {shown(value)}; "
                                 "--resume needs the same settings and data")  # fmt: skip
         write_json(path / SETTINGS, before)
+        if REPORT in present:
+            print(f"{path}: the run is finished already")
         try:
-            yield bool(present)
+            yield world.broadcast(FINISHED if REPORT in present else BEGUN if present else NEW, device)
         except Exception:
             if not any((path / name).exists() for name in RUN_FILES if name != SETTINGS):
                 (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
             raise
 
 
-def finished(path: Path) -> bool:
-    """Whether the run in the folder `path` is finished; says so."""
-    if (path / REPORT).exists():
-        print(f"{path}: the run is finished already")
-    return (path / REPORT).exists()
-
-
-def leave(
-    folder: Path, histories: Mapping[str | None, Sequence[Mapping]], title: str, device: torch.device, report: Mapping
-) -> None:
+def leave(folder: Path, rows: Sequence[Mapping], title: str, device: torch.device, report: Mapping) -> None:
     """Write history.csv, curves.png and, last, since it says that the run is finished, report.json.
 
-    `histories` are those of a sweep's runs by name, or that of None alone.
+    `rows` of history, one an evaluation; those of a sweep have the name of their run under "run".
     """
     import pandas as pd
 
-    rows = [({"run": name} if name else {}) | row for name, history in histories.items() for row in history]
-    write_bytes(folder / "history.csv", pd.DataFrame(rows).to_csv(index=False).encode())
-    plot_histories(folder / "curves.png", histories, title)
+    history = pd.DataFrame(rows)
+    write_bytes(folder / "history.csv", history.to_csv(index=False).encode())
+    plot_history(folder / "curves.png", history, title)
     report = {
         **report,
         "device": f"cpu ({torch.get_num_threads()} threads)",
@@ -117,20 +119,21 @@ def leave(
           f"{report['train_seconds']:.1f} s; everything is in {folder}")  # fmt: skip
 
 
-def plot_histories(path: Path, histories: Mapping[str | None, Sequence[Mapping]], title: str) -> None:
+def plot_history(path: Path, history, title: str) -> None:
     """Draw loss on the left, accuracy on the right: training and validation of one run, or validation of several."""
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+    from matplotlib.figure import Figure  # no pyplot, and so none of pandas' plots: no display, no global state
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure, several = Figure(figsize=(9, 3.5), layout="constrained"), "run" in history
     figure.suptitle(title)
+    runs = history.groupby("run", sort=False) if several else [(None, history)]
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for name, history in histories.items():
-            for part in ("valid",) if name else ("train", "valid"):
-                values = [row[f"{part}_{quantity}"] for row in history]
-                axes.plot([row["epoch"] for row in history], values, ".-", label=name or part)
-        axes.set(xlabel="epoch", ylabel=quantity if None in histories else f"validation {quantity}")
+        for name, rows in runs:
+            for part in ("valid",) if several else ("train", "valid"):
+                axes.plot(rows["epoch"], rows[f"{part}_{quantity}"], ".-", label=name or part)
+        axes.set(xlabel="epoch", ylabel=f"validation {quantity}" if several else quantity)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        if len(runs) <= MOST_NAMED:
+            axes.legend(fontsize="x-small")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_bytes(path, image.getvalue())
@@ -147,6 +150,17 @@ def read_report(folder: Path) -> dict:
     if not isinstance(report, dict) or "task" not in report:
         raise UserError(f"{folder / REPORT}: damaged, it names no task")
     return report
+
+
+def predictor(labels: Sequence[str], logits: Callable[[list[str]], Tensor]) -> Predictor:
+    """A function that labels texts, (label, probability) each, by `logits(texts)`, (texts, labels)."""
+
+    @torch.inference_mode()
+    def predict(texts: list[str]) -> list[tuple[str, float]]:
+        chances, classes = logits(texts).float().softmax(-1).max(-1)
+        return [(labels[c], p) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
+
+    return predict
 
 
 def counts(model: nn.Module, adapter: str | None = None) -> dict[str, int]:

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from fastlora.finetune.homes import missing, write_tables
 
-VERSION = "2"  # changes when the texts do
+VERSION = "3"  # changes when the texts do
 _WORDS = {
     "good": "wonderful brilliant superb delightful moving excellent charming gripping beautiful great fantastic "
     "touching hilarious masterful enjoyable memorable stunning loved best favorite fresh witty honest amazing",
@@ -63,10 +63,13 @@ def make_sample(folder: Path) -> Path:
 def _tables() -> dict[str, list[tuple[str, int]]]:
     draw = random.Random(123)
     topics = ("world", "sports", "business", "science")
+    moods = ["bad"] * 5 + ["good"], ["good"] * 5 + ["bad"]  # so that single words do not give the label away
     tables = {}
     for part, reviews, news in (("train", 2000, 1200), ("test", 500, 400)):
-        tables[f"imdb/{part}"] = [(_review(draw, i % 2), i % 2) for i in range(reviews)]
-        tables[f"ag_news/{part}"] = [(_text(draw, _NEWS, 3, topic=topics[i % 4]), i % 4) for i in range(news)]
+        tables[f"imdb/{part}"] = [
+            (_text(draw, _REVIEW, draw.randint(4, 12), mood=moods[i % 2]) + ".", i % 2) for i in range(reviews)
+        ]
+        tables[f"ag_news/{part}"] = [(_text(draw, _NEWS, 3, topic=[topics[i % 4]]), i % 4) for i in range(news)]
     for part, messages in (("train", 600), ("valid", 80), ("test", 160)):
         tables[f"spam/{part}"] = [(_text(draw, (_HAM, _SPAM)[i % 2], 1), i % 2) for i in range(messages)]
     for rows in tables.values():
@@ -74,15 +77,11 @@ def _tables() -> dict[str, list[tuple[str, int]]]:
     return tables
 
 
-def _review(draw: random.Random, label: int) -> str:
-    # One mood in six is the other one, so that single words do not give the label away.
-    sentences = draw.randint(4, 12)
-    return _text(draw, _REVIEW, sentences, mood=lambda: ("bad", "good")[(label == 1) != (draw.random() < 1 / 6)]) + "."
+def _text(draw: random.Random, templates: tuple[str, ...], sentences: int, **kinds: list[str]) -> str:
+    """Sentences from `templates`. A name of `kinds` stands for any of its own; `number` for a number."""
 
-
-def _text(draw: random.Random, templates: tuple[str, ...], sentences: int, topic: str = "", mood=None) -> str:
     def word(found: re.Match) -> str:
-        kind = topic if found[1] == "topic" else mood() if found[1] == "mood" else found[1]
+        kind = draw.choice(kinds.get(found[1], [found[1]]))
         return str(draw.randint(1000, 99999)) if kind == "number" else draw.choice(_WORDS[kind])
 
     return ". ".join(re.sub(r"\{(\w+)\}", word, draw.choice(templates)) for _ in range(sentences))

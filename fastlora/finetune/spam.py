@@ -6,8 +6,6 @@ Source: Raschka, "Build a Large Language Model (From Scratch)", chapter 6 and ap
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +21,11 @@ from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import FILES, Batches, Data, data_digest, locate, read_texts
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
+from fastlora.finetune.homes import missing
 from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL
-from fastlora.finetune.trainer import Settings, Trainer
+from fastlora.finetune.step import Settings
+from fastlora.finetune.trainer import Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
 from fastlora.linear import FusedLoRALinear
 
@@ -74,20 +74,18 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
     settings = runs.settings_of(
         args, recipe, precision=how["precision"], device=device.type, processes=world.size, model=size,
         weights=str(weights or RANDOM), weights_sha256=weights and sha256(weights),
-        data_sha256=data_digest(args.data, *needed(args.data)),
+        data_sha256=data_digest(args.data, "spam"),
     )  # fmt: skip
-    with runs.run_folder(folder, settings, args.resume) if world.first else nullcontext(False) as begun:
-        begun = world.broadcast(begun, device)
-        if begun and runs.finished(folder):
+    with runs.run_folder(folder, settings, args.resume, world, device) as begun:
+        if begun == runs.FINISHED:
             return
         data = load_data(args, recipe, world, device)
         kept = folder / MODEL if begun and (folder / MODEL).exists() else None
         model = make_base(size, weights, kept)
         if world.first and kept is None:
-            for file in FILES["gpt2"]:  # so that `predict` finds them
-                if (data.folder / file).exists():
-                    (folder / "gpt2").mkdir(exist_ok=True)
-                    write_bytes(folder / file, (data.folder / file).read_bytes())
+            for file in FILES["gpt2"] if args.data != "sample" else ():  # so that `predict` finds them
+                (folder / "gpt2").mkdir(exist_ok=True)
+                write_bytes(folder / file, (vocabulary(data.folder) / file).read_bytes())
             write_checkpoint(folder / MODEL, {name: model.state_dict()[name] for name in random_names(model, weights)})
         model.to(device)
         model.grad_checkpointing = args.grad_checkpointing
@@ -106,14 +104,9 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         fine_tune(args, settings, trainer, data, layer, begun, title)
 
 
-def needed(where: str) -> tuple[str, ...]:
-    """The data sets that are looked for. Of a folder without GPT-2's vocabulary, tiktoken brings its own."""
-    return ("spam", "gpt2") if where == "auto" else ("spam",)
-
-
 def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, device: torch.device) -> Data:
     """Read and encode the messages, all as long as the longest of the training messages."""
-    folder = locate(args.data, *needed(args.data))
+    folder = locate(args.data, "spam")
     encoding, length = _encoding(args.data, folder), None
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     for name, limit in (("train", args.train_samples), ("valid", None), ("test", args.test_samples)):
@@ -139,7 +132,12 @@ def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, d
 
 def _encoding(data: object, folder: Path):
     """GPT-2's encoding; its single bytes for the sample, which has to do without files and network."""
-    return gpt2.byte_encoding() if data == "sample" else gpt2.gpt2_encoding(folder)
+    return gpt2.byte_encoding() if data == "sample" else gpt2.gpt2_encoding(vocabulary(folder))
+
+
+def vocabulary(folder: Path) -> Path:
+    """The folder that holds GPT-2's vocabulary: `folder`, or where `--data auto` finds it."""
+    return locate("auto", "gpt2") if missing(folder, "gpt2") else folder
 
 
 # The frozen base: GPT-2's weights from a file, or random ones, which are kept with the run.
@@ -171,7 +169,7 @@ def random_names(model: GPT2, weights: Path | None) -> set[str]:
     return {name for name in model.state_dict() if weights is None or name.startswith("head.")}
 
 
-def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
+def load_predictor(run: Path) -> runs.Predictor:
     """A function that labels messages, (label, probability) each, from a finished run's folder.
 
     Raises UserError when a file is missing or damaged, or the base weights are no longer where they were.
@@ -182,10 +180,4 @@ def load_predictor(run: Path) -> Callable[[list[str]], list[tuple[str, float]]]:
     if weights and report.get("weights_sha256") not in (None, sha256(weights)):  # earlier versions left none
         raise UserError(f"{weights}: not the base weights that {run} was trained on")
     fastlora.load_adapter(model, run).eval()
-
-    @torch.inference_mode()
-    def predict(texts: list[str]) -> list[tuple[str, float]]:
-        chances, classes = model(gpt2.encode(texts, encoding, report["length"])).softmax(-1).max(-1)
-        return [(LABELS[c], float(p)) for c, p in zip(classes.tolist(), chances.tolist(), strict=True)]
-
-    return predict
+    return runs.predictor(LABELS, lambda texts: model(gpt2.encode(texts, encoding, report["length"])))

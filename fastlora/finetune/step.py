@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +22,23 @@ from fastlora.errors import warn_once
 from fastlora.finetune.data import Batch
 from fastlora.finetune.parallel import ALONE, World
 
-PRECISIONS = ("float32", "bfloat16", "float16")
 WARM_UP = 3  # plain steps of a shape before its capture: libraries set themselves up, kernels are compiled
 MAX_GRAPHS = 32  # shapes captured; each keeps the memory of its activations
 
 
 @dataclass(frozen=True)
-class StepSettings:
-    """How a step is taken."""
+class Settings:
+    """How each step is taken, and how long the trainer goes on."""
 
     clip: float | None = None  # largest norm of the gradient; None does not clip
     precision: str = "float32"  # or "bfloat16" or "float16", for autocast
     graph: bool = False  # capture the step as a CUDA graph where that can be done
     compile: bool = False  # pass the model's forward through torch.compile, in one graph
+    epochs: int = 1  # passes over the training batches
+    decay: float = 1.0  # the rates are multiplied by it after each epoch
+    every: int | None = None  # steps between evaluations and checkpoints, besides those at each epoch's end
+    accumulate: int = 1  # batches whose gradients are summed into one optimiser step
+    checkpoint: Path | None = None  # its path; None keeps none
 
 
 class Step:
@@ -49,9 +54,7 @@ class Step:
         scaler: float16's loss scaling, switched off for other precisions.
     """
 
-    def __init__(
-        self, model: nn.Module, optimiser: torch.optim.Optimizer, settings: StepSettings, world: World = ALONE
-    ):
+    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer, settings: Settings, world: World = ALONE):
         self.model, self.optimiser, self.settings, self.world = model, optimiser, settings, world
         self.names: tuple[str | None, ...] = (None,)
         self.device = optimiser.param_groups[0]["params"][0].device
@@ -163,7 +166,7 @@ class _Captured:
         return self.sums.clone()
 
 
-def why_plain(device: torch.device, settings: StepSettings, world: World = ALONE) -> str | None:
+def why_plain(device: torch.device, settings: Settings, world: World = ALONE) -> str | None:
     """Why a step cannot be captured as a CUDA graph, or None when it can."""
     if not settings.graph:
         return "plain steps were asked for"
@@ -175,7 +178,7 @@ def why_plain(device: torch.device, settings: StepSettings, world: World = ALONE
 
 
 def autocast(device: torch.device, precision: str):
-    """torch.autocast to one of `PRECISIONS`; it keeps no casts from one step to another, as graphs demand."""
+    """torch.autocast to a `Settings.precision`; it keeps no casts from one step to another, as graphs demand."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, getattr(torch, precision), cache_enabled=False)

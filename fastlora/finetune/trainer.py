@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +19,7 @@ from fastlora.errors import WorkError
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches
 from fastlora.finetune.parallel import ALONE, World
-from fastlora.finetune.step import Step, StepSettings
-
-
-@dataclass(frozen=True)
-class Settings(StepSettings):
-    """How long to train, and how each step is taken."""
-
-    epochs: int = 1  # passes over the training batches
-    decay: float = 1.0  # the rates are multiplied by it after each epoch
-    every: int | None = None  # steps between evaluations and checkpoints, besides those at each epoch's end
-    accumulate: int = 1  # batches whose gradients are summed into one optimiser step
-    checkpoint: Path | None = None  # its path; None keeps none
+from fastlora.finetune.step import Settings, Step
 
 
 @dataclass
@@ -57,7 +45,7 @@ class Trainer:
     model: nn.Module
     optimiser: torch.optim.Optimizer  # with one group of parameters for each member, of its name
     train: Batches
-    valid: Batches | None
+    valid: Batches
     settings: Settings
     members: Sequence[Member] = field(default_factory=lambda: [Member()])
     world: World = ALONE  # the processes that train together
@@ -208,9 +196,8 @@ class Trainer:
         for member in self.alive():
             if not math.isfinite(loss := float(member.sums[0])):
                 self._stop(member, f"the loss is {loss}")
-        valid = self.evaluate(self.valid) if self.valid is not None else [(m, None, None) for m in self.alive()]
         rates = {group.get("name"): group["lr"] for group in self.optimiser.param_groups}
-        for member, valid_loss, valid_accuracy in valid:
+        for member, valid_loss, valid_accuracy in self.evaluate(self.valid):
             loss, correct = member.sums.tolist()
             member.sums = 0
             member.history.append({
@@ -223,7 +210,7 @@ class Trainer:
                 "learning_rate": float(f"{rates[member.name]:.12g}"),  # 0.01, not 0.010000000000000002
                 "seconds": round(self.seconds, 4),
             })  # fmt: skip
-        if self.progress and self.valid is not None:
+        if self.progress:
             member = best(self.alive())
             row = member.history[-1]
             tqdm.write(f"epoch {row['epoch']:.4g}, step {row['step']}: loss {row['train_loss']:.4f}, accuracy "

@@ -10,7 +10,7 @@ import argparse
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -109,16 +109,14 @@ def free_memory() -> int:
 
 
 def fine_tune(
-    args: argparse.Namespace, settings: dict, trainer: Trainer, data: Data, layer: nn.Module, begun: bool, title: str,
-    keep: Callable[[Member], None] = lambda member: None,
-) -> None:  # fmt: skip
+    args: argparse.Namespace, settings: dict, trainer: Trainer, data: Data, layer: nn.Module, begun: bool, title: str
+) -> None:
     """Train, test, and leave everything in `args.output`; a sweep's adapters each, and its best as a plain run's.
 
     Args:
         settings: of the run, for its report.
         layer: one of the LoRA layers, which tells the path.
         begun: go on from the checkpoint.
-        keep: writes what else `predict` needs, of the member that it is given.
     """
     folder, model, several = args.output, trainer.model, bool(args.sweep)
     resumed = begun and trainer.resume()
@@ -146,14 +144,13 @@ def fine_tune(
             how = run["stopped"] or f"validation {run['valid_accuracy']:.2%}, test {run['test_accuracy']:.2%}"
             print(f"{run['name']}: {how}{' (best on validation: kept)' * (run['name'] == member.label)}")
         title = f"{title}, best of {len(trainer.members)}"
-    fastlora.save_adapter(model, folder, modules_to_save=[], adapter=member.name)  # heads are kept apart
-    keep(member)
+    fastlora.save_adapter(model, folder, adapter=member.name)
     rows = data.train.rows(0) * len(trainer.step.names)
     with trainer.step.routed(rows):
         x = torch.zeros(rows, *data.shape, part_of(layer, member).in_features, device=trainer.device)
         path = "eager" if args.impl == "eager" else fastlora.explain(layer, x.to(part_of(layer, member).weight)).path
-    histories = {one.label if several else None: one.history for one in trainer.members if one.history}
-    runs.leave(folder, histories, f"{title}: {tested[member.name]:.1%} on test", trainer.device, {
+    history = [({"run": one.label} if several else {}) | row for one in trainer.members for row in one.history]
+    runs.leave(folder, history, f"{title}: {tested[member.name]:.1%} on test", trainer.device, {
         **settings, **member.own, **report, **data.facts, **runs.counts(model, member.name), "path": path,
         "dataset": args.data if args.data in ("sample", "auto") else str(data.folder),
         "batches": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastlora import env
 from fastlora.errors import UserError
-from fastlora.files import read_json, write_json
 from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 
 PAD, UNKNOWN, SPECIAL = 0, 1, ("<pad>", "<unk>")
@@ -31,7 +30,7 @@ CONTEXTS = 4000  # columns of the co-occurrence matrix: the most frequent words
 SMOOTHING = 0.75  # power of the contexts' frequencies, which tames rare contexts
 RARE = 1e-3  # a word of frequency p weighs RARE / (RARE + p): Arora et al. 2017
 NORM = 5.0  # mean length of a vector, about that of GloVe's
-_VERSION = "3"  # of the cache
+_VERSION = "4"  # of the cache
 
 
 def tokenise(text: str) -> list[str]:
@@ -62,15 +61,6 @@ class Vocabulary:
         """The numbers of `words`, int32; a text with no words becomes one unknown word, so that its mean exists."""
         get = self.numbers.get
         return np.fromiter((get(word, UNKNOWN) for word in words or ("",)), dtype=np.int32, count=max(1, len(words)))
-
-    def save(self, path: Path) -> None:
-        """Write the words as a JSON list."""
-        write_json(path, self.words[len(SPECIAL) :])
-
-    @classmethod
-    def load(cls, path: Path) -> Vocabulary:
-        """Read what `save` wrote; UserError when it is missing or damaged."""
-        return cls(read_json(path))
 
 
 class TextDataset:
@@ -142,11 +132,8 @@ def learn(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
     table.clamp_(min=1).log_()  # positive PMI: what is below chance counts as chance
 
     rank = min(DIM, contexts)
-    sketch = torch.randn(contexts, min(rank + 10, contexts), generator=torch.Generator().manual_seed(0))
-    for _ in range(3):
-        sketch = torch.linalg.qr(table @ sketch).Q
-        sketch = torch.linalg.qr(table.T @ sketch).Q
-    left, singular, _ = torch.linalg.svd(table @ sketch, full_matrices=False)
+    torch.manual_seed(0)  # who trains seeds anew
+    left, singular, _ = torch.svd_lowrank(table, min(rank + 10, contexts), niter=3)
     vectors = torch.zeros(words, DIM)
     vectors[:, :rank] = left[:, :rank] * singular[:rank].sqrt()
     vectors[: len(SPECIAL)] = 0

@@ -209,13 +209,13 @@ def peft_layer(base: torch.nn.Linear) -> torch.nn.Module:
 
 def training_step(graph: bool) -> Callable[[], object]:
     """A step of this package's trainer, with clipping and AdamW."""
-    from fastlora.finetune.step import WARM_UP, Step, StepSettings
+    from fastlora.finetune.step import WARM_UP, Settings, Step
 
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
     fastlora.inject(model, r=4, target_modules=["0"], lora_dropout=0.1)
     model.cuda()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    step = Step(model, optimiser, StepSettings(clip=1.0, graph=graph))
+    step = Step(model, optimiser, Settings(clip=1.0, graph=graph))
     batch = torch.zeros(16, 64, device="cuda"), torch.zeros(16, dtype=torch.long, device="cuda")
     for _ in range(WARM_UP + 1):
         step([batch])

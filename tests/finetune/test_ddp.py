@@ -20,6 +20,8 @@ def test_two_processes_have_the_curve_of_the_double_batch(tmp_path, monkeypatch)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     said = done.stdout
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and again.stdout.count("finished already") == 1, again.stderr[-3000:]
     monkeypatch.setitem(gpt2.CONFIGS, "nano", gpt2.GPT2Config(width=16, heads=2, layers=1, token_std=1.0))
     assert main([*RUN, "--batch-size", "16", "--output", str(tmp_path / "one")]) == 0
     one, other = small.left(tmp_path / "one"), small.left(tmp_path / "two")

@@ -340,7 +340,8 @@ def test_another_base_model_is_refused(folders, finished, tmp_path, capsys):
 def test_any_text_gets_an_answer(finished):
     """Also one far longer than what is read of it."""
     answers = distilbert.load_predictor(finished)(["good", "", "a " * 100, "a " * 500_000])
-    assert len(answers) == 4 and answers[2] == answers[3]
+    assert len(answers) == 4 and answers[2][0] == answers[3][0]
+    assert answers[2][1] == pytest.approx(answers[3][1], abs=1e-5)  # rows of one batch may be summed in other orders
 
 
 # A run that goes on

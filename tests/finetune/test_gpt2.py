@@ -150,15 +150,6 @@ def test_vocabulary_of_another_checksum(data_dir, tmp_path):
     assert "\n" not in str(told.value)
 
 
-def test_no_vocabulary_and_no_network(tmp_path, monkeypatch):
-    def refuse(name):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
-    with pytest.raises(UserError, match=r"encoder\.json and vocab\.bpe.*no route"):
-        gpt2.gpt2_encoding(tmp_path)
-
-
 def test_pad_cut_and_specials_as_text():
     ranks = {bytes([b]): b for b in range(256)}
     one_byte = tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})

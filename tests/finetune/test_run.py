@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pandas as pd
 import pytest
 
 from fastlora.errors import UserError
@@ -112,3 +113,14 @@ def test_strange_settings_are_shown_escaped(tmp_path):
     with pytest.raises(UserError, match="started with") as told, runs.run_folder(tmp_path, {"data": "b"}, True):
         pass
     assert str(told.value).isprintable()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("members", [0, 1, 4, 64])
+def test_the_picture_of_a_sweep_of_any_size(tmp_path, members):
+    """More runs than a legend has room for are drawn without one, and matplotlib has nothing to warn of."""
+    numbers = {f"{part}_{what}": [0.5, 0.6] for part in ("train", "valid") for what in ("loss", "accuracy")}
+    one = pd.DataFrame({"epoch": [1.0, 2.0], **numbers})
+    history = pd.concat([one.assign(run=f"lr={i} rank=2 alpha=16") for i in range(members)] or [one])
+    runs.plot_history(tmp_path / "curves.png", history, "a sweep")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ import torch
 
 from fastlora import env
 from fastlora.cli import main
-from fastlora.finetune import gpt2, spam
+from fastlora.finetune import gpt2, homes, spam
 
 NANO = gpt2.CONFIGS["nano"]
 RUN = ["train", "spam", "--data", "sample", "--model", "nano", "--epochs", "1", "--train-samples", "64"]
@@ -107,6 +107,22 @@ def test_a_run_cut_short_while_it_begins_has_its_vocabulary_in_the_end(tmp_path,
     for name in ("encoder.json", "vocab.bpe"):
         assert (tmp_path / "gpt2" / name).read_bytes() == (data_dir / "gpt2" / name).read_bytes()
     assert main(["predict", str(tmp_path), "hello"]) == 0
+
+
+def test_no_vocabulary_and_no_network(tmp_path, monkeypatch, capsys, data_dir):
+    """It is fetched as the data sets are; a vocabulary that is there is taken."""
+
+    def refuse(url, *_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(homes, "download_url_to_file", refuse)
+    data = spam_data(tmp_path / "data")
+    run = ["train", "spam", "--model", "nano", "--epochs", "1", "--data", str(data), "--output", str(tmp_path / "run")]
+    refused(capsys, 1, "encoder.json: cannot be fetched ('no route')", *run)
+    monkeypatch.setenv("FASTLORA_DATA", str(data_dir))
+    assert main(run) == 0
+    monkeypatch.delenv("FASTLORA_DATA")
+    assert main(["predict", str(tmp_path / "run"), "hello"]) == 0
 
 
 def test_base_weights_that_were_replaced_are_refused(tmp_path, capsys):

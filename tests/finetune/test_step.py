@@ -31,9 +31,9 @@ def batch(rows, seed=0):
 def test_accumulated_batches_step_like_one():
     x, y = batch(11)
     model, optimiser = tiny()
-    whole = steps.Step(model, optimiser, steps.StepSettings())([(x, y)])
+    whole = steps.Step(model, optimiser, steps.Settings())([(x, y)])
     other, optimiser = tiny()
-    parts = steps.Step(other, optimiser, steps.StepSettings())([(x[:8], y[:8]), (x[8:], y[8:])])
+    parts = steps.Step(other, optimiser, steps.Settings())([(x[:8], y[:8]), (x[8:], y[8:])])
     torch.testing.assert_close(whole, parts)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
@@ -43,7 +43,7 @@ def test_sums_are_of_the_model_before_the_step():
     x, y = batch(9)
     model, optimiser = tiny()
     before = copy.deepcopy(model)
-    ((loss, correct),) = steps.Step(model, optimiser, steps.StepSettings())([(x, y)]).tolist()
+    ((loss, correct),) = steps.Step(model, optimiser, steps.Settings())([(x, y)]).tolist()
     assert loss == pytest.approx(nn.functional.cross_entropy(before(x), y, reduction="sum").item(), rel=1e-5)
     assert correct == (before(x).argmax(-1) == y).sum()
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
@@ -51,7 +51,7 @@ def test_sums_are_of_the_model_before_the_step():
 
 def test_clip_bounds_the_gradient():
     model, optimiser = tiny()
-    steps.Step(model, optimiser, steps.StepSettings(clip=1e-3))([batch(9)])
+    steps.Step(model, optimiser, steps.Settings(clip=1e-3))([batch(9)])
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -59,7 +59,7 @@ def test_clip_bounds_the_gradient():
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_precisions_learn_and_keep_float32_parameters(precision):
     model, optimiser = tiny()
-    step = steps.Step(model, optimiser, steps.StepSettings(precision=precision))
+    step = steps.Step(model, optimiser, steps.Settings(precision=precision))
     losses = [step([batch(32)])[0, 0].item() for _ in range(20)]
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -67,7 +67,7 @@ def test_precisions_learn_and_keep_float32_parameters(precision):
 
 def test_float16_skips_a_step_that_overflows():
     model, optimiser = tiny()
-    step = steps.Step(model, optimiser, steps.StepSettings(precision="float16"))
+    step = steps.Step(model, optimiser, steps.Settings(precision="float16"))
     before = [p.clone() for p in model.parameters()]
     scale = step.scaler.get_scale()
     x, y = batch(8)
@@ -77,13 +77,13 @@ def test_float16_skips_a_step_that_overflows():
 
 
 def test_reasons_for_plain_steps():
-    on = steps.StepSettings(graph=True)
-    assert "asked for" in steps.why_plain(CUDA, steps.StepSettings(graph=False))
+    on = steps.Settings(graph=True)
+    assert "asked for" in steps.why_plain(CUDA, steps.Settings(graph=False))
     assert "cpu" in steps.why_plain(CPU, on)
-    assert "float16" in steps.why_plain(CUDA, steps.StepSettings(graph=True, precision="float16"))
+    assert "float16" in steps.why_plain(CUDA, steps.Settings(graph=True, precision="float16"))
     assert "processes" in steps.why_plain(CUDA, on, World(0, 2))
     assert steps.why_plain(CUDA, on) is None
-    assert steps.why_plain(CUDA, steps.StepSettings(graph=True, precision="bfloat16", compile=True)) is None
+    assert steps.why_plain(CUDA, steps.Settings(graph=True, precision="bfloat16", compile=True)) is None
 
 
 class FakeGraphs:
@@ -115,7 +115,7 @@ class FakeGraphs:
 
 
 def stepped(model, optimiser, sizes, **settings):
-    step = steps.Step(model, optimiser, steps.StepSettings(**settings))
+    step = steps.Step(model, optimiser, steps.Settings(**settings))
     return step, [step([batch(rows, seed)])[0, 0].item() for seed, rows in enumerate(sizes)]
 
 
@@ -163,7 +163,7 @@ def test_captured_steps_equal_plain_ones(dropout):
         model.cuda()
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         torch.cuda.manual_seed(0)
-        step = steps.Step(model, optimiser, steps.StepSettings(graph=graph))
+        step = steps.Step(model, optimiser, steps.Settings(graph=graph))
         group = [tuple(value.cuda() for value in batch(8))]
         losses.append([step(group)[0, 0].item() for _ in range(10)])
         assert (step.plain is None) == graph

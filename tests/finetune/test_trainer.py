@@ -9,7 +9,8 @@ from torch import nn
 from fastlora.errors import UserError, WorkError
 from fastlora.finetune.checkpoint import read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches
-from fastlora.finetune.trainer import Member, Settings, Trainer
+from fastlora.finetune.step import Settings
+from fastlora.finetune.trainer import Member, Trainer
 
 ROWS = 200
 X = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(0))

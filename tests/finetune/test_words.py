@@ -171,20 +171,12 @@ def test_tokenise():
     ]
 
 
-def test_vocabulary_orders_by_frequency_then_alphabet_and_comes_back(tmp_path):
+def test_vocabulary_orders_by_frequency_then_alphabet():
     vocabulary = Vocabulary.of([["b", "a", "c"], ["c", "d"]], size=3, least=1)
     assert vocabulary.words == ["<pad>", "<unk>", "c", "a", "b"]
     assert vocabulary.encode(["c", "d", "b"]).tolist() == [2, UNKNOWN, 4]
     assert vocabulary.encode([]).tolist() == [UNKNOWN]
-    vocabulary.save(tmp_path / "v.json")
-    assert Vocabulary.load(tmp_path / "v.json").words == vocabulary.words
     assert len(Vocabulary.of([["b", "a", "a"]], size=9, least=2)) == 3
-
-
-def test_a_damaged_vocabulary_is_named(tmp_path):
-    (tmp_path / "v.json").write_text("no")
-    with pytest.raises(UserError, match=r"v\.json: damaged"):
-        Vocabulary.load(tmp_path / "v.json")
 
 
 def test_a_batch_is_its_texts_one_after_the_other(dataset):
