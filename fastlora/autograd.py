@@ -21,7 +21,7 @@ from fastlora.gate import why_eager
 from fastlora.node import NODE
 from fastlora.paths import ATEN, Path
 from fastlora.paths.bank import Bank
-from fastlora.paths.problem import Update, draw_seed, rows
+from fastlora.paths.problem import Update, cast, draw_seed, rows
 
 
 def run(
@@ -107,9 +107,9 @@ def gradients(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, path, 
         weight = dense(weight) if need_x else None
         dx, dA, dB = node.backward(path, dy2, x if need_A else None, weight, S, update, need_B, dy)
         return (
-            dx.view((*dy.shape[:-1], dx.shape[-1])) if need_x else None,
-            dA.to(lora_A.dtype) if need_A else None,
-            dB.to(lora_B.dtype) if need_B else None,
+            None if not need_x else dx if dy.dim() == 2 else dx.view((*dy.shape[:-1], dx.shape[-1])),
+            cast(dA, lora_A.dtype) if need_A else None,
+            cast(dB, lora_B.dtype) if need_B else None,
             dy2.sum(0) if need_bias else None,
         )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastlora.paths.mask import drop, keep_mask
 from fastlora.paths.path import Path
-from fastlora.paths.problem import Update, base_product, rows
+from fastlora.paths.problem import Update, base_product, cast, rows
 
 
 def forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
@@ -29,12 +29,12 @@ def forward(x, weight, bias, update) -> tuple[Tensor, Tensor]:
         x2 = drop(seed, update.chance, x2)
     left = 1.0 if bank else s_factor(scaling, p, x.device)
     if bank:
-        S = bank.masked(torch.mm(x2, lora_A.to(x.dtype).t()))
+        S = bank.masked(torch.mm(x2, cast(lora_A, x.dtype).t()))
     elif x.is_cpu:
-        S = torch.mm(x2, lora_A.to(x.dtype).t())
+        S = torch.mm(x2, cast(lora_A, x.dtype).t())
     else:
-        S = _product(x2, lora_A.to(x.dtype).t(), _kept(p) * scaling)
-    _add_product(y.view(S.shape[0], weight.shape[0]), S, lora_B.to(x.dtype).t(), left)
+        S = _product(x2, cast(lora_A, x.dtype).t(), _kept(p) * scaling)
+    _add_product(rows(y), S, cast(lora_B, x.dtype).t(), left)
     return y, S
 
 
@@ -52,16 +52,16 @@ def backward(dy, x, weight, S, update, need_B):
         dB = _product(S.t(), dy, factor).t() if dy.is_cpu else _product(dy.t(), S, factor)
     if weight is None and x is None:
         return dx, dA, dB
-    dS = _product(dy, lora_B.to(dy.dtype), scaling)
+    dS = _product(dy, cast(lora_B, dy.dtype), scaling)
     dS = bank.masked(dS) if bank else dS
     x = None if x is None else rows(x)
     if p > 0.0:
-        dx = None if weight is None else _product(dS, lora_A.to(dy.dtype), kept)
+        dx = None if weight is None else _product(dS, cast(lora_A, dy.dtype), kept)
         x = drop(seed, update.chance, x, dx)
     if x is not None:
         dA = torch.mm(dS.t(), x) if p == 0.0 else _product(dS.t(), x, kept)
     if weight is not None:
-        dx = torch.mm(dy, weight).addmm_(dS, lora_A.to(dy.dtype)) if dx is None else dx.addmm_(dy, weight)
+        dx = torch.mm(dy, weight).addmm_(dS, cast(lora_A, dy.dtype)) if dx is None else dx.addmm_(dy, weight)
     return dx, dA, dB
 
 

@@ -123,6 +123,11 @@ def rows(t: Tensor) -> Tensor:
     return t if dims == 2 else t.flatten(0, -2) if dims > 2 else t.unsqueeze(0)
 
 
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t.to(dtype)`, which asks ATen even where there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias` of x (..., K) as a fresh (..., N): F.linear may return a view, on which autograd forbids
     in-place operations."""
