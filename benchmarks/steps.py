@@ -82,8 +82,7 @@ def _spam_arms(base: gpt2.GPT2, device: torch.device, args: argparse.Namespace) 
         fastlora.inject(model, r=16, lora_alpha=16, target_modules="all-linear", layer_class=layer)
 
     return {
-        name: _arm(name, base, adapted, "head", optimiser, Settings(precision=args.precision))
-        for name in _arms(device)
+        name: _arm(name, base, adapted, "head", optimiser, Settings(precision=args.precision)) for name in _arms(device)
     }
 
 
