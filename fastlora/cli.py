@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KeyboardInterrupt:
-        return _say("interrupted; what was written whole is kept, and train goes on with it by --resume", INTERRUPTED)
+        return _say("interrupted; what was written whole is kept; train --resume goes on with a run", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output left
         _abandon_output()
         return FAILED
@@ -138,8 +138,6 @@ def _run(argv: list[str]) -> int:
         _check_forced_path(getattr(args, "device", "cpu"))
     if args.command == "train":
         importlib.import_module(PROGRAMS[args.program][0]).train(args)
-        if args.data == "sample":
-            print("the texts were made up out of templates: the figures say nothing about real ones")
     elif args.command == "predict":
         _predict(args.run, args.text)
     elif args.command == "prepare":

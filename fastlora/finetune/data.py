@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlora import env
 from fastlora.errors import UserError, shown
 from fastlora.files import read_regular, sha256
-from fastlora.finetune.homes import FILES, SOURCES, fetch, missing
+from fastlora.finetune.homes import FILES, fetch, missing
 from fastlora.finetune.parallel import ALONE, World
 
 Batch = tuple[Tensor, ...]  # the model's inputs, then the labels
@@ -55,14 +55,11 @@ def locate(where: str, *needed: str) -> Path:
 def data_digest(where: str, *needed: str) -> str:
     """A sha256 for the files that `locate` finds: a run goes on only with the very data that it began with.
 
-    Of what the package makes, by its source: the bytes differ with the libraries that write them.
+    Of the sample, by its version: its files' bytes differ with the libraries that write them.
     """
     folder = locate(where, *needed)
-    if where == "sample":
-        sums = [folder.name]
-    elif folder == env.cache_dir() / "data":
-        sums = [sum for name in needed for sum in SOURCES[name].values()]
-    else:
+    sums = [folder.name]
+    if where != "sample":
         sums = [sha256(folder / file) for name in needed for file in FILES[name]]
     return hashlib.sha256("".join(sums).encode()).hexdigest()
 

@@ -26,7 +26,7 @@ from filelock import FileLock
 from torch.hub import download_url_to_file
 
 from fastlora.errors import UserError, WorkError, shown
-from fastlora.files import FULL, read_regular, sha256, write_bytes
+from fastlora.files import FULL, clear_leftovers, read_regular, sha256, write_bytes
 from fastlora.finetune.options import folder_name
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -99,7 +99,7 @@ def download(url: str, sum: str, folder: Path) -> Path:
                 if getattr(error, "errno", None) in FULL:
                     raise
                 why = shown(str(error) or type(error).__name__)
-                if isinstance(error, HTTPError) and error.code < 500:
+                if isinstance(error, HTTPError) and error.code < 500 and error.code not in (408, 429):
                     break
     finally:
         socket.setdefaulttimeout(before)
@@ -118,6 +118,7 @@ def convert(name: str, parts: Sequence[Path], folder: Path) -> None:
             write_tables(folder, balanced_split(archive.read("SMSSpamCollection"), parts[0]))
     else:
         folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder)
         for part in parts:
             write_bytes(folder / part.name, part.read_bytes())
 

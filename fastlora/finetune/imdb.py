@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.errors import UserError
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
@@ -164,6 +165,7 @@ def make_base(recipe: Recipe, data: Reviews, device: torch.device) -> tuple[Text
     model.to(device)
     settings = Settings(epochs=recipe.pretrain_epochs, decay=0.5, clip=recipe.clip)
     trainer = Trainer(model, sgd([{"params": [*model.parameters()], "lr": 1.0}]), data.news, data.news_test, settings)
+    print("pre-training on news, with its test part as validation", flush=True)
     trainer.fit()
     accuracy = trainer.members[0].history[-1]["valid_accuracy"]
     print(f"pre-trained on news: {accuracy:.2%} of the test news right, {trainer.seconds:.1f} s", flush=True)
@@ -173,7 +175,9 @@ def make_base(recipe: Recipe, data: Reviews, device: torch.device) -> tuple[Text
 def load_base(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[TextClassifier, Vocabulary, dict]:
     """What `make_base` gave to the run in `folder`, and between the `vocabulary`, that of the file by default."""
     tensors, state = read_checkpoint(folder / MODEL)
-    vocabulary = vocabulary or Vocabulary(state.get("words", ()))
+    if "words" not in state:
+        raise UserError(f"{folder / MODEL}: left by an earlier version of fastlora, which this one cannot read")
+    vocabulary = vocabulary or Vocabulary(state["words"])
     model = TextClassifier(len(vocabulary), DIM, TOPICS)
     fill(model, folder / MODEL, tensors)
     return model, vocabulary, state.get("pretrained")

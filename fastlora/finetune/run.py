@@ -117,6 +117,8 @@ def leave(folder: Path, rows: Sequence[Mapping], title: str, device: torch.devic
     print(f"adapter: {adapter:,} numbers against {full:,} of its layers: {times} ({report['adapter_bytes']:,} bytes)")
     print(f"accuracy: valid {report['valid_accuracy']:.2%}, test {report['test_accuracy']:.2%}; trained "
           f"{report['train_seconds']:.1f} s; everything is in {folder}")  # fmt: skip
+    if report["dataset"] == "sample":
+        print("the texts were made up out of templates: the figures say nothing about real ones")
 
 
 def plot_history(path: Path, history, title: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 import fastlora
 from fastlora import env
 from fastlora.errors import UserError
-from fastlora.files import sha256, write_bytes
+from fastlora.files import clear_leftovers, sha256, write_bytes
 from fastlora.finetune import gpt2, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
@@ -85,6 +85,7 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
         if world.first and kept is None:
             for file in FILES["gpt2"] if args.data != "sample" else ():  # so that `predict` finds them
                 (folder / "gpt2").mkdir(exist_ok=True)
+                clear_leftovers(folder / "gpt2")
                 write_bytes(folder / file, (vocabulary(data.folder) / file).read_bytes())
             write_checkpoint(folder / MODEL, {name: model.state_dict()[name] for name in random_names(model, weights)})
         model.to(device)

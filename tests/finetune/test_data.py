@@ -163,3 +163,15 @@ def test_what_the_package_makes_is_told_by_its_source(tmp_path, monkeypatch):
     of_files = data.data_digest(folder, "spam")
     pd.read_parquet(path).to_parquet(path, compression=None)
     assert data.data_digest(folder, "spam") not in (before, of_files)
+
+
+def test_data_that_was_changed_in_the_cache_is_other_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    monkeypatch.delenv("FASTLORA_DATA", raising=False)
+    for part in ("train", "valid", "test"):
+        (tmp_path / "data" / "spam").mkdir(parents=True, exist_ok=True)
+        parquet(tmp_path / "data" / "spam" / f"{part}.parquet", Text=["hi"], Label=[0])
+    before = data.data_digest("auto", "spam")
+    assert data.data_digest(str(tmp_path / "data"), "spam") == before
+    parquet(tmp_path / "data" / "spam" / "train.parquet", Text=["hi"], Label=[1])
+    assert data.data_digest("auto", "spam") != before
