@@ -367,6 +367,11 @@ def test_the_model_says_what_is_not_moved_twice(path, dropout, shapes, most):
     assert most - 0.02 < ratio < most
 
 
+def test_the_model_gives_the_sum_of_products_the_tiles_of_one():
+    many = [roofline.Work(960, 768, 768, 16, 2, False)] * 3
+    assert roofline.together("split", many)[-1].tiles == roofline.split(many[0])[1][-1].tiles > 0
+
+
 @pytest.mark.parametrize("one", [(torch.ones(4, 3), torch.ones(2, 3), torch.ones(4, 2), None), {"weight": 1}])
 def test_a_projection_that_lacks_its_scaling_is_refused(one):
     with pytest.raises(TypeError, match=r"a projection is (4 values|dict); it needs to be"):
