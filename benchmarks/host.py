@@ -5,8 +5,9 @@
 No GPU is needed, and none computes: torch, Triton and the node run all of their own host code on a stand-in for the
 CUDA libraries (tests/campaigns/sync.py). Kernels, products and the driver cost nothing there, so these are the times
 of the software above the driver alone. `linear` is the bare frozen layer with the gradient of its input; `3 calls` are
-a query, a key and a value of one x, each alone, and `shared` the same three by `lora_linears`. Writes
-benchmarks/results/<device>/<date>-host.json.
+a query, a key and a value of one x, each alone, and `shared` the same three by `lora_linears`. `floor` is a path that
+launches nothing: the same autograd nodes, checks, seeds and memory for what is returned, which no path can do without.
+Writes benchmarks/results/<device>/<date>-host.json.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -26,14 +28,15 @@ import torch
 
 import fastlora
 from benchmarks.measure import device_name, metadata, ratio, summary, write_results
-from fastlora import choice
+from fastlora import choice, node, record
 from fastlora.node import NODE
 from fastlora.paths import PATHS
 from tests.campaigns import sync
 
 M, N, K, R, DROPOUT = 64, 256, 256, 8, 0.1
-FUSED = ("torch", "hybrid", "onepass", "split")
-TOGETHER = ("hybrid", "split")  # the paths by which three projections are measured, apart and sharing x
+LAUNCHING = {name: PATHS[name] for name in ("torch", "hybrid", "onepass", "split")}
+FUSED = LAUNCHING | {"floor": replace(PATHS["split"])}
+TOGETHER = ("hybrid", "split", "floor")  # the paths by which three projections are measured, apart and sharing x
 SHARED_GOAL = 0.5  # of three calls
 GOALS = {"hybrid": 40 / 25, "onepass": 30 / 25}  # 40 and 30 microseconds where the bare layer takes 25
 CALLS = 50  # of a sample
@@ -133,8 +136,12 @@ def _measured(seconds: float) -> dict[str, list[float]]:
         if path in FUSED:
             chosen[0] = path
             choice._selected.clear()
-            NODE.choose(PATHS[path], x, weight, lora_A, True)
-            NODE.choose_shared(PATHS[path], x, qkv, DROPOUT)
+            NODE.choose(FUSED[path], x, weight, lora_A, True)
+            NODE.choose_shared(FUSED[path], x, qkv, DROPOUT)
+
+    def observe(*call):
+        outputs, made, obstacle = record.observe(*call)
+        return outputs, made if chosen[0] in LAUNCHING else (made[0], 0, ()), obstacle
 
     steps: dict[str, Callable[[], None]] = {"linear": linear, "eager": eager} | dict.fromkeys(FUSED, fused)
     steps |= {f"{path} 3 calls": three for path in TOGETHER} | {f"{path} shared": shared for path in TOGETHER}
@@ -142,7 +149,8 @@ def _measured(seconds: float) -> dict[str, list[float]]:
     order, shuffler, end = list(steps), random.Random(0), time.perf_counter() + seconds
     with (
         sync.trusted(),
-        mock.patch.object(choice, "choose", lambda problem: choice.Choice(PATHS[chosen[0]], "")),
+        mock.patch.object(choice, "choose", lambda problem: choice.Choice(FUSED[chosen[0]], "")),
+        mock.patch.object(node, "observe", observe),
         _no_collection(),
     ):
         while time.perf_counter() < end or len(samples["linear"]) < 20:

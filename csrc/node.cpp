@@ -1,8 +1,8 @@
 // fastlora._node_<torch's version>: the layer as an autograd node of torch's own, for ordinary tensors; CPU and GPU.
 //
 // It does what fastlora/functional.py, autograd.py and ops.py do, with the same kernels, seeds and ATen calls, and
-// saves most of the time that a small layer spends in Python. On a CPU path `cpu` runs here (node_cpu.h); on a GPU the
-// records of what a path did (record.h). Which of them, says table.h. Whatever is out of the ordinary (a subclass, a
+// saves most of the time that a small layer spends in Python. Path `cpu` runs here (node_cpu.h), and the records of what
+// another path did (record.h). Which of them, says table.h. Whatever is out of the ordinary (a subclass, a
 // function transform, a wrong shape, a gradient of another kind, a call that was not seen before) it leaves to Python,
 // which explains and serves it: no message is written here. It is bound to one version of torch, which its name says,
 // and optional: without it Python does it all.
@@ -115,7 +115,7 @@ bool fits(const Incoming& in) {
 
 struct Plan {
   int path;
-  std::shared_ptr<const fastlora::Record> record;  // null on a CPU
+  std::shared_ptr<const fastlora::Record> record;  // null for path `cpu`
   void* stream;
 };
 typedef std::optional<Plan> MaybePlan;
@@ -123,8 +123,9 @@ typedef std::optional<Plan> MaybePlan;
 const Tensor& first(const Layer& layer) { return layer.x; }
 const Tensor& first(const Incoming& in) { return in.dy; }
 
-// The stream on which a record may run: the current one of the current device.
+// The stream on which a record may run: the current one of the current device; on a CPU there is none.
 fastlora::Stream stream_for(const Tensor& t) {
+  if (t.is_cpu()) return {true, nullptr};
   if (!fastlora::driver()) return {false, nullptr};
   const fastlora::Stream stream = fastlora::current_stream(t.device());
   if (stream.known) fastlora::ensure_context(t.device());
@@ -139,11 +140,15 @@ MaybePlan plan(int path, const Call& call) {
     const bool ours = t.device().is_cpu() && kernels && takes(t) && takes(call.lora_A);
     return ours ? MaybePlan({path, nullptr, nullptr}) : std::nullopt;
   }
-  if (!t.device().is_cuda()) return std::nullopt;
   const auto record = fastlora::records.find(fastlora::record_key(path, call));
   if (!record || !*record) return std::nullopt;
   const fastlora::Stream stream = stream_for(t);
   return stream.known ? MaybePlan({path, *record, stream.handle}) : std::nullopt;
+}
+
+bool is_captured(const Plan& plan, const Tensor& t) {
+  int capturing = 0;
+  return t.is_cuda() && (fastlora::driver()->cuStreamIsCapturing(plan.stream, &capturing) || capturing);
 }
 
 // The same for the path that was chosen. Into a graph goes what Python chooses for graphs.
@@ -151,11 +156,7 @@ template <typename Call>
 MaybePlan chosen_plan(const Tensor& x, const Tensor& weight, const Call& call) {
   const auto path = fastlora::chosen.find(fastlora::choice_key(x, weight, call.lora_A, call.p > 0.0));
   MaybePlan found = path ? plan(*path, call) : std::nullopt;
-  int capturing = 0;
-  if (found && found->record &&
-      (fastlora::driver()->cuStreamIsCapturing(found->stream, &capturing) || capturing))
-    return std::nullopt;
-  return found;
+  return found && is_captured(*found, x) ? std::nullopt : found;
 }
 
 Tensor drawn(at::IntArrayRef sizes, c10::Device device) {
@@ -216,6 +217,8 @@ struct Decrease {
 typedef std::unique_ptr<PyObject, Decrease> Owned;
 
 Owned wrapped(const Tensor& t) { return Owned(t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None)); }
+
+bool is_cuda(PyObject* tensors, Py_ssize_t i) { return THPVariable_Unpack(PyTuple_GET_ITEM(tensors, i)).is_cuda(); }
 
 // Python's error as a C++ exception, which may be caught in another thread.
 [[noreturn]] void raise() {
@@ -536,7 +539,7 @@ std::optional<fastlora::Key> key_of(PyObject* path_object, PyObject* tensors, do
     if (!THPVariable_CheckExact(one)) return std::nullopt;
     t[i] = THPVariable_Unpack(one);
   }
-  if (!t[0].defined() || !t[0].is_cuda() || !stream_for(t[0]).known) return std::nullopt;
+  if (!t[0].defined() || !is_plain(t[0]) || !stream_for(t[0]).known) return std::nullopt;
   if (count == 7) {
     const Incoming in{t[0], t[1], t[2], t[3], t[4], t[5], t[6], scaling, p, need_B};
     return fits(in) ? std::optional(fastlora::record_key(path, in)) : std::nullopt;
@@ -554,8 +557,7 @@ PyObject* lacks(PyObject*, PyObject* arguments) {
   double scaling, p;
   int need_B;
   if (!PyArg_ParseTuple(arguments, "OO!ddp", &path, &PyTuple_Type, &tensors, &scaling, &p, &need_B)) return nullptr;
-  const auto key = key_of(path, tensors, scaling, p, need_B);
-  return PyBool_FromLong(key && !key->overflows && !fastlora::records.find(*key));
+  return PyBool_FromLong(fastlora::lacks(key_of(path, tensors, scaling, p, need_B), is_cuda(tensors, 0)));
   END_HANDLE_TH_ERRORS
 }
 

@@ -106,7 +106,6 @@ MaybePlan plan_together(int path, const Tensor& t, const Calls& each, const KeyO
       if (!::plan(path, one)) return std::nullopt;
     return MaybePlan({path, nullptr, nullptr});
   }
-  if (!t.device().is_cuda()) return std::nullopt;
   const auto record = fastlora::records.find(key());
   if (!record || !*record) return std::nullopt;
   const fastlora::Stream stream = stream_for(t);
@@ -303,12 +302,10 @@ PyObject* call_shared(int path, PyObject* x, PyObject* projections, PyObject* p)
       path = *chosen;
     else
       Py_RETURN_NONE;
-    if (shared.x.is_cuda() && !stream_for(shared.x).known) Py_RETURN_NONE;
+    if (!stream_for(shared.x).known) Py_RETURN_NONE;
   }
   const MaybePlan plan = plan_together(path, shared.x, shared.each, [&] { return record_key(path, shared); });
-  if (!plan) Py_RETURN_NONE;
-  int capturing = 0;
-  if (plan->record && (fastlora::driver()->cuStreamIsCapturing(plan->stream, &capturing) || capturing)) Py_RETURN_NONE;
+  if (!plan || is_captured(*plan, shared.x)) Py_RETURN_NONE;
   variable_list ys, trained;
   {
     ReleasesGIL no_gil;
@@ -373,7 +370,7 @@ std::optional<fastlora::Key> shared_key_of(PyObject* path_object, PyObject* tens
     t[i] = THPVariable_Unpack(one);
   }
   const Tensor& first = wanted == Py_None ? t[0] : t[1];
-  if (!first.defined() || !first.is_cuda() || !stream_for(first).known) return std::nullopt;
+  if (!first.defined() || !is_plain(first) || !stream_for(first).known) return std::nullopt;
   std::vector<Incoming> incoming;
   Shared shared;
   incoming.reserve(n);
@@ -401,8 +398,7 @@ PyObject* lacks_shared(PyObject*, PyObject* arguments) {
   double p;
   if (!PyArg_ParseTuple(arguments, "OO!O!dO", &path, &PyTuple_Type, &tensors, &PyTuple_Type, &scalings, &p, &wanted))
     return nullptr;
-  const auto key = shared_key_of(path, tensors, scalings, p, wanted);
-  return PyBool_FromLong(key && !key->overflows && !fastlora::records.find(*key));
+  return PyBool_FromLong(fastlora::lacks(shared_key_of(path, tensors, scalings, p, wanted), is_cuda(tensors, 1)));
   END_HANDLE_TH_ERRORS
 }
 

@@ -1,4 +1,4 @@
-// What a path did in one call on a GPU, as data: launches of compiled kernels and products of ATen's, done again with
+// What a path did in one call, as data: launches of compiled kernels and products of ATen's, done again with
 // other tensors of the same sizes, strides and alignment. fastlora/record.py makes a record by watching the path once.
 //
 // No header of CUDA is needed: libcuda is opened when the first record comes, and the few structs of its interface that
@@ -102,7 +102,6 @@ Stream stream_of(const Guard& guard, c10::Device device) {
   return {stream.id() == 0, nullptr};  // an older torch tells of no other stream
 }
 inline Stream current_stream(c10::Device device) {
-  if (!device.is_cuda()) return {true, nullptr};  // in tests
   const c10::impl::VirtualGuardImpl guard(device.type());
   return guard.getDevice() == device ? stream_of(guard, device) : Stream{false, nullptr};
 }
@@ -111,7 +110,7 @@ inline Stream current_stream(c10::Device device) {
 
 // Numbers as fastlora/record.py packs them, all int64. A slot is an input, then an output, then the workspace.
 struct Output {
-  int64_t like, dims, sizes[5];  // contiguous, of the dtype of input `like`
+  int64_t like, dims, sizes[5], strides[5];  // of the dtype of input `like`
 };
 struct Pointer {
   int64_t place, slot, offset;  // parameters + place: the address of the slot + offset bytes
@@ -207,7 +206,6 @@ class Record {
 
   // Makes the outputs anew. The `given` inputs may be undefined; `stream` is the current one of their device.
   void run(const Tensor* const* inputs, std::size_t given, Tensor* outputs, void* stream) const {
-    const Driver& driver = *fastlora::driver();
     const Tensor* slots[SLOTS];
     char* addresses[SLOTS];
     std::copy(inputs, inputs + given, slots);
@@ -215,8 +213,9 @@ class Record {
       const Output& output = outputs_[i];
       const Tensor& like = *inputs[output.like];
       const c10::DispatchKeySet keys(like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
-      outputs[i] = at::detail::empty_generic(at::IntArrayRef(output.sizes, output.dims), allocator_, keys,
-                                             like.scalar_type(), std::nullopt);
+      outputs[i] = at::detail::empty_strided_generic(at::IntArrayRef(output.sizes, output.dims),
+                                                     at::IntArrayRef(output.strides, output.dims), allocator_, keys,
+                                                     like.scalar_type());
       slots[given + i] = &outputs[i];
     }
     const std::size_t count = given + outputs_.size();
@@ -232,7 +231,7 @@ class Record {
     addresses[count] = workspace ? static_cast<char*>(workspace.mutable_data()) : nullptr;
     for (const Step& step : steps_) {
       if (!step.product) {
-        start(driver, step.launch, addresses, stream);
+        start(*fastlora::driver(), step.launch, addresses, stream);
         continue;
       }
       const Product& product = *step.product;

@@ -1,4 +1,4 @@
-// What the node knows: which path was chosen for which calls, and what the paths of a GPU do in them.
+// What the node knows: which path was chosen for which calls, and what their paths do in them.
 //
 //   chosen    (device, dtypes, layouts, rank, dropout)       -> path       told by fastlora.choice
 //   records   (path, direction, all that a launch may hold)  -> record     told by fastlora.node; null: there is none
@@ -88,7 +88,7 @@ inline Key choice_key(const Tensor& x, const Tensor& weight, const Tensor& lora_
 
 inline Key record_key(int path, const Layer& layer) {
   Key key;
-  key.add(int64_t{path} << 32 | layer.x.device().index() << 1);
+  key.add(int64_t{path} << 32 | (layer.x.device().index() + 1) << 1);
   key.add(settings());
   for (const Tensor* t : {&layer.x, &layer.weight, &layer.lora_A, &layer.lora_B}) key.add(*t);
   key.add(layer.bias ? *layer.bias : Tensor());
@@ -99,7 +99,7 @@ inline Key record_key(int path, const Layer& layer) {
 
 inline Key record_key(int path, const Incoming& in) {
   Key key;
-  key.add(int64_t{path} << 32 | in.dy.device().index() << 1 | 1);
+  key.add(int64_t{path} << 32 | (in.dy.device().index() + 1) << 1 | 1);
   key.add(settings());
   for (const Tensor* t : {&in.dy, &in.x, &in.weight, &in.lora_A, &in.lora_B, &in.S}) key.add(*t);
   key.add(in.scaling);
@@ -135,5 +135,15 @@ class Table {
 
 inline Table<int> chosen;
 inline Table<std::shared_ptr<const Record>> records;
+
+// Whether a call is to be recorded. On a CPU not when it is met first: a length that never comes again would be watched
+// for nothing, at three times the cost of the call. On a GPU the first call compiles.
+inline bool lacks(const std::optional<Key>& key, bool cuda) {
+  static Table<bool> met;
+  if (!key || key->overflows || records.find(*key)) return false;
+  const bool again = cuda || met.find(*key);
+  if (!again) met.insert(*key, true);
+  return again;
+}
 
 }  // namespace fastlora

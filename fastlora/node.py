@@ -1,7 +1,8 @@
 """The autograd node in C++ (csrc/node.cpp), or None: compiled at install for one version of torch, and optional.
 
-It takes ordinary calls whole, forward and backward, and leaves the others to `fastlora.autograd` by returning None. On
-a GPU it does what it was shown: a path's first call of a kind runs in Python, here, and its record is handed over.
+It takes ordinary calls whole, forward and backward, and leaves the others to `fastlora.autograd` by returning None.
+Path `cpu` it knows; of the others it does what it was shown: the first call of a kind runs in Python, here, and its
+record is handed over.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ NODE = _load()
 
 def _records(path: Path, x: Tensor) -> bool:
     """Whether all that `path` does is Triton's launches and ATen's operations, or these alone."""
-    return NODE is not None and x.is_cuda and (path.launches is not None or path.fingerprint is None)
+    return NODE is not None and (path.fingerprint is None or (x.is_cuda and path.launches is not None))
 
 
 def forward(path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:

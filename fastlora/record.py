@@ -1,4 +1,4 @@
-"""What a path did on a GPU in one call, watched and written down, for the node in C++ to do again (csrc/record.h).
+"""What a path did in one call, watched and written down, for the node in C++ to do again (csrc/record.h).
 
 `observe` runs the path once and sees two things: ATen's operations, and the launches of Triton kernels. A record is
 made when all that it saw is memory taken (`empty`), views, matrix products, casts of the call's tensors, and launches
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +49,7 @@ ALIGNMENT = 256  # of scratch memory: no less than what torch's allocator gives 
 COOPERATIVE, CLUSTER, SCHEDULING, SERIALIZATION = 2, 4, 5, 6  # CUlaunchAttributeID
 SPREAD = 1  # CUclusterSchedulingPolicy
 
+recorded: ContextVar[list | None] = ContextVar("recorded launches", default=None)
 kernels: set = set()  # compiled kernels of records: while one may be launched, it stays loaded
 
 
@@ -65,12 +68,27 @@ class Unrecordable(Exception):
     """What a record cannot hold; the message says which."""
 
 
+@contextmanager
+def recording() -> Iterator[list]:
+    """Collects (Launch, compiled kernel as Triton returned it) of every launch of this thread, in order."""
+    seen: list = []
+    token = recorded.set(seen)
+    try:
+        yield seen
+    finally:
+        recorded.reset(token)
+
+
 class _Watch(TorchDispatchMode):
     """ATen's operations, in order with the launches that `launches` receives."""
 
     def __init__(self, launches: list) -> None:
         super().__init__()
         self.launches, self.taken, self.obstacle = launches, [], None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # for which torch would load its compiler, a second's work; no compiler sees `observe`
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
@@ -100,9 +118,7 @@ def observe(
         inputs: all tensors that it reads, in the order of the node's slots.
         wanted: which of what it returns a record has to give back.
     """
-    from fastlora.kernels import launch
-
-    with launch.recording() as launches, _Watch(launches) as watch:
+    with recording() as launches, _Watch(launches) as watch:
         outputs = call()
     if watch.obstacle or not launches:
         return outputs, None, watch.obstacle or "no launch was seen"
@@ -129,9 +145,11 @@ class _Slots:
         fresh = {t.untyped_storage().data_ptr() for t in taken}
         packed = []
         for t in outputs:
-            if t.data_ptr() not in fresh or not t.is_contiguous() or t.dim() > 5:
-                raise Unrecordable("a result is no fresh, contiguous tensor")
-            packed.append(struct.pack("7q", self.like(t.dtype), t.dim(), *t.shape, *(0,) * (5 - t.dim())))
+            dense = t.is_contiguous() or (t.dim() == 2 and t.t().is_contiguous())
+            if t.data_ptr() not in fresh or not dense or t.dim() > 5:
+                raise Unrecordable("a result is no fresh, dense tensor")
+            rest = (0,) * (5 - t.dim())
+            packed.append(struct.pack("12q", self.like(t.dtype), t.dim(), *t.shape, *rest, *t.stride(), *rest))
         self.outputs = b"".join(packed)
         for t in taken:
             storage = t.untyped_storage()

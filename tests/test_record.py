@@ -4,12 +4,15 @@ needed: Triton compiles for one that is not there, and a stand-in for the driver
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
 from campaigns import launches, sync
 
-from fastlora import check, check_shared, node, record
+import fastlora
+from fastlora import autograd, check, check_shared, choice, functional, node, record
 from fastlora.kernels.tiles import WARP_SPECIALISED
 from fastlora.node import NODE
 from fastlora.paths import PATHS
@@ -38,7 +41,7 @@ def imaginary_gpu(monkeypatch):
     target = tiles.Target("cuda", 90)
 
     def run(self):
-        launch._recorded.get().append((self, Compiled(self.compile(target))))
+        record.recorded.get().append((self, Compiled(self.compile(target))))
 
     monkeypatch.setattr(launch.Launch, "run", run)
     monkeypatch.setattr(tiles, "target_of", lambda device: target)
@@ -119,6 +122,47 @@ def test_products_are_done_again_with_their_factors_and_on_scratch_memory(driver
         torch.testing.assert_close(t, wanted)
 
 
+KINDS = [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)]
+
+
+@pytest.mark.parametrize("dtype, adapters", KINDS)
+@pytest.mark.parametrize("lead", [(6,), (2, 3), ()])
+@pytest.mark.parametrize("needs", [(True, True, True, True), (False, True, True, False), (True, False, False, True)])
+def test_on_a_cpu_the_node_does_again_what_path_torch_did(dtype, adapters, lead, needs, monkeypatch):
+    if NODE is None:
+        pytest.skip("the node in C++ was not compiled here")
+    choice.forget()
+
+    def run(seed):
+        draw = torch.Generator().manual_seed(seed)
+        sizes = ((*lead, 9), dtype), ((4, 9), adapters), ((7, 4), adapters), ((7,), dtype), ((7, 9), dtype)
+        *leaves, weight = (torch.randn(size, generator=draw, dtype=torch.float64).to(kind) for size, kind in sizes)
+        dy = torch.randn(*lead, 7, generator=draw).to(dtype)
+        wanted = [t.requires_grad_() for t, need in zip(leaves, needs, strict=True) if need]
+        x, A, B, bias = leaves
+        y = fastlora.lora_linear(x, weight, A, B, bias, 2.0, path="torch")
+        return y, *torch.autograd.grad(y, wanted, dy)
+
+    run(0), run(0)  # what is met but once is not recorded
+    served = [run(seed) for seed in (1, 2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(node, "forward", None)  # nothing of Python's is called
+        patch.setattr(node, "backward", None)
+        again = [run(seed) for seed in (1, 2)]
+    for module in (autograd, functional, node):
+        monkeypatch.setattr(module, "NODE", None)
+    for found, same, wanted in zip(served, again, [run(seed) for seed in (1, 2)], strict=True):
+        for a, b, c in zip(found, same, wanted, strict=True):
+            assert torch.equal(a, c) and torch.equal(b, c) and a.stride() == c.stride() and a.dtype is c.dtype
+
+
+def test_a_call_on_a_cpu_loads_neither_triton_nor_a_compiler():
+    call = "f.lora_linear(t(2, 3), t(4, 3), t(1, 3), t(4, 1), path='torch')"
+    loaded = "assert not {'triton', 'torch._dynamo'} & set(sys.modules)"
+    code = f"import sys, torch, fastlora as f; t = torch.ones; {loaded}; {call}; {loaded}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 SPECIALISED = PATHS["split"].with_tiles({"gemm": WARP_SPECIALISED})
 
 
@@ -129,7 +173,7 @@ def test_a_driver_is_given_what_the_launches_say(path, imaginary_gpu, driver, mo
 
     seen = []
     run = launch.Launch.run
-    monkeypatch.setattr(launch.Launch, "run", lambda self: (run(self), seen.append(launch._recorded.get()[-1])))
+    monkeypatch.setattr(launch.Launch, "run", lambda self: (run(self), seen.append(record.recorded.get()[-1])))
     x, weight, lora_A, lora_B, *rest = tensors()
     inputs = x, weight, lora_A.bfloat16(), lora_B.bfloat16(), *rest
     (y, S), made, obstacle = observe(path, *inputs)
@@ -153,7 +197,7 @@ def test_a_driver_is_given_what_the_launches_of_several_projections_say(path, im
 
     seen = []
     run = launch.Launch.run
-    monkeypatch.setattr(launch.Launch, "run", lambda self: (run(self), seen.append(launch._recorded.get()[-1])))
+    monkeypatch.setattr(launch.Launch, "run", lambda self: (run(self), seen.append(record.recorded.get()[-1])))
     many = [tensors(N=N, R=R)[:5] for N, R in ((96, 8), (32, 4), (64, 20))]
     x, seeds = many[0][0], [torch.tensor(i) for i in range(3)]
     updates = [Update(one[2], one[3], 2.0, 0.25, seed) for one, seed in zip(many, seeds, strict=True)]

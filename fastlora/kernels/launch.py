@@ -20,9 +20,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from fastlora.kernels.tiles import Target, planned_for
+from fastlora.record import recorded
 
 SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
-_recorded: ContextVar[list | None] = ContextVar("recorded launches", default=None)
 _planned: ContextVar[list | None] = ContextVar("planned launches", default=None)
 
 
@@ -45,9 +45,9 @@ class Launch:
             planned.append(self)
             return
         kernel = self.fn[self.grid](**self.args, **self.options)
-        recorded = _recorded.get()
-        if recorded is not None:
-            recorded.append((self, kernel))
+        seen = recorded.get()
+        if seen is not None:
+            seen.append((self, kernel))
 
     def key(self, target: Target) -> str:
         """Equal for two launches on `target` if Triton has one compiled kernel for both."""
@@ -126,17 +126,6 @@ def run(launches: Iterable[Launch]) -> None:
     """Launch them in order."""
     for launch in launches:
         launch.run()
-
-
-@contextmanager
-def recording() -> Iterator[list[tuple[Launch, Any]]]:
-    """Collects (launch, compiled kernel as Triton returned it) of every launch of this thread, in order."""
-    recorded: list[tuple[Launch, Any]] = []
-    token = _recorded.set(recorded)
-    try:
-        yield recorded
-    finally:
-        _recorded.reset(token)
 
 
 @contextmanager

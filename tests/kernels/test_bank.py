@@ -160,7 +160,7 @@ def test_more_ranks_than_a_bank_may_have_are_refused():
 
 @pytest.mark.parametrize("path", GPU_PATHS)
 def test_launches_are_planned_as_they_are_made(path, monkeypatch):
-    from fastlora.kernels.launch import recording
+    from fastlora.record import recording
 
     inputs = case(path, 60, 40, 50)
     problem = Problem(60, 40, 50, sum(RANKS), torch.float32, torch.float32, CPU, True, bank=True)

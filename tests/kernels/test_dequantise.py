@@ -61,7 +61,7 @@ def test_a_packed_weight_is_dequantised_by_the_kernel():
     from bitsandbytes.nn import Linear4bit
 
     from fastlora.base_layer import dense, packed_of
-    from fastlora.kernels.launch import recording
+    from fastlora.record import recording
 
     layer = Linear4bit(128, 96, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
     with recording() as launches:

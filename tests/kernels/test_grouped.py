@@ -9,8 +9,8 @@ import torch
 from judge import DTYPES, draw, judge, paired
 
 from fastlora.kernels import gemm_each, grouped, tiles
-from fastlora.kernels.launch import recording
 from fastlora.kernels.tiles import Target
+from fastlora.record import recording
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -9,9 +9,9 @@ import torch
 from judge import draw
 
 from fastlora.kernels.grads import ds_db
-from fastlora.kernels.launch import recording
 from fastlora.kernels.s import s_forward, s_launches
 from fastlora.kernels.tiles import Target, Tile
+from fastlora.record import recording
 
 AMPERE = Target("cuda", 80)
 
