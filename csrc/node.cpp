@@ -30,6 +30,7 @@
 #include "layer.h"
 #include "node_cpu.h"
 #include "record.h"
+#include "seeds.h"
 #include "table.h"
 
 namespace {
@@ -163,10 +164,11 @@ Tensor drawn(at::IntArrayRef sizes, c10::Device device) {
   return at::empty(sizes, at::TensorOptions(at::kLong).device(device)).random_(0, std::numeric_limits<int64_t>::max());
 }
 
-Tensor draw_seed(double p, c10::Device device) {  // fastlora.paths.problem.draw_seed
+Tensor draw_seed(double p, c10::Device device, void* stream) {  // fastlora.paths.problem.draw_seed
   if (!(p > 0.0)) return Tensor();
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
-  return drawn({}, device);
+  Tensor seed;
+  return fastlora::seeds.draw(device, stream, 1, &seed) ? seed : drawn({}, device);
 }
 
 Result forward(const Plan& plan, const Layer& layer) {
@@ -389,7 +391,7 @@ PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
   Tensor y;
   {
     ReleasesGIL no_gil;
-    layer.seed = draw_seed(p, x.device());
+    layer.seed = draw_seed(p, x.device(), plan->stream);
     const bool learns = x.requires_grad() || A.requires_grad() || B.requires_grad() || (bias && bias->requires_grad());
     y = learns && at::GradMode::is_enabled() ? LoRALinear::apply(x, A, B, bias, layer, *plan)
                                              : forward(*plan, layer).y;
@@ -603,6 +605,19 @@ PyObject* replay(PyObject*, PyObject* arguments) {
   END_HANDLE_TH_ERRORS
 }
 
+// randint(seed, offset, thread): what torch.randint(2**63 - 1, ...) is to draw on a GPU
+PyObject* randint(PyObject*, PyObject* arguments) {
+  unsigned long long seed, offset, thread;
+  if (!PyArg_ParseTuple(arguments, "KKK", &seed, &offset, &thread)) return nullptr;
+  return PyLong_FromLongLong(fastlora::randint_on_gpu(seed, offset, thread));
+}
+
+// trust_randint(device): it has been compared there
+PyObject* trust_randint(PyObject*, PyObject* device) {
+  fastlora::seeds.trust(static_cast<int>(PyLong_AsLong(device)));
+  Py_RETURN_NONE;
+}
+
 template <auto FUNCTION>
 PyCFunction fastcall() {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(FUNCTION));
@@ -622,6 +637,8 @@ PyMethodDef methods[] = {
     {"choose_shared", fastcall<choose_shared>(), METH_FASTCALL, "say for which projections a path was chosen"},
     {"lacks_shared", lacks_shared, METH_VARARGS, "whether a record of these projections would be of use"},
     {"keep_shared", keep_shared, METH_VARARGS, "hand over the record of projections that share x, or None"},
+    {"randint", randint, METH_VARARGS, "what torch.randint is to draw on a GPU"},
+    {"trust_randint", trust_randint, METH_O, "say that it does so on this device"},
     {"replay", replay, METH_VARARGS, "run a record by another library than the driver's, for tests"},
     {nullptr, nullptr, 0, nullptr},
 };

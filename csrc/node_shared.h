@@ -82,20 +82,21 @@ fastlora::Key record_key(int path, const std::vector<Incoming>& each) {
   return key;
 }
 
-// fastlora.paths.problem.draw_seeds: on a GPU the columns of one draw, views made without the dispatcher.
-void draw_seeds(Shared& shared) {
+// fastlora.paths.problem.draw_seeds: on a GPU all of one draw.
+void draw_seeds(Shared& shared, void* stream) {
   if (!(shared.p > 0.0)) return;
-  if (shared.x.is_cpu()) {
-    for (Layer& one : shared.each) one.seed = draw_seed(shared.p, shared.x.device());
+  const c10::Device device = shared.x.device();
+  if (device.is_cpu()) {
+    for (Layer& one : shared.each) one.seed = draw_seed(shared.p, device, stream);
     return;
   }
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
-  const Tensor all = drawn({static_cast<int64_t>(shared.size()), 2}, shared.x.device());
-  for (std::size_t i = 0; i < shared.size(); ++i) {
-    shared.each[i].seed = at::detail::make_tensor<c10::TensorImpl>(
-        c10::TensorImpl::VIEW, c10::Storage(all.storage()), all.key_set(), all.dtype());
-    shared.each[i].seed.unsafeGetTensorImpl()->set_sizes_and_strides(at::IntArrayRef(), at::IntArrayRef(), static_cast<int64_t>(2 * i));
+  Tensor seeds[MOST];
+  if (!fastlora::seeds.draw(device, stream, static_cast<int>(shared.size()), seeds)) {
+    const Tensor all = drawn({static_cast<int64_t>(shared.size()), 2}, device);
+    for (std::size_t i = 0; i < shared.size(); ++i) seeds[i] = fastlora::element(all, static_cast<int64_t>(2 * i));
   }
+  for (std::size_t i = 0; i < shared.size(); ++i) shared.each[i].seed = std::move(seeds[i]);
 }
 
 // Who computes them: path `cpu`, or a record.
@@ -309,7 +310,7 @@ PyObject* call_shared(int path, PyObject* x, PyObject* projections, PyObject* p)
   variable_list ys, trained;
   {
     ReleasesGIL no_gil;
-    draw_seeds(shared);
+    draw_seeds(shared, plan->stream);
     for (const Layer& one : shared.each) {
       trained.push_back(one.lora_A);
       trained.push_back(one.lora_B);

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import re
+from contextlib import suppress
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -36,6 +38,24 @@ def _records(path: Path, x: Tensor) -> bool:
     return NODE is not None and (path.fingerprint is None or (x.is_cuda and path.launches is not None))
 
 
+def _compare_seeds(x: Tensor, p: float) -> None:
+    if p > 0.0 and x.is_cuda and not torch.cuda.is_current_stream_capturing() and _seeds_agree(x.device):
+        NODE.trust_randint(x.device.index)
+
+
+@cache
+def _seeds_agree(device: torch.device) -> bool:
+    """Whether the seeds that csrc/seeds.h computes for a GPU are those that torch draws there: looked at once."""
+    seed, computed, drawn = 0x0123_4567_89AB_CDEF, [], []
+    with suppress(RuntimeError):  # no memory, or a user who forbids that the host waits
+        generator = torch.Generator(device).manual_seed(seed)
+        for size in ((4, 2), (), (3, 2), (2, 2)):
+            computed.append([NODE.randint(seed, generator.get_offset(), i) for i in range(torch.Size(size).numel())])
+            drawn.append(torch.randint(2**63 - 1, size, generator=generator, device=device).flatten().tolist())
+        return computed == drawn and generator.get_offset() == 4 * len(drawn)
+    return False
+
+
 def forward(path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:
     """`path.forward`, recorded where the node has use for it."""
     lora_A, lora_B, scaling, p, seed, bank = update
@@ -44,6 +64,7 @@ def forward(path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: 
         return path.forward(x, weight, bias, update)
     found, record, _ = observe(lambda: path.forward(x, weight, bias, update), inputs, (True, True))
     NODE.keep(path, inputs, scaling, p, False, record)
+    _compare_seeds(x, p)
     return found
 
 
@@ -72,6 +93,7 @@ def forward_shared(path: Path, shared: Shared, x: Tensor, many: list[Projection]
 
     found, record, _ = observe(flat, inputs, (True,) * 2 * len(many))
     NODE.keep_shared(*call, record)
+    _compare_seeds(x, call[3])
     return list(found[: len(many)]), list(found[len(many) :])
 
 

@@ -219,7 +219,13 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
         ("csrc/node_shared.h", "at::GradMode::is_enabled() || !nobody_watches()", "!nobody_watches()"),
         ("csrc/node_shared.h", "numbers.biases >> i & 1) needs", "numbers.biases) needs"),
     ),
+    "tests/paths/test_cpu.py::test_the_node_in_cpp_serves_what_is_ordinary_and_leaves_the_rest": (
+        ("csrc/table.h", "const bool again = cuda || met.find(*key);", "const bool again = true;"),
+    ),
     "tests/test_record.py": (
+        ("csrc/seeds.h", "round < 10", "round < 7"),
+        ("fastlora/record.py", "return False  # for which", "return True  # for which"),
+        ("fastlora/record.py", "*t.stride(), *rest))", "*t.contiguous().stride(), *rest))"),
         ("fastlora/node.py", "    if several or not _records", "    if not _records"),
         ("fastlora/check_shared.py", "shared.backward(dys, x, many, Ss, needs)", "pass"),
         ("fastlora/check_shared.py", "@lru_cache(4096)", "@partial"),

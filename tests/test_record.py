@@ -163,6 +163,28 @@ def test_a_call_on_a_cpu_loads_neither_triton_nor_a_compiler():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 as published."""
+    for i in range(10):
+        a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        k = [(key[j] + i * step) & 0xFFFFFFFF for j, step in enumerate((0x9E3779B9, 0xBB67AE85))]
+        counter = [b >> 32 ^ counter[1] ^ k[0], b & 0xFFFFFFFF, a >> 32 ^ counter[3] ^ k[1], a & 0xFFFFFFFF]
+    return counter
+
+
+def test_a_gpus_random_integers_are_philoxs():
+    if NODE is None:
+        pytest.skip("the node in C++ was not compiled here")
+    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # of Random123's known answers
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0]
+    assert philox(pi[:4], pi[4:]) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+    for seed, draw, thread in ((0, 0, 0), (2**64 - 1, 2**40 + 3, 6), (0x0123_4567_89AB_CDEF, 255, 2**33)):
+        first, second, *_ = philox(
+            [draw & 0xFFFFFFFF, draw >> 32, thread & 0xFFFFFFFF, thread >> 32], [seed & 0xFFFFFFFF, seed >> 32]
+        )
+        assert NODE.randint(seed, 4 * draw, thread) == (first << 32 | second) % (2**63 - 1)
+
+
 SPECIALISED = PATHS["split"].with_tiles({"gemm": WARP_SPECIALISED})
 
 

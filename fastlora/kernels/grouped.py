@@ -34,7 +34,7 @@ def each(name: str, values: Sequence) -> dict:
 
 @triton.jit
 def pick(i, first, second, third):
-    """The i-th; None for those that are not there."""
+    """The i-th of those that are there; the first is, for Triton 3.6 returns no None."""
     if second is not None:
         first = tl.where(i == 1, second, first)
     if third is not None:
@@ -76,7 +76,7 @@ def write_update(
     s_ptr = pick(n, s0_ptr, s1_ptr, s2_ptr)
     b_ptr = pick(n, b0_ptr, b1_ptr, b2_ptr)
     acc = add_update(acc, s_ptr, b_ptr, start_m, start_n, M, N, R, R, 1, 1, R, RANK_STEPS, BLOCK_R, INPUT_PRECISION)
-    bias_ptr = pick(n, bias0_ptr, bias1_ptr, bias2_ptr)
+    bias_ptr = bias0_ptr if bias0_ptr is None else pick(n, bias0_ptr, bias1_ptr, bias2_ptr)
     acc = add_rest(
         acc, start_m, start_n, bias_ptr, 1, (s_ptr, b_ptr, R, 1, 1, R), None, M, N, R,
         0, RANK_STEPS, BLOCK_R, INPUT_PRECISION,

@@ -105,7 +105,8 @@ def drawn_bank(problem: Problem, device: torch.device | str | None = None) -> Ba
 def draw_seed(device: torch.device) -> Tensor:
     """A dropout seed, int64 and of one element, drawn by torch's generator of `device` and left there.
 
-    Eager and compiled calls draw it alike: Dynamo knows no `Tensor.random_`.
+    Eager and compiled calls draw it alike: Dynamo knows no `Tensor.random_`. On a GPU the node in C++ knows the number
+    without a launch (csrc/seeds.h).
     """
     return torch.randint(2**63 - 1, (), device=device)
 

@@ -100,14 +100,15 @@ def run(command: list[str], folder: Path) -> int:
 
 @contextlib.contextmanager
 def trusted() -> Iterator[None]:
-    """Every path is admitted, and the mask's kernel: checks compare numbers, and there are none."""
-    from fastlora import check, check_shared
+    """Every path is admitted, the mask's kernel and seeds: checks compare numbers, and there are none."""
+    from fastlora import check, check_shared, node
     from fastlora.paths import mask
 
     with (
         mock.patch.object(check, "admit", lambda path, *_: None),
         mock.patch.object(check_shared, "admit", lambda path, *_: None),
         mock.patch.object(mask, "_kernel_agrees", lambda *_: True),
+        mock.patch.object(node, "_seeds_agree", lambda *_: True),
     ):
         yield
 

@@ -1,0 +1,111 @@
+"""Dropout's seeds as the node in C++ computes them for a GPU: torch's own, in number and order.
+
+On a real GPU, or on the stand-in, where torch's own draws are garbage, and the node's are compared with Philox itself:
+
+    python -m tests.campaigns.sync python -m pytest tests/gpu/test_seeds.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+from unittest import mock
+
+import pytest
+import torch
+from campaigns import sync
+
+import fastlora
+from fastlora import choice, node
+from fastlora.node import NODE
+from fastlora.paths import PATHS
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or NODE is None, reason="needs the node, and a GPU or the stand-in for one"
+)
+DEVICE = torch.device("cuda", 0)
+AGREE = node._seeds_agree
+HOLLOW = torch.cuda.is_available() and hasattr(ctypes.CDLL("libcuda.so.1"), "hollow_launches")
+
+
+@pytest.fixture(autouse=True)
+def served():
+    """Path `torch`, recorded."""
+    chosen = mock.patch.object(choice, "choose", lambda problem: choice.Choice(PATHS["torch"], ""))
+    trust = sync.trusted() if HOLLOW else mock.MagicMock()
+    with trust, chosen:
+        choice.forget()
+        drawn(3)
+        yield
+    choice.forget()
+
+
+WEIGHT, A, B = (torch.zeros(size, device=DEVICE) for size in ((4, 8), (2, 8), (4, 2)))
+ONE = WEIGHT, A.requires_grad_(), B.requires_grad_(), None, 1.0
+
+
+def drawn(calls: int, together: int = 0) -> list[int]:
+    """The seeds of calls one after the other, or of one call of several projections."""
+    seen: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        for _ in range(calls):
+            x = torch.zeros(3, 8, device=DEVICE, requires_grad=True)
+            kept = fastlora.lora_linears(x, [ONE] * together, 0.5) if together else fastlora.lora_linear(x, *ONE, 0.5)
+            del kept
+    return [int(t) for t in seen if t.dtype is torch.int64]
+
+
+def computed(seed: int, draws: range, threads=(0,)) -> list[int]:
+    return [NODE.randint(seed, 4 * draw, thread) for draw in draws for thread in threads]
+
+
+def offset() -> int:
+    return torch.cuda.default_generators[0].get_offset()
+
+
+def test_seeds_follow_the_generator_across_blocks():
+    torch.manual_seed(7)
+    assert drawn(600) == computed(7, range(600)) and offset() == 2400
+    torch.manual_seed(8)
+    assert drawn(3) == computed(8, range(3))
+
+
+def test_a_state_that_is_restored_gives_the_same_seeds():
+    torch.manual_seed(9)
+    drawn(250)
+    state = torch.cuda.get_rng_state()
+    first = drawn(20)  # into the next block
+    torch.cuda.set_rng_state(state)
+    assert drawn(20) == first == computed(9, range(250, 270))
+    torch.cuda.default_generators[0].set_offset(12)
+    assert drawn(1) == computed(9, range(3, 4))
+
+
+def test_another_stream_has_memory_of_its_own():
+    torch.manual_seed(10)
+    first = drawn(2)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        second = drawn(2)
+    assert first + second == computed(10, range(4))
+
+
+def test_a_graph_draws_by_a_launch_that_its_replays_repeat():
+    drawn(1)
+    graph, before = torch.cuda.CUDAGraph(), offset()
+    with torch.cuda.graph(graph), torch.no_grad():
+        fastlora.lora_linear(torch.zeros(3, 8, device=DEVICE), *ONE, 0.5)
+    graph.replay()
+    assert offset() > before
+
+
+@pytest.mark.skipif(HOLLOW, reason="torch's draws are garbage here")
+def test_they_are_torchs():
+    assert AGREE(DEVICE)
+    torch.manual_seed(11)
+    found = drawn(5)
+    torch.manual_seed(11)
+    assert found == [int(torch.randint(2**63 - 1, (), device=DEVICE)) for _ in range(5)]
+
+
+@pytest.mark.skipif(not HOLLOW, reason="a GPU's draws are right")
+def test_where_torch_draws_otherwise_the_node_is_not_trusted():
+    assert not AGREE(DEVICE)
