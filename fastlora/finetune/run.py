@@ -29,7 +29,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, "gpt2",
              "adapters")  # fmt: skip
 LOCK = ".fastlora.lock"
-NEW, BEGUN, FINISHED = range(3)
+NEW, BEGUN, FINISHED, REFUSED = range(4)
 MOST_NAMED = 12  # runs in a picture's legend, which leaves no room for more
 Predictor = Callable[[list[str]], list[tuple[str, float]]]  # texts to (label, probability) each
 
@@ -53,40 +53,51 @@ def run_folder(path: Path, settings: Mapping, resume: bool, world: World = ALONE
     another process holds the folder, or it cannot be written to.
     """
     if not world.first:
-        yield world.broadcast(NEW, device)
+        if (found := world.broadcast(NEW, device)) == REFUSED:
+            sys.exit(2)  # the first process says why
+        yield found
         return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        held = FileLock(path / LOCK).acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{path}: another run is writing to this folder") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be used as output folder ({error.strerror})") from None
-    with held:
-        present = [name for name in RUN_FILES if (path / name).exists()]
-        if present and not resume:
-            state = "a finished run" if REPORT in present else f"a run's files ({present[0]})"
-            hint = ", or go on with it by --resume" if SETTINGS in present and REPORT not in present else ""
-            raise UserError(f"{path}: holds {state} already; choose another --output{hint}")
-        if present and SETTINGS not in present:
-            raise UserError(f"{path}: holds {present[0]} but no {SETTINGS}, so there is no run to resume")
-        if resume and not present:
-            print(f"{path}: holds no run to go on with; a new one starts", flush=True)
-        clear_leftovers(path)
-        before = read_json(path / SETTINGS) if SETTINGS in present else dict(settings)
-        for key, value in settings.items():
-            if before.setdefault(key, value) != value:
-                raise UserError(f"{path}: the run was started with {key} = {shown(before[key])}, not {shown(value)}; "
-                                "--resume needs the same settings and data")  # fmt: skip
-        write_json(path / SETTINGS, before)
-        if REPORT in present:
-            print(f"{path}: the run is finished already")
+    with contextlib.ExitStack() as held:
         try:
-            yield world.broadcast(FINISHED if REPORT in present else BEGUN if present else NEW, device)
+            found = _claim(held, path, settings, resume)
+        except BaseException:
+            world.broadcast(REFUSED, device)
+            raise
+        try:
+            yield world.broadcast(found, device)
         except Exception:
             if not any((path / name).exists() for name in RUN_FILES if name != SETTINGS):
                 (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
             raise
+
+
+def _claim(held: contextlib.ExitStack, path: Path, settings: Mapping, resume: bool) -> int:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(FileLock(path / LOCK).acquire(timeout=0))
+    except Timeout:
+        raise UserError(f"{path}: another run is writing to this folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be used as output folder ({error.strerror})") from None
+    present = [name for name in RUN_FILES if (path / name).exists()]
+    if present and not resume:
+        state = "a finished run" if REPORT in present else f"a run's files ({present[0]})"
+        hint = ", or go on with it by --resume" if SETTINGS in present and REPORT not in present else ""
+        raise UserError(f"{path}: holds {state} already; choose another --output{hint}")
+    if present and SETTINGS not in present:
+        raise UserError(f"{path}: holds {present[0]} but no {SETTINGS}, so there is no run to resume")
+    if resume and not present:
+        print(f"{path}: holds no run to go on with; a new one starts", flush=True)
+    clear_leftovers(path)
+    before = read_json(path / SETTINGS) if SETTINGS in present else dict(settings)
+    for key, value in settings.items():
+        if before.setdefault(key, value) != value:
+            raise UserError(f"{path}: the run was started with {key} = {shown(before[key])}, not {shown(value)}; "
+                            "--resume needs the same settings and data")  # fmt: skip
+    write_json(path / SETTINGS, before)
+    if REPORT in present:
+        print(f"{path}: the run is finished already")
+    return FINISHED if REPORT in present else BEGUN if present else NEW
 
 
 def leave(folder: Path, rows: Sequence[Mapping], title: str, device: torch.device, report: Mapping) -> None:

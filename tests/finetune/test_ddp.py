@@ -22,6 +22,9 @@ def test_two_processes_have_the_curve_of_the_double_batch(tmp_path, monkeypatch)
     said = done.stdout
     again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and again.stdout.count("finished already") == 1, again.stderr[-3000:]
+    taken = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert taken.returncode and taken.stderr.count("holds a finished run already; choose another --output") == 1
+    assert taken.stderr.count("Traceback") == 1  # torchrun's own
     monkeypatch.setitem(gpt2.CONFIGS, "nano", gpt2.GPT2Config(width=16, heads=2, layers=1, token_std=1.0))
     assert main([*RUN, "--batch-size", "16", "--output", str(tmp_path / "one")]) == 0
     one, other = small.left(tmp_path / "one"), small.left(tmp_path / "two")
