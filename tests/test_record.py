@@ -159,7 +159,7 @@ def test_on_a_cpu_the_node_does_again_what_path_torch_did(dtype, adapters, lead,
 def test_a_call_on_a_cpu_loads_neither_triton_nor_a_compiler():
     call = "f.lora_linear(t(2, 3), t(4, 3), t(1, 3), t(4, 1), path='torch')"
     loaded = "assert not {'triton', 'torch._dynamo'} & set(sys.modules)"
-    code = f"import sys, torch, fastlora as f; t = torch.ones; {loaded}; {call}; {call}; {loaded}"  # recorded at the second
+    code = f"import sys, torch, fastlora as f; t = torch.ones; {loaded}; {call}; {call}; {loaded}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
