@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/Generator.h>
 #include <torch/csrc/autograd/utils/wrap_outputs.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
@@ -133,6 +134,9 @@ fastlora::Stream stream_for(const Tensor& t) {
   return stream;
 }
 
+// ATen draws masks on a CPU by a generator, which no record holds.
+bool recordable(const Tensor& t, double p) { return t.is_cuda() || !(p > 0.0); }
+
 template <typename Call>
 MaybePlan plan(int path, const Call& call) {
   const Tensor& t = first(call);
@@ -141,6 +145,7 @@ MaybePlan plan(int path, const Call& call) {
     const bool ours = t.device().is_cpu() && kernels && takes(t) && takes(call.lora_A);
     return ours ? MaybePlan({path, nullptr, nullptr}) : std::nullopt;
   }
+  if (!recordable(t, call.p)) return std::nullopt;
   const auto record = fastlora::records.find(fastlora::record_key(path, call));
   if (!record || !*record) return std::nullopt;
   const fastlora::Stream stream = stream_for(t);
@@ -160,15 +165,16 @@ MaybePlan chosen_plan(const Tensor& x, const Tensor& weight, const Call& call) {
   return found && is_captured(*found, x) ? std::nullopt : found;
 }
 
-Tensor drawn(at::IntArrayRef sizes, c10::Device device) {
-  return at::empty(sizes, at::TensorOptions(at::kLong).device(device)).random_(0, std::numeric_limits<int64_t>::max());
+Tensor drawn(at::IntArrayRef sizes, c10::Device device, const Plan& plan) {
+  if (device.is_cpu()) return at::empty(sizes, at::kLong).random_(0, std::numeric_limits<int64_t>::max());
+  const Tensor made = plan.record->empty(sizes, at::kLong, device);
+  return fastlora::write_seeds(plan.stream, made) ? made : made.random_(0, std::numeric_limits<int64_t>::max());
 }
 
-Tensor draw_seed(double p, c10::Device device, void* stream) {  // fastlora.paths.problem.draw_seed
+Tensor draw_seed(double p, c10::Device device, const Plan& plan) {  // fastlora.paths.problem.draw_seed
   if (!(p > 0.0)) return Tensor();
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
-  Tensor seed;
-  return fastlora::seeds.draw(device, stream, 1, &seed) ? seed : drawn({}, device);
+  return drawn({}, device, plan);
 }
 
 Result forward(const Plan& plan, const Layer& layer) {
@@ -298,6 +304,12 @@ Tensor shaped(const Tensor& dx, const Tensor& dy) {
 }
 
 struct LoRALinear : torch::autograd::Function<LoRALinear> {
+  struct Numbers {  // of a call, kept in one entry: the map that holds them is slow
+    double scaling, p;
+    int path;
+    bool bias;
+  };
+
   // Only what may get a gradient stands before `layer`: torch keeps sizes of each.
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& lora_A,
                         const Tensor& lora_B, const Optional& bias, const Layer& layer, const Plan& plan) {
@@ -310,9 +322,8 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     if (need_weight && layer.packed)
       ctx->saved_data["packed"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(layer.packed));
     ctx->save_for_backward({kept, weight, lora_A, lora_B, result.S, layer.seed});
-    ctx->saved_data["scaling"] = layer.scaling;
-    ctx->saved_data["p"] = layer.p;
-    ctx->saved_data["path, bias"] = int64_t{plan.path} << 1 | bias.has_value();
+    const Numbers numbers{layer.scaling, layer.p, plan.path, bias.has_value()};
+    ctx->saved_data["call"] = std::string(reinterpret_cast<const char*>(&numbers), sizeof numbers);
     return result.y;
   }
 
@@ -320,11 +331,11 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Tensor& dy = incoming[0];
     const variable_list saved = ctx->get_saved_variables();
-    const double scaling = ctx->saved_data["scaling"].toDouble(), p = ctx->saved_data["p"].toDouble();
-    const int64_t path_and_bias = ctx->saved_data["path, bias"].toInt();
-    const int path = static_cast<int>(path_and_bias >> 1);
+    Numbers numbers;
+    std::memcpy(&numbers, ctx->saved_data["call"].toStringRef().data(), sizeof numbers);
+    const auto& [scaling, p, path, bias] = numbers;
     const Needs needs{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
-                      (path_and_bias & 1) && ctx->needs_input_grad(3)};
+                      bias && ctx->needs_input_grad(3)};
     const auto found = ctx->saved_data.find("packed");
     const auto kept = found == ctx->saved_data.end() ? nullptr : found->second.toCapsule();
     PyObject* packed = kept ? static_cast<Kept*>(kept.get())->object : nullptr;
@@ -391,7 +402,7 @@ PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
   Tensor y;
   {
     ReleasesGIL no_gil;
-    layer.seed = draw_seed(p, x.device(), plan->stream);
+    layer.seed = draw_seed(p, x.device(), *plan);
     const bool learns = x.requires_grad() || A.requires_grad() || B.requires_grad() || (bias && bias->requires_grad());
     y = learns && at::GradMode::is_enabled() ? LoRALinear::apply(x, A, B, bias, layer, *plan)
                                              : forward(*plan, layer).y;
@@ -525,6 +536,7 @@ PyObject* choose(PyObject*, PyObject* arguments) {
 PyObject* forget(PyObject*, PyObject*) {
   fastlora::chosen.clear();
   fastlora::records.clear();
+  fastlora::met.clear();
   Py_RETURN_NONE;
 }
 
@@ -541,7 +553,8 @@ std::optional<fastlora::Key> key_of(PyObject* path_object, PyObject* tensors, do
     if (!THPVariable_CheckExact(one)) return std::nullopt;
     t[i] = THPVariable_Unpack(one);
   }
-  if (!t[0].defined() || !is_plain(t[0]) || !stream_for(t[0]).known) return std::nullopt;
+  if (!t[0].defined() || !is_plain(t[0]) || !recordable(t[0], p) || !stream_for(t[0]).known)
+    return std::nullopt;
   if (count == 7) {
     const Incoming in{t[0], t[1], t[2], t[3], t[4], t[5], t[6], scaling, p, need_B};
     return fits(in) ? std::optional(fastlora::record_key(path, in)) : std::nullopt;
@@ -605,16 +618,29 @@ PyObject* replay(PyObject*, PyObject* arguments) {
   END_HANDLE_TH_ERRORS
 }
 
-// randint(seed, offset, thread): what torch.randint(2**63 - 1, ...) is to draw on a GPU
+// randint(seed, offset, thread): what torch.randint(2**63 - 1, ...) draws on a GPU
 PyObject* randint(PyObject*, PyObject* arguments) {
   unsigned long long seed, offset, thread;
   if (!PyArg_ParseTuple(arguments, "KKK", &seed, &offset, &thread)) return nullptr;
   return PyLong_FromLongLong(fastlora::randint_on_gpu(seed, offset, thread));
 }
 
-// trust_randint(device): it has been compared there
-PyObject* trust_randint(PyObject*, PyObject* device) {
-  fastlora::seeds.trust(static_cast<int>(PyLong_AsLong(device)));
+// write_seeds(generator, tensor): whether they were written to it, for kernels of the current stream
+PyObject* write_seeds(PyObject*, PyObject* arguments) {
+  HANDLE_TH_ERRORS
+  PyObject *generator, *tensor;
+  if (!PyArg_ParseTuple(arguments, "O!O", THPGeneratorClass, &generator, &tensor)) return nullptr;
+  const Tensor& made = THPVariable_Unpack(tensor);
+  const fastlora::Stream stream = stream_for(made);
+  return PyBool_FromLong(stream.known && fastlora::write_seeds(reinterpret_cast<THPGenerator*>(generator)->cdata,
+                                                               stream.handle, made));
+  END_HANDLE_TH_ERRORS
+}
+
+// trust_seeds(device): they were compared there
+PyObject* trust_seeds(PyObject*, PyObject* device) {
+  const long index = PyLong_AsLong(device);
+  if (index >= 0 && index < 64) fastlora::seeds_agree[index] = true;
   Py_RETURN_NONE;
 }
 
@@ -637,8 +663,9 @@ PyMethodDef methods[] = {
     {"choose_shared", fastcall<choose_shared>(), METH_FASTCALL, "say for which projections a path was chosen"},
     {"lacks_shared", lacks_shared, METH_VARARGS, "whether a record of these projections would be of use"},
     {"keep_shared", keep_shared, METH_VARARGS, "hand over the record of projections that share x, or None"},
-    {"randint", randint, METH_VARARGS, "what torch.randint is to draw on a GPU"},
-    {"trust_randint", trust_randint, METH_O, "say that it does so on this device"},
+    {"randint", randint, METH_VARARGS, "what torch.randint draws on a GPU"},
+    {"write_seeds", write_seeds, METH_VARARGS, "write what it would draw, without a launch"},
+    {"trust_seeds", trust_seeds, METH_O, "say that what is written is the same on this device"},
     {"replay", replay, METH_VARARGS, "run a record by another library than the driver's, for tests"},
     {nullptr, nullptr, 0, nullptr},
 };

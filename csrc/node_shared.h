@@ -82,21 +82,20 @@ fastlora::Key record_key(int path, const std::vector<Incoming>& each) {
   return key;
 }
 
-// fastlora.paths.problem.draw_seeds: on a GPU all of one draw.
-void draw_seeds(Shared& shared, void* stream) {
+// fastlora.paths.problem.draw_seeds: on a GPU the columns of one draw, views made without the dispatcher.
+void draw_seeds(Shared& shared, const Plan& plan) {
   if (!(shared.p > 0.0)) return;
-  const c10::Device device = shared.x.device();
-  if (device.is_cpu()) {
-    for (Layer& one : shared.each) one.seed = draw_seed(shared.p, device, stream);
+  if (shared.x.is_cpu()) {
+    for (Layer& one : shared.each) one.seed = draw_seed(shared.p, shared.x.device(), plan);
     return;
   }
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
-  Tensor seeds[MOST];
-  if (!fastlora::seeds.draw(device, stream, static_cast<int>(shared.size()), seeds)) {
-    const Tensor all = drawn({static_cast<int64_t>(shared.size()), 2}, device);
-    for (std::size_t i = 0; i < shared.size(); ++i) seeds[i] = fastlora::element(all, static_cast<int64_t>(2 * i));
+  const Tensor all = drawn({static_cast<int64_t>(shared.size()), 2}, shared.x.device(), plan);
+  for (std::size_t i = 0; i < shared.size(); ++i) {
+    shared.each[i].seed = at::detail::make_tensor<c10::TensorImpl>(
+        c10::TensorImpl::VIEW, c10::Storage(all.storage()), all.key_set(), all.dtype());
+    shared.each[i].seed.unsafeGetTensorImpl()->set_sizes_and_strides(at::IntArrayRef(), at::IntArrayRef(), static_cast<int64_t>(2 * i));
   }
-  for (std::size_t i = 0; i < shared.size(); ++i) shared.each[i].seed = std::move(seeds[i]);
 }
 
 // Who computes them: path `cpu`, or a record.
@@ -107,6 +106,7 @@ MaybePlan plan_together(int path, const Tensor& t, const Calls& each, const KeyO
       if (!::plan(path, one)) return std::nullopt;
     return MaybePlan({path, nullptr, nullptr});
   }
+  if (!recordable(t, each[0].p)) return std::nullopt;
   const auto record = fastlora::records.find(key());
   if (!record || !*record) return std::nullopt;
   const fastlora::Stream stream = stream_for(t);
@@ -310,7 +310,7 @@ PyObject* call_shared(int path, PyObject* x, PyObject* projections, PyObject* p)
   variable_list ys, trained;
   {
     ReleasesGIL no_gil;
-    draw_seeds(shared, plan->stream);
+    draw_seeds(shared, *plan);
     for (const Layer& one : shared.each) {
       trained.push_back(one.lora_A);
       trained.push_back(one.lora_B);
@@ -371,7 +371,7 @@ std::optional<fastlora::Key> shared_key_of(PyObject* path_object, PyObject* tens
     t[i] = THPVariable_Unpack(one);
   }
   const Tensor& first = wanted == Py_None ? t[0] : t[1];
-  if (!first.defined() || !is_plain(first) || !stream_for(first).known) return std::nullopt;
+  if (!first.defined() || !is_plain(first) || !recordable(first, p) || !stream_for(first).known) return std::nullopt;
   std::vector<Incoming> incoming;
   Shared shared;
   incoming.reserve(n);

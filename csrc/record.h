@@ -54,6 +54,7 @@ struct Driver {
   int (*cuDevicePrimaryCtxRetain)(void** context, int device);
   int (*cuGetErrorString)(int error, const char** text);
   int (*cuDriverGetVersion)(int* version);
+  int (*cuStreamWriteValue64)(void* stream, void* address, std::uint64_t value, unsigned flags);  // null in an old one
   int version;
 
   void check(int error, const char* what) const {
@@ -72,11 +73,12 @@ inline const Driver* driver(const char* library = nullptr) {
   if (name == opened) return ready ? &found : nullptr;
   opened = name;
   void* handle = dlopen(name.c_str(), RTLD_NOW);
-  ready = handle != nullptr;
   const auto find = [&](auto& function, const char* symbol) {
     function = handle ? reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(handle, symbol)) : nullptr;
     ready = ready && function;
   };
+  find(found.cuStreamWriteValue64, "cuStreamWriteValue64_v2");
+  ready = handle != nullptr;
   find(found.cuLaunchKernelEx, "cuLaunchKernelEx");
   find(found.cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled");
   find(found.cuStreamIsCapturing, "cuStreamIsCapturing");
@@ -204,6 +206,11 @@ class Record {
 
   std::size_t outputs() const { return outputs_.size(); }
 
+  // at::empty on the record's device
+  Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device) const {
+    return at::detail::empty_generic(sizes, allocator_, keys_of(device), dtype, std::nullopt);
+  }
+
   // Makes the outputs anew. The `given` inputs may be undefined; `stream` is the current one of their device.
   void run(const Tensor* const* inputs, std::size_t given, Tensor* outputs, void* stream) const {
     const Tensor* slots[SLOTS];
@@ -212,10 +219,9 @@ class Record {
     for (std::size_t i = 0; i < outputs_.size(); ++i) {
       const Output& output = outputs_[i];
       const Tensor& like = *inputs[output.like];
-      const c10::DispatchKeySet keys(like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
       outputs[i] = at::detail::empty_strided_generic(at::IntArrayRef(output.sizes, output.dims),
-                                                     at::IntArrayRef(output.strides, output.dims), allocator_, keys,
-                                                     like.scalar_type());
+                                                     at::IntArrayRef(output.strides, output.dims), allocator_,
+                                                     keys_of(like.device()), like.scalar_type());
       slots[given + i] = &outputs[i];
     }
     const std::size_t count = given + outputs_.size();
@@ -254,6 +260,10 @@ class Record {
   }
 
  private:
+  static c10::DispatchKeySet keys_of(c10::Device device) {
+    return c10::DispatchKeySet(device.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
+  }
+
   // Without a way through the dispatcher, which would cost more than the launch.
   static Tensor view(const Matrix& m, const Tensor& like, const c10::Storage& storage, int64_t offset) {
     Tensor made = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(storage),

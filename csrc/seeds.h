@@ -1,6 +1,5 @@
-// Dropout's seeds on a GPU without a launch for each: the very numbers that torch.randint would draw there, call after
-// call, computed here by the block and copied over. Which are next say the seed and the offset of torch's own generator,
-// which move on as if it had drawn: whatever sets, saves or restores its state means the same as ever.
+// Dropout's seeds on a GPU without a launch for each: the very numbers that torch.randint would draw there, computed here
+// from the seed and offset of torch's own generator, which moves on as if it had drawn, and written in the stream's order.
 //
 // Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox4x32-10), with cuRAND's layout of the
 // counter. fastlora.node compares them with torch's own on each device before it trusts them.
@@ -9,13 +8,15 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/Generator.h>
-#include <ATen/ops/empty.h>
+
+#include <dlfcn.h>
 
 #include <array>
+#include <atomic>
 #include <limits>
 #include <mutex>
+#include <utility>
 
-#include "layer.h"
 #include "record.h"
 
 namespace fastlora {
@@ -36,67 +37,44 @@ inline int64_t randint_on_gpu(std::uint64_t seed, std::uint64_t offset, std::uin
   return static_cast<int64_t>(bits % std::uint64_t{std::numeric_limits<int64_t>::max()});
 }
 
-// A tensor of one element of `all`, made without the dispatcher.
-inline Tensor element(const Tensor& all, int64_t place) {
-  Tensor made = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(all.storage()),
-                                                         all.key_set(), all.dtype());
-  made.unsafeGetTensorImpl()->set_sizes_and_strides(at::IntArrayRef(), at::IntArrayRef(), place);
-  return made;
+// at::CUDAGeneratorImpl::philox_engine_inputs, by its name, since no header of CUDA's is needed here: a generator's seed
+// and offset, which it moves on. Null where torch has none.
+typedef std::pair<std::uint64_t, std::uint64_t> (*Advance)(c10::GeneratorImpl*, std::uint64_t);
+inline Advance advance() {
+  static const Advance found = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    const char* name = "_ZN2at17CUDAGeneratorImpl20philox_engine_inputsEm";
+    return library ? reinterpret_cast<Advance>(dlsym(library, name)) : nullptr;
+  }();
+  return found;
 }
 
-class Seeds {
-  static constexpr std::uint64_t DRAWS = 256, STEP = 4;  // draws of a block; what each moves the offset by
-  static constexpr int MOST = 4, APART = 2;              // seeds of a draw, 16 bytes from one to the next
-
-  struct Block {
-    Tensor values;  // (DRAWS, MOST, APART)
-    std::uint64_t seed, number;
-    void* stream;
-  };
-  std::mutex mutex_;
-  std::array<Block, 64> blocks_{};  // by device
-  std::array<bool, 64> trusted_{};
-
- public:
-  void trust(int device) {
-    if (device >= 0 && device < 64) trusted_[device] = true;
+// Writes what torch.randint would to `made`, int64, for kernels on `stream`: all of a (), the first column of an (n, 2).
+// False where it cannot: with no such driver, or in a graph, whose replays are to draw anew.
+inline bool write_seeds(at::Generator generator, void* stream, const Tensor& made) {
+  const Driver* driver = fastlora::driver();
+  if (!driver || !driver->cuStreamWriteValue64 || !advance()) return false;
+  int capturing = 0;
+  if (driver->cuStreamIsCapturing(stream, &capturing) || capturing) return false;
+  std::pair<std::uint64_t, std::uint64_t> state;
+  {
+    const std::lock_guard<std::mutex> guard(generator.mutex());
+    state = advance()(generator.unsafeGetGeneratorImpl(), 4);
   }
+  int64_t* place = made.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < made.numel(); i += 2)
+    driver->check(driver->cuStreamWriteValue64(stream, place + i, randint_on_gpu(state.first, state.second, i), 0),
+                  "a seed was not written");
+  return true;
+}
 
-  // As many seeds as one launch would draw, at most MOST, for kernels on `stream`; false: draw them by a launch, as in a
-  // graph, whose replays are to draw anew.
-  bool draw(c10::Device device, void* stream, int count, Tensor* found) {
-    if (!device.is_cuda() || device.index() >= 64 || !trusted_[device.index()] || count > MOST) return false;
-    int capturing = 0;
-    if (driver()->cuStreamIsCapturing(stream, &capturing) || capturing) return false;
-    at::Generator generator = at::globalContext().defaultGenerator(device);
-    std::uint64_t seed, offset;
-    {
-      const std::lock_guard<std::mutex> guard(generator.mutex());
-      seed = generator.current_seed(), offset = generator.get_offset();
-      generator.set_offset(offset + STEP);
-    }
-    const std::lock_guard<std::mutex> guard(mutex_);
-    Block& block = blocks_[device.index()];
-    const std::uint64_t draw = offset / STEP, number = draw / DRAWS;
-    if (!block.values.defined() || block.seed != seed || block.number != number || block.stream != stream)
-      block = {computed(seed, number).to(device, at::kLong, /*non_blocking=*/true), seed, number, stream};
-    for (int i = 0; i < count; ++i)
-      found[i] = element(block.values, static_cast<int64_t>((draw % DRAWS * MOST + i) * APART));
-    return true;
-  }
+inline std::array<std::atomic<bool>, 64> seeds_agree{};  // by device: they were compared there
 
- private:
-  static Tensor computed(std::uint64_t seed, std::uint64_t number) {
-    const auto options = at::TensorOptions(at::kLong).pinned_memory(true);  // so that no host waits for the copy
-    Tensor made = at::empty({static_cast<int64_t>(DRAWS), MOST, APART}, options);
-    int64_t* value = made.mutable_data_ptr<int64_t>();
-    for (std::uint64_t draw = number * DRAWS; draw < (number + 1) * DRAWS; ++draw)
-      for (std::uint64_t thread = 0; thread < MOST * APART; ++thread)
-        *value++ = randint_on_gpu(seed, draw * STEP, thread);
-    return made;
-  }
-};
-
-inline Seeds& seeds = *new Seeds;  // never freed: at a process's end there may be no driver to free memory by
+// The same by the device's default generator, where it may be trusted.
+inline bool write_seeds(void* stream, const Tensor& made) {
+  const c10::Device device = made.device();
+  return device.is_cuda() && device.index() < 64 && seeds_agree[device.index()] &&
+         write_seeds(at::globalContext().defaultGenerator(device), stream, made);
+}
 
 }  // namespace fastlora

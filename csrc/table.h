@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "layer.h"
 #include "record.h"
@@ -136,14 +137,28 @@ class Table {
 inline Table<int> chosen;
 inline Table<std::shared_ptr<const Record>> records;
 
-// Whether a call is to be recorded. On a CPU not when it is met first: a length that never comes again would be watched
-// for nothing, at three times the cost of the call. On a GPU the first call compiles.
+// What was met once, by hashes alone: on a CPU a call is recorded when it comes again, for one of a length that never
+// does would be watched for nothing, at three times its cost. On a GPU the first call compiles.
+class Met {
+  std::mutex mutex_;
+  std::unordered_set<std::size_t> hashes_;
+
+ public:
+  bool again(const Key& key) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    if (hashes_.size() >= 65536) hashes_.clear();
+    return !hashes_.insert(key.hash()).second;
+  }
+  void clear() {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    hashes_.clear();
+  }
+};
+inline Met met;
+
+// Whether a call is to be recorded.
 inline bool lacks(const std::optional<Key>& key, bool cuda) {
-  static Table<bool> met;
-  if (!key || key->overflows || records.find(*key)) return false;
-  const bool again = cuda || met.find(*key);
-  if (!again) met.insert(*key, true);
-  return again;
+  return key && !key->overflows && !records.find(*key) && (cuda || met.again(*key));
 }
 
 }  // namespace fastlora

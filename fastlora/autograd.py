@@ -19,7 +19,7 @@ from fastlora import node
 from fastlora.base_layer import Packed, dense
 from fastlora.gate import why_eager
 from fastlora.node import NODE
-from fastlora.paths import Path
+from fastlora.paths import ATEN, Path
 from fastlora.paths.bank import Bank
 from fastlora.paths.problem import Update, cast, draw_seed, rows
 
@@ -36,8 +36,8 @@ def run(
     bank: Bank | None = None,
 ) -> Tensor:
     """y of one call by `path`, differentiable where its arguments ask for it. What eager calls end in."""
-    if NODE is not None and bank is None:
-        packed = weight if weight.__class__ is Packed else None  # kept for backward in the place of what it makes
+    packed = weight if weight.__class__ is Packed else None  # kept for backward in the place of what it makes
+    if NODE is not None and bank is None and (packed is None or path is not ATEN):
         y = NODE.run(path, x, dense(weight), lora_A, lora_B, bias, scaling, dropout_p, packed)
         if y is not None:
             return y

@@ -1,16 +1,17 @@
 """The autograd node in C++ (csrc/node.cpp), or None: compiled at install for one version of torch, and optional.
 
 It takes ordinary calls whole, forward and backward, and leaves the others to `fastlora.autograd` by returning None.
-Path `cpu` it knows; of the others it does what it was shown: the first call of a kind runs in Python, here, and its
-record is handed over.
+Path `cpu` it knows; of the others it does what it was shown: calls of a new kind run in Python, here, and the record of
+one of them is handed over (on a GPU of the first, on a CPU of the second).
 """
 
 from __future__ import annotations
 
 import importlib
 import re
+import time
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -38,33 +39,61 @@ def _records(path: Path, x: Tensor) -> bool:
     return NODE is not None and (path.fingerprint is None or (x.is_cuda and path.launches is not None))
 
 
+_compared: set[torch.device] = set()
+
+
 def _compare_seeds(x: Tensor, p: float) -> None:
-    if p > 0.0 and x.is_cuda and not torch.cuda.is_current_stream_capturing() and _seeds_agree(x.device):
-        NODE.trust_randint(x.device.index)
+    """Let the node write dropout's seeds on a GPU where they are torch's own, and there sooner than by a launch. It is
+    looked at once, when the host may wait."""
+    if NODE is None or not (p > 0.0 and x.is_cuda) or x.device in _compared:
+        return
+    if torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode():
+        return
+    with suppress(Exception):  # no memory, say: another time
+        serve = _seeds_agree(x.device) and _seeds_are_sooner(x.device)
+        _compared.add(x.device)
+        if serve:
+            NODE.trust_seeds(x.device.index)
 
 
-@cache
 def _seeds_agree(device: torch.device) -> bool:
-    """Whether the seeds that csrc/seeds.h computes for a GPU are those that torch draws there: looked at once."""
-    seed, computed, drawn = 0x0123_4567_89AB_CDEF, [], []
-    with suppress(RuntimeError):  # no memory, or a user who forbids that the host waits
-        generator = torch.Generator(device).manual_seed(seed)
-        for size in ((4, 2), (), (3, 2), (2, 2)):
-            computed.append([NODE.randint(seed, generator.get_offset(), i) for i in range(torch.Size(size).numel())])
-            drawn.append(torch.randint(2**63 - 1, size, generator=generator, device=device).flatten().tolist())
-        return computed == drawn and generator.get_offset() == 4 * len(drawn)
-    return False
+    written, drawn = (torch.Generator(device).manual_seed(0x0123_4567_89AB_CDEF) for _ in range(2))
+    found = []
+    for size in ((4, 2), (), (3, 2)):  # what one call draws, or one of several projections
+        mine = torch.empty(size, dtype=torch.int64, device=device)
+        if not NODE.write_seeds(written, mine):
+            return False
+        both = mine, torch.randint(2**63 - 1, size, generator=drawn, device=device)
+        found.append(torch.stack([t.flatten()[::2] for t in both]))
+    mine, theirs = torch.cat(found, 1).tolist()
+    return mine == theirs and written.get_offset() == drawn.get_offset()
+
+
+def _seeds_are_sooner(device: torch.device) -> bool:
+    generator, made = torch.Generator(device), torch.empty((), dtype=torch.int64, device=device)
+
+    def seconds(draw: Callable[[], object]) -> float:
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(50):
+            draw()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    ways = (lambda: NODE.write_seeds(generator, made)), (lambda: made.random_(generator=generator))
+    written, launched = (min(seconds(way), seconds(way)) for way in ways)
+    return written < launched
 
 
 def forward(path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:
     """`path.forward`, recorded where the node has use for it."""
     lora_A, lora_B, scaling, p, seed, bank = update
     inputs = (x, weight, lora_A, lora_B, bias, seed)
+    _compare_seeds(x, p)
     if bank is not None or not _records(path, x) or not NODE.lacks(path, inputs, scaling, p, False):
         return path.forward(x, weight, bias, update)
     found, record, _ = observe(lambda: path.forward(x, weight, bias, update), inputs, (True, True))
     NODE.keep(path, inputs, scaling, p, False, record)
-    _compare_seeds(x, p)
     return found
 
 
@@ -84,6 +113,7 @@ def forward_shared(path: Path, shared: Shared, x: Tensor, many: list[Projection]
     """`shared.forward`, recorded where the node has use for it. An input's slot: x, then five for each projection."""
     inputs = (x, *(t for weight, bias, u in many for t in (weight, u.lora_A, u.lora_B, bias, u.seed)))
     call = path, inputs, tuple(one.update.scaling for one in many), many[0].update.dropout_p, None
+    _compare_seeds(x, call[3])
     if not _records(path, x) or not NODE.lacks_shared(*call):
         return shared.forward(x, many)
 
@@ -93,7 +123,6 @@ def forward_shared(path: Path, shared: Shared, x: Tensor, many: list[Projection]
 
     found, record, _ = observe(flat, inputs, (True,) * 2 * len(many))
     NODE.keep_shared(*call, record)
-    _compare_seeds(x, call[3])
     return list(found[: len(many)]), list(found[len(many) :])
 
 

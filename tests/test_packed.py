@@ -101,6 +101,17 @@ def test_others_are_dequantised_as_their_package_does(kind, dtype):
     assert torch.equal(dense(packed_of(layer, dtype)), of_package(layer, dtype))
 
 
+@pytest.mark.parametrize("path", ["torch", "cpu"])
+def test_a_forward_makes_a_weight_dense_once(path, monkeypatch):
+    weight, made = packed_of(four_bit(64, 32, torch.float32), torch.float32), []
+    kind, made_dense = type(weight), type(weight).dense
+    monkeypatch.setattr(kind, "dense", lambda self, *rest: made.append(1) or made_dense(self, *rest))
+    A, B = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    for calls in (1, 2, 3):
+        fastlora.lora_linear(torch.randn(5, 64), weight, A, B, dropout_p=0.1, path=path)
+        assert len(made) == calls
+
+
 def test_large_weights_share_one_buffer_of_the_thread_and_kept_ones_do_not():
     first, second = (packed_of(four_bit(2048, 1500, torch.bfloat16), torch.bfloat16) for _ in range(2))
     kept = dense(first, keep=True)

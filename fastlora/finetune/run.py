@@ -60,8 +60,9 @@ def run_folder(path: Path, settings: Mapping, resume: bool, world: World = ALONE
     with contextlib.ExitStack() as held:
         try:
             found = _claim(held, path, settings, resume)
-        except BaseException:
-            world.broadcast(REFUSED, device)
+        except Exception:
+            with contextlib.suppress(Exception):  # others that are gone need no answer
+                world.broadcast(REFUSED, device)
             raise
         try:
             yield world.broadcast(found, device)

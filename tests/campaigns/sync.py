@@ -108,7 +108,9 @@ def trusted() -> Iterator[None]:
         mock.patch.object(check, "admit", lambda path, *_: None),
         mock.patch.object(check_shared, "admit", lambda path, *_: None),
         mock.patch.object(mask, "_kernel_agrees", lambda *_: True),
+        mock.patch.object(node, "_compared", set()),
         mock.patch.object(node, "_seeds_agree", lambda *_: True),
+        mock.patch.object(node, "_seeds_are_sooner", lambda *_: True),
     ):
         yield
 

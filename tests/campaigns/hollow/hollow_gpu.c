@@ -460,6 +460,11 @@ CUresult cuCtxSynchronize(void) { waited("cuCtxSynchronize"); return (CUresult)u
 CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
   return (CUresult)cudaStreamIsCapturing((cudaStream_t)stream, (enum cudaStreamCaptureStatus *)status);
 }
+CUresult cuStreamWriteValue64(CUstream stream, CUdeviceptr address, cuuint64_t value, unsigned flags) {
+  if (capture_of((cudaStream_t)stream)) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  *(cuuint64_t *)address = value;
+  return CUDA_SUCCESS;
+}
 CUresult cuStreamSynchronize(CUstream stream) { return (CUresult)cudaStreamSynchronize((cudaStream_t)stream); }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { return cuCtxGetCurrent(context); }
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
