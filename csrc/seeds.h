@@ -53,7 +53,7 @@ inline Advance advance() {
 // False where it cannot: with no such driver, or in a graph, whose replays are to draw anew.
 inline bool write_seeds(at::Generator generator, void* stream, const Tensor& made) {
   const Driver* driver = fastlora::driver();
-  if (!driver || !driver->cuStreamWriteValue64 || !advance()) return false;
+  if (!driver || !driver->cuStreamWriteValue64 || !advance() || !generator.device().is_cuda()) return false;
   int capturing = 0;
   if (driver->cuStreamIsCapturing(stream, &capturing) || capturing) return false;
   std::pair<std::uint64_t, std::uint64_t> state;
