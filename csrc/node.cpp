@@ -304,12 +304,6 @@ Tensor shaped(const Tensor& dx, const Tensor& dy) {
 }
 
 struct LoRALinear : torch::autograd::Function<LoRALinear> {
-  struct Numbers {  // of a call, kept in one entry: the map that holds them is slow
-    double scaling, p;
-    int path;
-    bool bias;
-  };
-
   // Only what may get a gradient stands before `layer`: torch keeps sizes of each.
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& lora_A,
                         const Tensor& lora_B, const Optional& bias, const Layer& layer, const Plan& plan) {
@@ -322,8 +316,8 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     if (need_weight && layer.packed)
       ctx->saved_data["packed"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(layer.packed));
     ctx->save_for_backward({kept, weight, lora_A, lora_B, result.S, layer.seed});
-    const Numbers numbers{layer.scaling, layer.p, plan.path, bias.has_value()};
-    ctx->saved_data["call"] = std::string(reinterpret_cast<const char*>(&numbers), sizeof numbers);
+    // one entry, for the map that holds them is slow; a list, for compiled autograd looks into it
+    ctx->saved_data["call"] = c10::List<double>({layer.scaling, layer.p, double(plan.path), double(bias.has_value())});
     return result.y;
   }
 
@@ -331,9 +325,10 @@ struct LoRALinear : torch::autograd::Function<LoRALinear> {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Tensor& dy = incoming[0];
     const variable_list saved = ctx->get_saved_variables();
-    Numbers numbers;
-    std::memcpy(&numbers, ctx->saved_data["call"].toStringRef().data(), sizeof numbers);
-    const auto& [scaling, p, path, bias] = numbers;
+    const c10::List<double> numbers = ctx->saved_data["call"].toDoubleList();
+    const double scaling = numbers.get(0), p = numbers.get(1);
+    const int path = static_cast<int>(numbers.get(2));
+    const bool bias = numbers.get(3) != 0.0;
     const Needs needs{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
                       bias && ctx->needs_input_grad(3)};
     const auto found = ctx->saved_data.find("packed");

@@ -11,6 +11,15 @@ constexpr std::size_t MOST = 4;  // projections of a node, as in fastlora/shared
 struct Numbers {
   int64_t path = 0, count = 0, biases = 0;  // bit i: projection i has one
   double p = 0.0, scaling[MOST] = {};
+
+  c10::List<double> kept() const {  // what compiled autograd can look into
+    return {double(path), double(count), double(biases), p, scaling[0], scaling[1], scaling[2], scaling[3]};
+  }
+  static Numbers of(const at::IValue& value) {
+    static_assert(MOST == 4);
+    const c10::List<double> n = value.toDoubleList();
+    return {int64_t(n.get(0)), int64_t(n.get(1)), int64_t(n.get(2)), n.get(3), {n.get(4), n.get(5), n.get(6), n.get(7)}};
+  }
 };
 
 struct Shared {
@@ -221,7 +230,7 @@ struct LoRALinears : torch::autograd::Function<LoRALinears> {
       numbers.biases |= int64_t{one.bias.has_value()} << i;
     }
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["call"] = std::string(reinterpret_cast<const char*>(&numbers), sizeof numbers);
+    ctx->saved_data["call"] = numbers.kept();
     ctx->set_materialize_grads(false);
     return ys;
   }
@@ -229,8 +238,7 @@ struct LoRALinears : torch::autograd::Function<LoRALinears> {
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& dys) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const variable_list saved = ctx->get_saved_variables();
-    Numbers numbers;
-    std::memcpy(&numbers, ctx->saved_data["call"].toStringRef().data(), sizeof numbers);
+    const Numbers numbers = Numbers::of(ctx->saved_data["call"]);
     const std::size_t n = numbers.count;
     // as Python has them: x, then lora_A, lora_B and bias of each
     std::vector<char> needs(1 + 3 * n);

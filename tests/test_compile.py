@@ -100,3 +100,25 @@ def test_one_graph_serves_every_number_of_rows():
     exported = torch.export.export(layer, (torch.randn(5, 14),), dynamic_shapes={"x": {0: torch.export.Dim("M")}})
     x = torch.randn(9, 14)
     torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("together", [0, 3])
+def test_compiled_autograd_reads_what_the_node_keeps(dropout_p, together):
+    import torch._dynamo.compiled_autograd as compiled
+
+    x, weight, A, B, bias = operands()
+    others = [(weight, A.detach().clone().requires_grad_(), B.detach().clone(), None, 0.3 * i) for i in range(together)]
+
+    def loss():
+        torch.manual_seed(3)
+        if together:
+            return sum(y.square().sum() for y in fastlora.lora_linears(x, others, dropout_p))
+        return fastlora.lora_linear(x, weight, A, B, bias, 1.7, dropout_p).square().sum()
+
+    learning = [x, *(one[1] for one in others)] if together else [x, A, B]
+    want = torch.autograd.grad(loss(), learning)
+    with compiled._enable(lambda graph: torch.compile(graph, backend="eager")):
+        loss().backward()
+    for t, gradient in zip(learning, want, strict=True):
+        torch.testing.assert_close(t.grad, gradient)
