@@ -14,7 +14,6 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CUDA = os.environ.get("FASTLORA_BUILD_CUDA", "0") not in ("", "0")
-HEADERS = "call", "layer", "node_cpu", "node_shared", "record", "seeds", "table"  # of the node
 LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")  # which has no limited API
 
 
@@ -89,7 +88,7 @@ def node():
         Extension(
             f"fastlora.{name}",
             sources=["csrc/node.cpp"],
-            depends=[f"csrc/{header}.h" for header in HEADERS],
+            depends=sorted(map(str, Path("csrc").glob("*.h"))),
             include_dirs=[str(include), str(include / "torch" / "csrc" / "api" / "include")],
             library_dirs=[str(folder / "lib")],
             libraries=["torch_python", "torch_cpu", "c10"],

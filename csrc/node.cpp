@@ -137,6 +137,16 @@ fastlora::Stream stream_for(const Tensor& t) {
 // ATen draws masks on a CPU by a generator, which no record holds.
 bool recordable(const Tensor& t, double p) { return t.is_cuda() || !(p > 0.0); }
 
+// The record of a call whose first tensor is `t`, if there is one.
+template <typename KeyOf>
+MaybePlan plan_of_record(int path, const Tensor& t, double p, const KeyOf& key) {
+  if (!recordable(t, p)) return std::nullopt;
+  const auto record = fastlora::records.find(key());
+  if (!record || !*record) return std::nullopt;
+  const fastlora::Stream stream = stream_for(t);
+  return stream.known ? MaybePlan({path, *record, stream.handle}) : std::nullopt;
+}
+
 template <typename Call>
 MaybePlan plan(int path, const Call& call) {
   const Tensor& t = first(call);
@@ -145,11 +155,7 @@ MaybePlan plan(int path, const Call& call) {
     const bool ours = t.device().is_cpu() && kernels && takes(t) && takes(call.lora_A);
     return ours ? MaybePlan({path, nullptr, nullptr}) : std::nullopt;
   }
-  if (!recordable(t, call.p)) return std::nullopt;
-  const auto record = fastlora::records.find(fastlora::record_key(path, call));
-  if (!record || !*record) return std::nullopt;
-  const fastlora::Stream stream = stream_for(t);
-  return stream.known ? MaybePlan({path, *record, stream.handle}) : std::nullopt;
+  return plan_of_record(path, t, call.p, [&] { return fastlora::record_key(path, call); });
 }
 
 bool is_captured(const Plan& plan, const Tensor& t) {

@@ -115,11 +115,7 @@ MaybePlan plan_together(int path, const Tensor& t, const Calls& each, const KeyO
       if (!::plan(path, one)) return std::nullopt;
     return MaybePlan({path, nullptr, nullptr});
   }
-  if (!recordable(t, each[0].p)) return std::nullopt;
-  const auto record = fastlora::records.find(key());
-  if (!record || !*record) return std::nullopt;
-  const fastlora::Stream stream = stream_for(t);
-  return stream.known ? MaybePlan({path, *record, stream.handle}) : std::nullopt;
+  return plan_of_record(path, t, each[0].p, key);
 }
 
 std::vector<Result> forward(const Plan& plan, const Shared& shared) {
