@@ -1,19 +1,17 @@
 // fastlora._node_<torch's version>: the layer as an autograd node of torch's own, for ordinary tensors; CPU and GPU.
 //
-// It does what fastlora/functional.py, autograd.py and ops.py do, with the same kernels, seeds and ATen calls, and
-// saves most of the time that a small layer spends in Python. Path `cpu` runs here (node_cpu.h), and the records of what
-// another path did (record.h). Which of them, says table.h. Whatever is out of the ordinary (a subclass, a
-// function transform, a wrong shape, a gradient of another kind, a call that was not seen before) it leaves to Python,
-// which explains and serves it: no message is written here. It is bound to one version of torch, which its name says,
-// and optional: without it Python does it all.
+// It does what fastlora/functional.py, shared.py, autograd.py and ops.py do, with the same kernels, seeds and ATen calls,
+// and saves most of the time that a small layer spends in Python. A call is of one projection of x, or of several. Path
+// `cpu` runs here (node_cpu.h), and the records of what another path did (record.h). Which of them, says table.h. Whatever
+// is out of the ordinary (a subclass, a function transform, a wrong shape, a gradient of another kind, a call that was not
+// seen before) it leaves to Python, which explains and serves it: no message is written here. It is bound to one version
+// of torch, which its name says, and optional: without it Python does it all.
 
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/Generator.h>
 #include <torch/csrc/autograd/utils/wrap_outputs.h>
-#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
 
 #include <ATen/autocast_mode.h>
@@ -28,6 +26,7 @@
 #include <vector>
 
 #include "call.h"
+#include "gate.h"
 #include "layer.h"
 #include "node_cpu.h"
 #include "record.h"
@@ -39,79 +38,23 @@ namespace {
 using at::Tensor;
 using fastlora::Gradients;
 using fastlora::Incoming;
+using fastlora::Incomings;
+using fastlora::is_plain;
+using fastlora::is_seed;
 using fastlora::Layer;
-using fastlora::Optional;
-using fastlora::Result;
+using fastlora::Layers;
+using fastlora::MOST;
+using fastlora::nobody_watches;
+using fastlora::Results;
 using std::int64_t;
 using torch::autograd::variable_list;
+typedef std::optional<Tensor> Optional;
 
 // Given once by `prepare`, and kept for good.
 std::vector<PyObject*> paths;  // fastlora.paths.PATHS, then what has tiles of its own; a path is its place among them
 int path_cpu = -1;
-PyObject* python_gradients = nullptr;         // fastlora.autograd.gradients
-PyObject* python_shared_gradients = nullptr;  // fastlora.shared_autograd.gradients
+PyObject* python_gradients = nullptr;                            // fastlora.autograd.gradients
 PyObject *python_forward = nullptr, *python_backward = nullptr;  // the ops of fastlora/ops.py
-
-// ---- the gate: which tensors are ordinary ----
-
-// Dense, of a CPU or a CUDA GPU, with memory of its own, not conjugated or negated, and nobody's wrapper: no other key
-// is set.
-bool is_plain(const Tensor& t) {
-  using c10::DispatchKey;
-  static const c10::DispatchKeySet on_cpu({DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU,
-                                           DispatchKey::AutocastCPU});
-  static const c10::DispatchKeySet on_cuda({DispatchKey::CUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCUDA,
-                                            DispatchKey::AutocastCUDA});
-  static const c10::DispatchKeySet cpu(c10::BackendComponent::CPUBit), cuda(c10::BackendComponent::CUDABit);
-  // a difference keeps the bit that says whose memory it is
-  return (t.key_set() - on_cpu == cpu || t.key_set() - on_cuda == cuda) && t.has_storage();
-}
-
-bool nobody_watches() {
-  return !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
-         !torch::jit::tracer::isTracing() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
-}
-
-bool is_seed(const Tensor& t, double p, c10::Device device) {
-  if (!t.defined() || !(p > 0.0)) return !t.defined() && !(p > 0.0);
-  return is_plain(t) && t.scalar_type() == at::kLong && t.numel() == 1 && t.device() == device &&
-         reinterpret_cast<std::uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
-
-// What fastlora.arguments.check lets pass.
-bool fits(const Layer& layer) {
-  const Tensor &x = layer.x, &weight = layer.weight, &A = layer.lora_A, &B = layer.lora_B;
-  for (const Tensor* t : {&x, &weight, &A, &B})
-    if (!is_plain(*t) || t->device() != x.device()) return false;
-  if (x.dim() < 1 || weight.dim() != 2 || A.dim() != 2 || B.dim() != 2) return false;
-  const int64_t N = weight.size(0), K = weight.size(1), R = A.size(0);
-  const auto dtype = x.scalar_type();
-  const Optional& bias = layer.bias;
-  return x.size(-1) == K && A.size(1) == K && B.size(0) == N && B.size(1) == R && R > 0 && R <= fastlora::MAX_RANK &&
-         weight.scalar_type() == dtype && B.scalar_type() == A.scalar_type() &&
-         (!bias || (is_plain(*bias) && bias->device() == x.device() && bias->dim() == 1 && bias->size(0) == N &&
-                    bias->scalar_type() == dtype)) &&
-         layer.p >= 0.0 && layer.p <= 1.0;
-}
-
-// Hooks of saved tensors may have changed them, and the kernels read addresses.
-bool fits(const Incoming& in) {
-  const Tensor &dy = in.dy, &A = in.lora_A, &B = in.lora_B, &S = in.S;
-  for (const Tensor* t : {&dy, &A, &B, &S})
-    if (!is_plain(*t) || t->device() != dy.device()) return false;
-  if (dy.dim() < 1 || A.dim() != 2 || B.dim() != 2 || S.dim() != 2) return false;
-  const auto dtype = dy.scalar_type();
-  const int64_t N = dy.size(-1), M = N ? dy.numel() / N : S.size(0), R = A.size(0), K = A.size(1);
-  if (B.scalar_type() != A.scalar_type() || R > fastlora::MAX_RANK) return false;
-  if (S.scalar_type() != dtype || S.size(0) != M || S.size(1) != R || B.size(0) != N || B.size(1) != R) return false;
-  if (!is_seed(in.seed, in.p, dy.device())) return false;
-  const Tensor &x = in.x, &weight = in.weight;
-  if (weight.defined() && (!is_plain(weight) || weight.device() != dy.device() || weight.scalar_type() != dtype ||
-                           weight.dim() != 2 || weight.size(0) != N || weight.size(1) != K))
-    return false;
-  return !x.defined() || (is_plain(x) && x.device() == dy.device() && x.scalar_type() == dtype && x.dim() > 0 &&
-                          x.size(-1) == K && (K ? x.numel() / K : M) == M);
-}
 
 // ---- the plan: what computes a call that fits ----
 
@@ -121,9 +64,6 @@ struct Plan {
   void* stream;
 };
 typedef std::optional<Plan> MaybePlan;
-
-const Tensor& first(const Layer& layer) { return layer.x; }
-const Tensor& first(const Incoming& in) { return in.dy; }
 
 // The stream on which a record may run: the current one of the current device; on a CPU there is none.
 fastlora::Stream stream_for(const Tensor& t) {
@@ -137,39 +77,36 @@ fastlora::Stream stream_for(const Tensor& t) {
 // ATen draws masks on a CPU by a generator, which no record holds.
 bool recordable(const Tensor& t, double p) { return t.is_cuda() || !(p > 0.0); }
 
-// The record of a call whose first tensor is `t`, if there is one.
-template <typename KeyOf>
-MaybePlan plan_of_record(int path, const Tensor& t, double p, const KeyOf& key) {
-  if (!recordable(t, p)) return std::nullopt;
-  const auto record = fastlora::records.find(key());
+// Who computes a call by this path: path `cpu`, or a record.
+template <typename Calls>
+MaybePlan plan(int path, const Calls& each) {
+  const Tensor& t = first(each[0]);
+  if (path == path_cpu) {
+    if (!t.device().is_cpu() || !fastlora::cpu::kernels || !fastlora::cpu::takes(t)) return std::nullopt;
+    for (const auto& one : each)
+      if (!fastlora::cpu::takes(one.lora_A)) return std::nullopt;
+    return MaybePlan({path, nullptr, nullptr});
+  }
+  if (!recordable(t, each[0].p)) return std::nullopt;
+  const auto record = fastlora::records.find(fastlora::record_key(path, each));
   if (!record || !*record) return std::nullopt;
   const fastlora::Stream stream = stream_for(t);
   return stream.known ? MaybePlan({path, *record, stream.handle}) : std::nullopt;
 }
 
-template <typename Call>
-MaybePlan plan(int path, const Call& call) {
-  const Tensor& t = first(call);
-  if (path == path_cpu) {
-    using namespace fastlora::cpu;
-    const bool ours = t.device().is_cpu() && kernels && takes(t) && takes(call.lora_A);
-    return ours ? MaybePlan({path, nullptr, nullptr}) : std::nullopt;
-  }
-  return plan_of_record(path, t, call.p, [&] { return fastlora::record_key(path, call); });
-}
-
-bool is_captured(const Plan& plan, const Tensor& t) {
-  int capturing = 0;
-  return t.is_cuda() && (fastlora::driver()->cuStreamIsCapturing(plan.stream, &capturing) || capturing);
-}
-
 // The same for the path that was chosen. Into a graph goes what Python chooses for graphs.
-template <typename Call>
-MaybePlan chosen_plan(const Tensor& x, const Tensor& weight, const Call& call) {
-  const auto path = fastlora::chosen.find(fastlora::choice_key(x, weight, call.lora_A, call.p > 0.0));
-  MaybePlan found = path ? plan(*path, call) : std::nullopt;
-  return found && is_captured(*found, x) ? std::nullopt : found;
+template <typename Calls>
+MaybePlan chosen_plan(const fastlora::Key& choice, const Calls& each) {
+  const auto path = fastlora::chosen.find(choice);
+  MaybePlan found = path ? plan(*path, each) : std::nullopt;
+  int capturing = 0;
+  if (found && first(each[0]).is_cuda() &&
+      (fastlora::driver()->cuStreamIsCapturing(found->stream, &capturing) || capturing))
+    return std::nullopt;
+  return found;
 }
+
+// ---- a call that fits, by its plan ----
 
 Tensor drawn(at::IntArrayRef sizes, c10::Device device, const Plan& plan) {
   if (device.is_cpu()) return at::empty(sizes, at::kLong).random_(0, std::numeric_limits<int64_t>::max());
@@ -177,22 +114,40 @@ Tensor drawn(at::IntArrayRef sizes, c10::Device device, const Plan& plan) {
   return fastlora::write_seeds(plan.stream, made) ? made : made.random_(0, std::numeric_limits<int64_t>::max());
 }
 
-Tensor draw_seed(double p, c10::Device device, const Plan& plan) {  // fastlora.paths.problem.draw_seed
-  if (!(p > 0.0)) return Tensor();
+// fastlora.paths.problem.draw_seeds: on a GPU the columns of one draw, views made without the dispatcher.
+void draw_seeds(Layers& each, const Plan& plan) {
+  if (!(each[0].p > 0.0)) return;
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
-  return drawn({}, device, plan);
+  const c10::Device device = each[0].x.device();
+  if (device.is_cpu() || each.size() == 1) {
+    for (Layer& one : each) one.seed = drawn({}, device, plan);
+    return;
+  }
+  const Tensor all = drawn({static_cast<int64_t>(each.size()), 2}, device, plan);
+  for (std::size_t i = 0; i < each.size(); ++i) {
+    each[i].seed = at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(all.storage()),
+                                                            all.key_set(), all.dtype());
+    each[i].seed.unsafeGetTensorImpl()->set_sizes_and_strides(at::IntArrayRef(), at::IntArrayRef(),
+                                                              static_cast<int64_t>(2 * i));
+  }
 }
 
-Result forward(const Plan& plan, const Layer& layer) {
+Results forward(const Plan& plan, const Layers& each) {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
-  if (!plan.record) return fastlora::cpu::forward(layer);
-  const Tensor none;
-  const Tensor* inputs[] = {&layer.x,      &layer.weight,
-                            &layer.lora_A, &layer.lora_B,
-                            layer.bias ? &*layer.bias : &none, &layer.seed};
-  Tensor found[2];
-  plan.record->run(inputs, 6, found, plan.stream);
-  return {std::move(found[0]), std::move(found[1])};
+  Results made;
+  if (!plan.record) {
+    for (const Layer& one : each) made.push_back(fastlora::cpu::forward(one));
+    return made;
+  }
+  const Tensor* inputs[1 + 5 * MOST] = {&each[0].x};
+  std::size_t count = 1;
+  for (const Layer& one : each)
+    for (const Tensor* t : {&one.weight, &one.lora_A, &one.lora_B, &one.bias, &one.seed}) inputs[count++] = t;
+  Tensor found[2 * MOST];
+  plan.record->run(inputs, count, found, plan.stream);
+  for (std::size_t i = 0; i < each.size(); ++i)
+    made.push_back({std::move(found[i]), std::move(found[each.size() + i])});
+  return made;
 }
 
 // Path `torch` computes the gradients of adapters in x's dtype.
@@ -200,18 +155,32 @@ Tensor as(const Tensor& like, const Tensor& t) {
   return t.scalar_type() == like.scalar_type() ? t : t.to(like.scalar_type());
 }
 
-Gradients backward(const Plan& plan, const Incoming& in) {
+c10::SmallVector<Gradients, 1> backward(const Plan& plan, const Incomings& each) {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
-  if (!plan.record) return fastlora::cpu::backward(in);
-  const Tensor* inputs[] = {&in.dy, &in.x, &in.weight, &in.lora_A, &in.lora_B, &in.S, &in.seed};
-  Tensor found[3];
-  plan.record->run(inputs, 7, found, plan.stream);
-  Gradients gradients;
-  std::size_t next = 0;
-  if (in.weight.defined()) gradients.dx = std::move(found[next++]);
-  if (in.x.defined()) gradients.dA = as(in.lora_A, found[next++]);
-  if (in.need_B) gradients.dB = as(in.lora_B, found[next++]);
-  return gradients;
+  c10::SmallVector<Gradients, 1> made(each.size());
+  if (!plan.record) {
+    Tensor dx;
+    for (std::size_t i = 0; i < each.size(); ++i) {
+      made[i] = fastlora::cpu::backward(each[i], dx);
+      dx = made[i].dx;
+    }
+    made[0].dx = dx;
+    return made;
+  }
+  const Tensor none, *inputs[1 + 6 * MOST] = {&none};
+  std::size_t count = 1, next = 0;
+  for (const Incoming& in : each) {
+    if (in.x.defined()) inputs[0] = &in.x;
+    for (const Tensor* t : {&in.dy, &in.weight, &in.lora_A, &in.lora_B, &in.S, &in.seed}) inputs[count++] = t;
+  }
+  Tensor found[1 + 2 * MOST];
+  plan.record->run(inputs, count, found, plan.stream);
+  if (each[0].weight.defined()) made[0].dx = std::move(found[next++]);
+  for (std::size_t i = 0; i < each.size(); ++i)
+    if (each[i].x.defined()) made[i].dA = as(each[i].lora_A, found[next++]);
+  for (std::size_t i = 0; i < each.size(); ++i)
+    if (each[i].need_B) made[i].dB = as(each[i].lora_B, found[next++]);
+  return made;
 }
 
 // ---- Python ----
@@ -232,8 +201,6 @@ typedef std::unique_ptr<PyObject, Decrease> Owned;
 
 Owned wrapped(const Tensor& t) { return Owned(t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None)); }
 
-bool is_cuda(PyObject* tensors, Py_ssize_t i) { return THPVariable_Unpack(PyTuple_GET_ITEM(tensors, i)).is_cuda(); }
-
 // Python's error as a C++ exception, which may be caught in another thread.
 [[noreturn]] void raise() {
   python_error error;
@@ -241,33 +208,16 @@ bool is_cuda(PyObject* tensors, Py_ssize_t i) { return THPVariable_Unpack(PyTupl
   throw error;
 }
 
-// The tensors of a tuple, undefined for None.
-template <std::size_t COUNT>
-std::array<Tensor, COUNT> unwrapped(const Owned& tuple) {
+// The tensors of a sequence, undefined for None.
+variable_list unwrapped(const Owned& sequence) {
+  const Owned tuple(sequence ? PySequence_Tuple(sequence.get()) : nullptr);
   if (!tuple) raise();
-  std::array<Tensor, COUNT> found;
-  for (std::size_t i = 0; i < COUNT; ++i) {
-    PyObject* one = PyTuple_GetItem(tuple.get(), i);
-    if (one && one != Py_None) found[i] = THPVariable_Unpack(one);
+  variable_list found(PyTuple_GET_SIZE(tuple.get()));
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    PyObject* one = PyTuple_GET_ITEM(tuple.get(), i);
+    if (one != Py_None) found[i] = THPVariable_Unpack(one);
   }
   return found;
-}
-
-// What is asked for of dx, dA, dB and dbias; undefined where it is not.
-struct Needs {
-  bool x, A, B, bias;
-};
-
-variable_list backward_in_python(const Tensor& dy, const variable_list& saved, PyObject* packed, double scaling,
-                                 double p, int path, const Needs& needs) {
-  HoldsGIL gil;
-  const Owned held[7] = {wrapped(dy),       wrapped(saved[0]), packed ? Owned(Py_NewRef(packed)) : wrapped(saved[1]),
-                         wrapped(saved[2]), wrapped(saved[3]), wrapped(saved[4]), wrapped(saved[5])};
-  const Owned tuple(PyObject_CallFunction(python_gradients, "OOOOOOOddO(iiii)", held[0].get(), held[1].get(),
-                                          held[2].get(), held[3].get(), held[4].get(), held[5].get(), held[6].get(),
-                                          scaling, p, paths[path], needs.x, needs.A, needs.B, needs.bias));
-  const auto found = unwrapped<4>(tuple);
-  return {found.begin(), found.end()};
 }
 
 // A fastlora.packed.Packed for as long as a node lives.
@@ -309,70 +259,150 @@ Tensor shaped(const Tensor& dx, const Tensor& dy) {
   return dx.view(shape);
 }
 
-struct LoRALinear : torch::autograd::Function<LoRALinear> {
-  // Only what may get a gradient stands before `layer`: torch keeps sizes of each.
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& lora_A,
-                        const Tensor& lora_B, const Optional& bias, const Layer& layer, const Plan& plan) {
-    const Result result = ::forward(plan, layer);
-    const Tensor kept = lora_A.requires_grad()                        ? x
-                        : x.requires_grad() && lora_B.requires_grad() ? shadow(x)
-                                                                      : Tensor();
-    const bool need_weight = x.requires_grad();
-    const Tensor weight = need_weight && !layer.packed ? layer.weight : Tensor();
-    if (need_weight && layer.packed)
-      ctx->saved_data["packed"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(layer.packed));
-    ctx->save_for_backward({kept, weight, lora_A, lora_B, result.S, layer.seed});
-    // one entry, for the map that holds them is slow; a list, for compiled autograd looks into it
-    ctx->saved_data["call"] = c10::List<double>({layer.scaling, layer.p, double(plan.path), double(bias.has_value())});
-    return result.y;
+bool learns(const Layer& one) {
+  return one.x.requires_grad() || one.lora_A.requires_grad() || one.lora_B.requires_grad() ||
+         (one.bias.defined() && one.bias.requires_grad());
+}
+
+// Kept: x, then weight, lora_A, lora_B, S and seed of each; the numbers path and p, then of each scaling, and whether it
+// has a bias.
+struct LoRALinears : torch::autograd::Function<LoRALinears> {
+  // Only what may get a gradient stands before `each`: torch keeps sizes of it. `trained`: lora_A, lora_B and the bias, if
+  // any, of each.
+  static variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x, at::TensorList trained,
+                               const Layers& each, const Plan& plan) {
+    Results made = ::forward(plan, each);
+    const bool need_x = x.requires_grad();
+    const bool any_A = std::any_of(each.begin(), each.end(), [](auto& one) { return one.lora_A.requires_grad(); });
+    const bool any_B = std::any_of(each.begin(), each.end(), [](auto& one) { return one.lora_B.requires_grad(); });
+    variable_list saved{any_A ? x : need_x && any_B ? shadow(x) : Tensor()}, ys;
+    saved.reserve(1 + 5 * each.size());
+    ys.reserve(each.size());
+    c10::List<double> numbers({double(plan.path), each[0].p});  // what compiled autograd can look into
+    for (std::size_t i = 0; i < each.size(); ++i) {
+      const Layer& one = each[i];
+      const Tensor weight = need_x && !one.packed ? one.weight : Tensor();
+      for (const Tensor& t : {weight, one.lora_A, one.lora_B, made[i].S, one.seed}) saved.push_back(t);
+      for (const double number : {one.scaling, double(one.bias.defined())}) numbers.push_back(number);
+      ys.push_back(std::move(made[i].y));
+    }
+    if (need_x && each[0].packed)
+      ctx->saved_data["packed"] = at::IValue::make_capsule(c10::make_intrusive<Kept>(each[0].packed));
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["call"] = std::move(numbers);  // one entry, for the map that holds them is slow
+    ctx->set_materialize_grads(false);
+    return ys;
   }
 
-  static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& incoming) {
+  static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& dys) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const Tensor& dy = incoming[0];
     const variable_list saved = ctx->get_saved_variables();
     const c10::List<double> numbers = ctx->saved_data["call"].toDoubleList();
-    const double scaling = numbers.get(0), p = numbers.get(1);
-    const int path = static_cast<int>(numbers.get(2));
-    const bool bias = numbers.get(3) != 0.0;
-    const Needs needs{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
-                      bias && ctx->needs_input_grad(3)};
+    const std::size_t n = dys.size();
+    // as Python has them: x, then lora_A, lora_B and bias of each
+    bool needs[1 + 3 * MOST] = {ctx->needs_input_grad(0)};
+    const auto trained = [&](std::size_t i) { return numbers.get(3 + 2 * i) != 0.0 ? 3 : 2; };
+    std::size_t inputs = 1;
+    for (std::size_t i = 0; i < n; ++i)
+      for (int j = 0; j < trained(i); ++j) needs[1 + 3 * i + j] = ctx->needs_input_grad(inputs++);
     const auto found = ctx->saved_data.find("packed");
     const auto kept = found == ctx->saved_data.end() ? nullptr : found->second.toCapsule();
-    PyObject* packed = kept ? static_cast<Kept*>(kept.get())->object : nullptr;
-    const bool plain = !at::GradMode::is_enabled() && nobody_watches();
-    Tensor weight = needs.x ? saved[1] : Tensor();
-    if (needs.x && packed && plain) weight = dense(packed);
-    const Incoming in{dy, needs.A ? saved[0] : Tensor(), weight, saved[2], saved[3], saved[4], saved[5], scaling, p,
-                      needs.B};
-    const MaybePlan plan = plain && fits(in) ? ::plan(path, in) : std::nullopt;
-    variable_list g = plan ? gradients(*plan, in, needs)
-                           : backward_in_python(dy, saved, needs.x ? packed : nullptr, scaling, p, path, needs);
-    return {g[0], g[1], g[2], g[3], Tensor(), Tensor()};
+    PyObject* packed = kept && needs[0] ? static_cast<Kept*>(kept.get())->object : nullptr;
+    variable_list g = fused(dys, saved, numbers, needs, packed);
+    if (g.empty()) g = in_python(dys, saved, numbers, needs, packed);
+    variable_list ordered{std::move(g[0])};
+    ordered.reserve(inputs + 2);
+    for (std::size_t i = 0; i < n; ++i)
+      for (int j = 0; j < trained(i); ++j) ordered.push_back(std::move(g[1 + 3 * i + j]));
+    ordered.resize(inputs + 2);  // of what is no tensor
+    return ordered;
   }
 
  private:
-  static variable_list gradients(const Plan& plan, const Incoming& in, const Needs& needs) {
-    Gradients found = ::backward(plan, in);
-    return {needs.x ? shaped(found.dx, in.dy) : Tensor(), found.dA, found.dB,
-            needs.bias ? fastlora::rows_of(in.dy).sum(0) : Tensor()};
+  // Empty for what is left to Python, an output that took no part among it.
+  static variable_list fused(const variable_list& dys, const variable_list& saved, const c10::List<double>& numbers,
+                             const bool* needs, PyObject* packed) {
+    if (at::GradMode::is_enabled() || !nobody_watches()) return {};
+    Incomings each;
+    for (std::size_t i = 0; i < dys.size(); ++i) {
+      const Tensor* own = &saved[1 + 5 * i];
+      if (!dys[i].defined()) return {};
+      const Tensor weight = !needs[0] ? Tensor() : packed ? dense(packed) : own[0];
+      each.push_back({dys[i], needs[1 + 3 * i] ? saved[0] : Tensor(), weight, own[1], own[2], own[3], own[4],
+                      numbers.get(2 + 2 * i), numbers.get(1), needs[2 + 3 * i]});
+      if (!fits(each[i]) || dys[i].sizes().slice(0, dys[i].dim() - 1) != dys[0].sizes().slice(0, dys[0].dim() - 1))
+        return {};
+    }
+    const MaybePlan plan = ::plan(static_cast<int>(numbers.get(0)), each);
+    if (!plan) return {};
+    auto made = ::backward(*plan, each);
+    variable_list g(1 + 3 * dys.size());
+    if (needs[0]) g[0] = shaped(made[0].dx, dys[0]);
+    for (std::size_t i = 0; i < dys.size(); ++i) {
+      g[1 + 3 * i] = std::move(made[i].dA);
+      g[2 + 3 * i] = std::move(made[i].dB);
+      if (needs[3 + 3 * i]) g[3 + 3 * i] = fastlora::rows_of(dys[i]).sum(0);
+    }
+    return g;
+  }
+
+  static variable_list in_python(const variable_list& dys, const variable_list& saved, const c10::List<double>& numbers,
+                                 const bool* needs, PyObject* packed) {
+    HoldsGIL gil;
+    const std::size_t n = dys.size();
+    const auto tuple = [](std::size_t count, const auto& of) {
+      Owned made(PyTuple_New(count));
+      for (std::size_t i = 0; made && i < count; ++i) PyTuple_SET_ITEM(made.get(), i, of(i));
+      return made;
+    };
+    const auto kept = [&](std::size_t part) {
+      return tuple(n, [&](std::size_t i) { return wrapped(saved[1 + 5 * i + part]).release(); });
+    };
+    const Owned given = tuple(n, [&](std::size_t i) { return wrapped(dys[i]).release(); }), x = wrapped(saved[0]);
+    const Owned weights = packed ? tuple(1, [&](std::size_t) { return Py_NewRef(packed); }) : kept(0);
+    const Owned As = kept(1), Bs = kept(2), Ss = kept(3), seeds = kept(4);
+    const Owned scalings = tuple(n, [&](std::size_t i) { return PyFloat_FromDouble(numbers.get(2 + 2 * i)); });
+    const Owned needed = tuple(1 + 3 * n, [&](std::size_t i) { return PyBool_FromLong(needs[i]); });
+    const Owned found(PyObject_CallFunction(python_gradients, "OOOOOOOOdOO", given.get(), x.get(), weights.get(),
+                                            As.get(), Bs.get(), Ss.get(), seeds.get(), scalings.get(), numbers.get(1),
+                                            paths[static_cast<std::size_t>(numbers.get(0))], needed.get()));
+    return unwrapped(found);
   }
 };
 
-// The tensors and numbers of a call of Python's, if they are of the exact types.
-bool parsed(PyObject* const* values, Optional& bias, double& scaling, double& p) {
-  for (int i = 0; i < 4; ++i)
-    if (!THPVariable_CheckExact(values[i])) return false;
-  if (values[4] != Py_None) {
-    if (!THPVariable_CheckExact(values[4])) return false;
-    bias = THPVariable_Unpack(values[4]);
-  }
-  for (int i = 5; i < 7; ++i)
-    if (!PyFloat_Check(values[i]) && !PyLong_Check(values[i])) return false;
-  scaling = PyFloat_AsDouble(values[5]), p = PyFloat_AsDouble(values[6]);
+bool number(PyObject* object, double& value) {
+  if (!PyFloat_Check(object) && !PyLong_Check(object)) return false;
+  value = PyFloat_AsDouble(object);
   if (!PyErr_Occurred()) return true;
   PyErr_Clear();  // an integer that no double holds
   return false;
+}
+
+// One more projection of x, of (weight, lora_A, lora_B, bias, scaling), if they are of the exact types.
+bool add(Layers& each, PyObject* x, PyObject* const* parts, PyObject* p, PyObject* packed = Py_None) {
+  double scaling, dropout_p;
+  for (PyObject* t : {x, parts[0], parts[1], parts[2]})
+    if (!THPVariable_CheckExact(t)) return false;
+  if (parts[3] != Py_None && !THPVariable_CheckExact(parts[3])) return false;
+  if (!number(parts[4], scaling) || !number(p, dropout_p)) return false;
+  each.push_back({THPVariable_Unpack(x), THPVariable_Unpack(parts[0]), THPVariable_Unpack(parts[1]),
+                  THPVariable_Unpack(parts[2]), parts[3] == Py_None ? Tensor() : THPVariable_Unpack(parts[3]), Tensor(),
+                  scaling, dropout_p, packed == Py_None ? nullptr : packed});
+  return true;
+}
+
+// The same of a sequence of them.
+bool add_all(Layers& each, PyObject* x, PyObject* projections, PyObject* p) {
+  const Owned sequence(PySequence_Tuple(projections));
+  if (!sequence) return PyErr_Clear(), false;
+  const std::size_t count = PyTuple_GET_SIZE(sequence.get());
+  if (count < 1 || count > MOST) return false;
+  for (std::size_t i = 0; i < count; ++i) {
+    PyObject* one = PyTuple_GET_ITEM(sequence.get(), i);
+    if (!(PyTuple_CheckExact(one) || PyList_CheckExact(one)) || PySequence_Fast_GET_SIZE(one) != 5) return false;
+    if (!add(each, x, PySequence_Fast_ITEMS(one), p)) return false;
+  }
+  return true;
 }
 
 // Whether backward is to be compiled, whose cache has no key for a Packed that a node keeps.
@@ -385,31 +415,35 @@ bool compiles_backward() {
   return !enabled || enabled.get() != Py_False;
 }
 
-// y, or None for what is left to Python; `path` is negative for the chosen one. The eighth value is what the weight was
-// dequantised from, or None.
-PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  if (count != 7 && count != 8) return PyErr_Format(PyExc_TypeError, "7 or 8 arguments needed, got %zd", count);
-  Optional bias;
-  double scaling, p;
-  if (!parsed(values, bias, scaling, p)) Py_RETURN_NONE;
-  const Tensor &x = THPVariable_Unpack(values[0]), &weight = THPVariable_Unpack(values[1]);
-  const Tensor &A = THPVariable_Unpack(values[2]), &B = THPVariable_Unpack(values[3]);
-  Layer layer{x, weight, A, B, bias, scaling, p, Tensor(), count == 8 && values[7] != Py_None ? values[7] : nullptr};
-  if (!fits(layer) || weight.requires_grad() || !nobody_watches()) Py_RETURN_NONE;
-  if (layer.packed && compiles_backward()) Py_RETURN_NONE;
-  const MaybePlan plan = path < 0 ? chosen_plan(x, weight, layer) : ::plan(path, layer);
-  if (!plan) Py_RETURN_NONE;
-  Tensor y;
-  {
-    ReleasesGIL no_gil;
-    layer.seed = draw_seed(p, x.device(), *plan);
-    const bool learns = x.requires_grad() || A.requires_grad() || B.requires_grad() || (bias && bias->requires_grad());
-    y = learns && at::GradMode::is_enabled() ? LoRALinear::apply(x, A, B, bias, layer, *plan)
-                                             : forward(*plan, layer).y;
+// A path with tiles of its own (Path.with_tiles) is met here for the first time.
+int path_of(PyObject* object) {
+  for (std::size_t i = 0; i < paths.size(); ++i)
+    if (paths[i] == object) return static_cast<int>(i);
+  paths.push_back(Py_NewRef(object));
+  return static_cast<int>(paths.size() - 1);
+}
+
+// y of each by `path`, or by the chosen one where that is None; empty for what is left to Python.
+variable_list call(PyObject* path, Layers& each) {
+  if (!nobody_watches()) return {};
+  const bool learn = learns(each[0]);  // as all must: one node makes one thing of them
+  for (const Layer& one : each)
+    if (!fits(one) || one.weight.requires_grad() || learns(one) != learn) return {};
+  if (each[0].packed && compiles_backward()) return {};
+  const MaybePlan plan = path == Py_None ? chosen_plan(choice_key(each), each) : ::plan(path_of(path), each);
+  if (!plan) return {};
+  ReleasesGIL no_gil;
+  draw_seeds(each, *plan);
+  if (learn && at::GradMode::is_enabled()) {
+    c10::SmallVector<Tensor, 3> trained;
+    for (const Layer& one : each)
+      for (const Tensor* t : {&one.lora_A, &one.lora_B, &one.bias})
+        if (t->defined()) trained.push_back(*t);
+    return LoRALinears::apply(each[0].x, at::TensorList(trained), each, *plan);
   }
-  return THPVariable_Wrap(y);
-  END_HANDLE_TH_ERRORS
+  variable_list ys;
+  for (fastlora::Result& result : forward(*plan, each)) ys.push_back(std::move(result.y));
+  return ys;
 }
 
 // ---- the ops, for compilers: fastlora/ops.py gives them fakes and gradients ----
@@ -417,17 +451,18 @@ PyObject* call(int path, PyObject* const* values, Py_ssize_t count) {
 std::tuple<Tensor, Tensor> op_forward(const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                                       const Optional& bias, double scaling, double p, const Optional& seed,
                                       c10::string_view path) {
-  const Layer layer{x, weight, lora_A, lora_B, bias, scaling, p, seed.value_or(Tensor())};
+  const Layers one{{x, weight, lora_A, lora_B, bias.value_or(Tensor()), seed.value_or(Tensor()), scaling, p}};
+  const Layer& layer = one[0];
   if (path.empty() && nobody_watches() && fits(layer) && is_seed(layer.seed, p, x.device())) {
-    if (const MaybePlan plan = chosen_plan(x, weight, layer)) {
-      Result result = forward(*plan, layer);
-      return {std::move(result.y), std::move(result.S)};
+    if (const MaybePlan plan = chosen_plan(choice_key(one), one)) {
+      fastlora::Result made = std::move(forward(*plan, one)[0]);
+      return {std::move(made.y), std::move(made.S)};
     }
   }
   HoldsGIL gil;
-  const Owned held[] = {wrapped(x), wrapped(weight), wrapped(lora_A), wrapped(lora_B), wrapped(bias.value_or(Tensor())),
+  const Owned held[] = {wrapped(x), wrapped(weight), wrapped(lora_A), wrapped(lora_B), wrapped(layer.bias),
                         wrapped(layer.seed)};
-  const auto found = unwrapped<2>(Owned(PyObject_CallFunction(
+  const auto found = unwrapped(Owned(PyObject_CallFunction(
       python_forward, "OOOOOddOs#", held[0].get(), held[1].get(), held[2].get(), held[3].get(), held[4].get(), scaling,
       p, held[5].get(), path.data(), static_cast<Py_ssize_t>(path.size()))));
   return {found[0], found[1]};
@@ -437,11 +472,11 @@ std::tuple<Tensor, Tensor, Tensor> op_backward(const Tensor& dy, const Tensor& x
                                                const Tensor& lora_A, const Tensor& lora_B, const Tensor& S,
                                                double scaling, double p, const Optional& seed, c10::string_view path,
                                                bool need_x, bool need_A, bool need_B) {
-  const Incoming in{dy, need_A ? x : Tensor(), need_x ? weight : Tensor(), lora_A, lora_B, S, seed.value_or(Tensor()),
-                    scaling, p, need_B};
-  if (path.empty() && nobody_watches() && fits(in) && x.dim() > 0 && weight.dim() == 2) {
-    if (const MaybePlan plan = chosen_plan(x, weight, in)) {
-      const Gradients found = backward(*plan, in);
+  const Incomings one{{dy, need_A ? x : Tensor(), need_x ? weight : Tensor(), lora_A, lora_B, S, seed.value_or(Tensor()),
+                       scaling, p, need_B}};
+  if (path.empty() && nobody_watches() && fits(one[0]) && x.dim() > 0 && weight.dim() == 2) {
+    if (const MaybePlan plan = chosen_plan(fastlora::choice_key(x, weight, lora_A, p > 0.0), one)) {
+      const Gradients found = backward(*plan, one)[0];
       return {need_x ? found.dx.view(x.sizes()) : at::empty({0}, x.options()),
               need_A ? found.dA : at::empty({0}, lora_A.options()),
               need_B ? found.dB : at::empty({0}, lora_B.options())};
@@ -449,8 +484,8 @@ std::tuple<Tensor, Tensor, Tensor> op_backward(const Tensor& dy, const Tensor& x
   }
   HoldsGIL gil;
   const Owned held[] = {wrapped(dy), wrapped(x), wrapped(weight), wrapped(lora_A), wrapped(lora_B), wrapped(S),
-                        wrapped(in.seed)};
-  const auto found = unwrapped<3>(Owned(PyObject_CallFunction(
+                        wrapped(one[0].seed)};
+  const auto found = unwrapped(Owned(PyObject_CallFunction(
       python_backward, "OOOOOOddOs#iii", held[0].get(), held[1].get(), held[2].get(), held[3].get(), held[4].get(),
       held[5].get(), scaling, p, held[6].get(), path.data(), static_cast<Py_ssize_t>(path.size()), need_x, need_A,
       need_B)));
@@ -470,36 +505,39 @@ TORCH_LIBRARY_FRAGMENT(fastlora, library) {
   library.impl("backward", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(op_backward));
 }
 
-// A path with tiles of its own (Path.with_tiles) is met here for the first time.
-int path_of(PyObject* object) {
-  for (std::size_t i = 0; i < paths.size(); ++i)
-    if (paths[i] == object) return static_cast<int>(i);
-  paths.push_back(Py_NewRef(object));
-  return static_cast<int>(paths.size() - 1);
-}
-
-}  // namespace
-
-#include "node_shared.h"
-
-namespace {
-
 // ---- the module ----
 
-PyObject* lora_linear(PyObject*, PyObject* const* values, Py_ssize_t count) { return call(-1, values, count); }
-
-PyObject* run(PyObject*, PyObject* const* values, Py_ssize_t count) {
-  const int path = count ? path_of(values[0]) : -1;
-  if (path < 0) Py_RETURN_NONE;
-  return call(path, values + 1, count - 1);
+// lora_linear(path, x, weight, lora_A, lora_B, bias, scaling, p[, what the weight was dequantised from]): y by this path,
+// or by the chosen one for None; None: left to Python
+PyObject* lora_linear(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 8 && count != 9) return PyErr_Format(PyExc_TypeError, "8 or 9 arguments needed, got %zd", count);
+  Layers one;
+  if (!add(one, values[1], values + 2, values[7], count == 9 ? values[8] : Py_None)) Py_RETURN_NONE;
+  const variable_list ys = call(values[0], one);
+  if (ys.empty()) Py_RETURN_NONE;
+  return THPVariable_Wrap(ys[0]);
+  END_HANDLE_TH_ERRORS
 }
 
-// prepare(kernels or None, gradients, those of projections that share x, paths, the place of `cpu` among them): once,
-// before anything else
+// lora_linears(path, x, projections, p): the same of several
+PyObject* lora_linears(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "4 arguments needed, got %zd", count);
+  Layers each;
+  if (!add_all(each, values[1], values[2], values[3])) Py_RETURN_NONE;
+  const variable_list ys = call(values[0], each);
+  if (ys.empty()) Py_RETURN_NONE;
+  Owned made(PyTuple_New(ys.size()));
+  for (std::size_t i = 0; made && i < ys.size(); ++i) PyTuple_SET_ITEM(made.get(), i, THPVariable_Wrap(ys[i]));
+  return made.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// prepare(kernels or None, gradients, paths, the place of `cpu` among them): once, before anything else
 PyObject* prepare(PyObject*, PyObject* arguments) {
-  PyObject *capsule, *gradients, *shared_gradients, *all;
-  if (!PyArg_ParseTuple(arguments, "OOOO!i", &capsule, &gradients, &shared_gradients, &PyTuple_Type, &all, &path_cpu))
-    return nullptr;
+  PyObject *capsule, *gradients, *all;
+  if (!PyArg_ParseTuple(arguments, "OOO!i", &capsule, &gradients, &PyTuple_Type, &all, &path_cpu)) return nullptr;
   if (capsule != Py_None) {
     const void* table = PyCapsule_GetPointer(capsule, fastlora::KERNELS);
     if (!table) return nullptr;
@@ -507,7 +545,6 @@ PyObject* prepare(PyObject*, PyObject* arguments) {
   }
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(all); ++i) paths.push_back(Py_NewRef(PyTuple_GET_ITEM(all, i)));
   python_gradients = Py_NewRef(gradients);
-  python_shared_gradients = Py_NewRef(shared_gradients);
   Py_RETURN_NONE;
 }
 
@@ -534,6 +571,18 @@ PyObject* choose(PyObject*, PyObject* arguments) {
   END_HANDLE_TH_ERRORS
 }
 
+// choose_shared(path, x, projections, p)
+PyObject* choose_shared(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "4 arguments needed, got %zd", count);
+  Layers each;
+  const auto fitting = [](const Layer& one) { return fits(one); };
+  if (add_all(each, values[1], values[2], values[3]) && std::all_of(each.begin(), each.end(), fitting))
+    fastlora::chosen.insert(choice_key(each), path_of(values[0]));
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* forget(PyObject*, PyObject*) {
   fastlora::chosen.clear();
   fastlora::records.clear();
@@ -541,55 +590,72 @@ PyObject* forget(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
-// The key of (path, tensors, scaling, p, need_B): tensors are forward's six or backward's seven, in the order of a
-// record's inputs. None where no record could serve them.
-std::optional<fastlora::Key> key_of(PyObject* path_object, PyObject* tensors, double scaling, double p, bool need_B) {
-  const int path = path_of(path_object);
-  const Py_ssize_t count = PyTuple_GET_SIZE(tensors);
-  if (path < 0 || path == path_cpu || count < 6 || count > 7) return std::nullopt;
-  std::array<Tensor, 7> t;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* one = PyTuple_GET_ITEM(tensors, i);
-    if (one == Py_None) continue;
-    if (!THPVariable_CheckExact(one)) return std::nullopt;
-    t[i] = THPVariable_Unpack(one);
-  }
-  if (!t[0].defined() || !is_plain(t[0]) || !recordable(t[0], p) || !stream_for(t[0]).known)
-    return std::nullopt;
-  if (count == 7) {
-    const Incoming in{t[0], t[1], t[2], t[3], t[4], t[5], t[6], scaling, p, need_B};
-    return fits(in) ? std::optional(fastlora::record_key(path, in)) : std::nullopt;
-  }
-  const Optional bias = t[4].defined() ? Optional(t[4]) : std::nullopt;
-  const Layer layer{t[0], t[1], t[2], t[3], bias, scaling, p, t[5]};
-  if (!fits(layer) || !is_seed(t[5], p, t[0].device())) return std::nullopt;
-  return fastlora::record_key(path, layer);
-}
+// One direction of a call, as fastlora/node.py hands it over: tensors are x, then forward's five or backward's six of each
+// projection, in the order of a record's inputs; wanted is None forward, backward (dx, each dA, each dB).
+struct Given {
+  PyObject *path, *tensors, *scalings, *wanted, *record = nullptr;
+  double p;
 
-// lacks(path, tensors, scaling, p, need_B): whether a record of this call would be of use
+  bool parsed(PyObject* arguments) {
+    return PyArg_ParseTuple(arguments, "OO!O!dO|O", &path, &PyTuple_Type, &tensors, &PyTuple_Type, &scalings, &p,
+                            &wanted, &record);
+  }
+  bool backward() const { return wanted != Py_None; }
+  // what tells its device and dtype: x, or the first dy
+  const Tensor& first() const { return THPVariable_Unpack(PyTuple_GET_ITEM(tensors, backward() ? 1 : 0)); }
+
+  // nothing where no record could serve it
+  std::optional<fastlora::Key> key() const {
+    const int place = path_of(path);
+    const std::size_t n = PyTuple_GET_SIZE(scalings), step = backward() ? 6 : 5;
+    if (place == path_cpu || n < 1 || n > MOST || static_cast<std::size_t>(PyTuple_GET_SIZE(tensors)) != 1 + step * n)
+      return std::nullopt;
+    std::array<Tensor, 1 + 6 * MOST> t;
+    for (std::size_t i = 0; i < 1 + step * n; ++i) {
+      PyObject* one = PyTuple_GET_ITEM(tensors, i);
+      if (one == Py_None) continue;
+      if (!THPVariable_CheckExact(one)) return std::nullopt;
+      t[i] = THPVariable_Unpack(one);
+    }
+    const Tensor& first = t[backward() ? 1 : 0];
+    if (!first.defined() || !is_plain(first) || !recordable(first, p) || !stream_for(first).known) return std::nullopt;
+    Layers layers;
+    Incomings incoming;
+    for (std::size_t i = 0; i < n; ++i) {
+      const Tensor* own = &t[1 + step * i];
+      const double scaling = PyFloat_AsDouble(PyTuple_GET_ITEM(scalings, i));
+      if (backward()) {
+        const bool A = PyTuple_GET_ITEM(wanted, 1 + i) == Py_True, B = PyTuple_GET_ITEM(wanted, 1 + n + i) == Py_True;
+        incoming.push_back({own[0], A ? t[0] : Tensor(), own[1], own[2], own[3], own[4], own[5], scaling, p, B});
+        if (!fits(incoming[i])) return std::nullopt;
+      } else {
+        layers.push_back({t[0], own[0], own[1], own[2], own[3], own[4], scaling, p});
+        if (!fits(layers[i]) || !is_seed(own[4], p, t[0].device())) return std::nullopt;
+      }
+    }
+    return backward() ? record_key(place, incoming) : record_key(place, layers);
+  }
+};
+
+// lacks(path, tensors, scalings, p, wanted): whether a record of this call would be of use
 PyObject* lacks(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
-  PyObject *path, *tensors;
-  double scaling, p;
-  int need_B;
-  if (!PyArg_ParseTuple(arguments, "OO!ddp", &path, &PyTuple_Type, &tensors, &scaling, &p, &need_B)) return nullptr;
-  return PyBool_FromLong(fastlora::lacks(key_of(path, tensors, scaling, p, need_B), is_cuda(tensors, 0)));
+  Given given;
+  if (!given.parsed(arguments)) return nullptr;
+  return PyBool_FromLong(fastlora::lacks(given.key(), given.first().is_cuda()));
   END_HANDLE_TH_ERRORS
 }
 
-// keep(path, tensors, scaling, p, need_B, record or None)
+// keep(path, tensors, scalings, p, wanted, record or None)
 PyObject* keep(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
-  PyObject *path, *tensors, *object;
-  double scaling, p;
-  int need_B;
-  if (!PyArg_ParseTuple(arguments, "OO!ddpO", &path, &PyTuple_Type, &tensors, &scaling, &p, &need_B, &object))
-    return nullptr;
-  const auto key = key_of(path, tensors, scaling, p, need_B);
+  Given given;
+  if (!given.parsed(arguments)) return nullptr;
+  const auto key = given.key();
   if (!key) Py_RETURN_NONE;
   std::shared_ptr<const fastlora::Record> record;
-  if (object != Py_None) {
-    record = fastlora::Record::parse(object, THPVariable_Unpack(PyTuple_GET_ITEM(tensors, 0)));
+  if (given.record != Py_None) {
+    record = fastlora::Record::parse(given.record, given.first());
     if (!record) return nullptr;
   }
   fastlora::records.insert(*key, record);
@@ -651,19 +717,15 @@ PyCFunction fastcall() {
 }
 
 PyMethodDef methods[] = {
-    {"lora_linear", fastcall<lora_linear>(), METH_FASTCALL, "y by the path that was chosen; None: left to Python"},
-    {"run", fastcall<run>(), METH_FASTCALL, "y by the path given; None: left to Python"},
+    {"lora_linear", fastcall<lora_linear>(), METH_FASTCALL, "y by a path, or by the chosen one; None: left to Python"},
+    {"lora_linears", fastcall<lora_linears>(), METH_FASTCALL, "y of projections that share x; None: left to Python"},
     {"prepare", prepare, METH_VARARGS, "hand over the kernels, the paths, and what is left to Python"},
     {"serve", serve, METH_VARARGS, "hand over what the ops leave to Python"},
     {"choose", choose, METH_VARARGS, "say for which calls a path was chosen"},
+    {"choose_shared", fastcall<choose_shared>(), METH_FASTCALL, "say for which projections a path was chosen"},
     {"forget", forget, METH_NOARGS, "take back all that was chosen and recorded"},
     {"lacks", lacks, METH_VARARGS, "whether a record of this call would be of use"},
     {"keep", keep, METH_VARARGS, "hand over the record of a call, or None: there is none"},
-    {"lora_linears", fastcall<lora_linears>(), METH_FASTCALL, "y of projections that share x; None: left to Python"},
-    {"run_shared", fastcall<run_shared>(), METH_FASTCALL, "the same by the path given"},
-    {"choose_shared", fastcall<choose_shared>(), METH_FASTCALL, "say for which projections a path was chosen"},
-    {"lacks_shared", lacks_shared, METH_VARARGS, "whether a record of these projections would be of use"},
-    {"keep_shared", keep_shared, METH_VARARGS, "hand over the record of projections that share x, or None"},
     {"randint", randint, METH_VARARGS, "what torch.randint draws on a GPU"},
     {"write_seeds", write_seeds, METH_VARARGS, "write what it would draw, without a launch"},
     {"trust_seeds", trust_seeds, METH_O, "say that what is written is the same on this device"},

@@ -39,14 +39,14 @@ inline Result forward(const Layer& layer) {
   const Tensor S = at::empty({call.M, call.R}, layer.x.options());
   Tensor y;
   if (layer.x.dim() == 2) {
-    y = at::linear(layer.x, layer.weight, layer.bias);
+    y = at::linear(layer.x, layer.weight, layer.bias.defined() ? std::optional<Tensor>(layer.bias) : std::nullopt);
   } else {  // at::linear would return a view here, on which autograd forbids in-place operations
     auto shape = layer.x.sizes().vec();
     shape.back() = call.N;
     y = at::empty(shape, layer.x.options());
     Tensor two = y.view({call.M, call.N});
-    if (layer.bias)
-      at::addmm_out(two, *layer.bias, rows, layer.weight.t());
+    if (layer.bias.defined())
+      at::addmm_out(two, layer.bias, rows, layer.weight.t());
     else
       at::mm_out(two, rows, layer.weight.t());
   }

@@ -87,25 +87,43 @@ inline Key choice_key(const Tensor& x, const Tensor& weight, const Tensor& lora_
   return key;
 }
 
-inline Key record_key(int path, const Layer& layer) {
+// Of several also what is asked for: their backward has kernels of its own for it, which are admitted by themselves.
+inline Key choice_key(const Layers& each) {
+  const auto of = [](const Layer& one) { return choice_key(one.x, one.weight, one.lora_A, one.p > 0.0); };
+  if (each.size() == 1) return of(each[0]);
   Key key;
-  key.add(int64_t{path} << 32 | (layer.x.device().index() + 1) << 1);
-  key.add(settings());
-  for (const Tensor* t : {&layer.x, &layer.weight, &layer.lora_A, &layer.lora_B}) key.add(*t);
-  key.add(layer.bias ? *layer.bias : Tensor());
-  key.add(layer.scaling);
-  key.add(layer.p);
+  key.add(int64_t{each[0].x.requires_grad()});
+  for (const Layer& one : each) {
+    key.add(of(one));
+    key.add(int64_t{one.lora_A.requires_grad()} << 1 | one.lora_B.requires_grad());
+  }
   return key;
 }
 
-inline Key record_key(int path, const Incoming& in) {
+inline Key record_key(int path, const Layers& each) {
+  const Tensor& x = each[0].x;
   Key key;
-  key.add(int64_t{path} << 32 | (in.dy.device().index() + 1) << 1 | 1);
+  key.add(int64_t{path} << 32 | (x.device().index() + 1) << 1);
   key.add(settings());
-  for (const Tensor* t : {&in.dy, &in.x, &in.weight, &in.lora_A, &in.lora_B, &in.S}) key.add(*t);
-  key.add(in.scaling);
-  key.add(in.p);
-  key.add(int64_t{in.need_B});
+  key.add(each[0].p);
+  key.add(x);
+  for (const Layer& one : each) {
+    for (const Tensor* t : {&one.weight, &one.lora_A, &one.lora_B, &one.bias}) key.add(*t);
+    key.add(one.scaling);
+  }
+  return key;
+}
+
+inline Key record_key(int path, const Incomings& each) {
+  Key key;
+  key.add(int64_t{path} << 32 | (each[0].dy.device().index() + 1) << 1 | 1);
+  key.add(settings());
+  key.add(each[0].p);
+  for (const Incoming& in : each) {
+    for (const Tensor* t : {&in.dy, &in.x, &in.weight, &in.lora_A, &in.lora_B, &in.S}) key.add(*t);
+    key.add(in.scaling);
+    key.add(int64_t{in.need_B});
+  }
   return key;
 }
 

@@ -1,14 +1,15 @@
-"""Forward and backward of a path as one autograd node, and what that node keeps.
+"""Forward and backward of a path as one autograd node, and what that node keeps: of one projection of x, or of several.
 
 What is kept for backward, and why only that: `x` (the caller's own tensor), because dA = dSᵀ·drop(x) needs it, and
 S = drop(x)·lora_Aᵀ of shape (M, R), scaled where the path scales it, because dB = dYᵀ·S needs it. With dropout also a
 seed of 8 bytes, from which backward makes forward's mask again. The weights are the caller's parameters, quantised
-ones as they are. Nothing as large as y is kept. Under create_graph=True the gradients are computed by differentiable
-formulas instead.
+ones as they are. Nothing as large as y is kept. Several projections keep x once, and S and seed each. Under
+create_graph=True the gradients are computed by differentiable formulas instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -19,15 +20,18 @@ from fastlora import node
 from fastlora.base_layer import Packed, dense
 from fastlora.gate import why_eager
 from fastlora.node import NODE
-from fastlora.paths import ATEN, Path
+from fastlora.paths import ATEN, PATHS, Path, cpu
 from fastlora.paths.bank import Bank
-from fastlora.paths.problem import Update, cast, draw_seed, rows
+from fastlora.paths.problem import Update, cast, draw_seeds, rows
+from fastlora.paths.shared import Needs, Projection
+
+One = tuple[Tensor, Tensor, Tensor, Tensor | None, float]  # weight, lora_A, lora_B, bias, scaling
 
 
 def run(
     path: Path,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -38,42 +42,64 @@ def run(
     """y of one call by `path`, differentiable where its arguments ask for it. What eager calls end in."""
     packed = weight if weight.__class__ is Packed else None  # kept for backward in the place of what it makes
     if NODE is not None and bank is None and (packed is None or path is not ATEN):
-        y = NODE.run(path, x, dense(weight), lora_A, lora_B, bias, scaling, dropout_p, packed)
+        y = NODE.lora_linear(path, x, dense(weight), lora_A, lora_B, bias, scaling, dropout_p, packed)
         if y is not None:
             return y
-    if torch.is_grad_enabled() and (
-        lora_A.requires_grad or lora_B.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _apply(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path, bank)
-    seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    return node.forward(path, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed, bank))[0]
+    return _run(path, x, [(weight, lora_A, lora_B, bias, scaling)], dropout_p, bank)[0]
 
 
-class _LoRALinear(torch.autograd.Function):
+def run_together(path: Path, x: Tensor, projections: Sequence[One], dropout_p: float) -> Sequence[Tensor]:
+    """y of each of several projections that share x, likewise."""
+    ys = None if NODE is None else NODE.lora_linears(path, x, projections, dropout_p)
+    return _run(path, x, projections, dropout_p, None) if ys is None else ys
+
+
+def _run(path: Path, x: Tensor, projections: Sequence[One], p: float, bank: Bank | None) -> Sequence[Tensor]:
+    trained = [t for one in projections for t in one[1:4]]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *trained)):
+        return _apply(x, [(one[0], one[4]) for one in projections], p, path, bank, *trained)
+    return _forward(path, x, projections, p, bank)[0]
+
+
+def _forward(path: Path, x: Tensor, projections: Sequence[One], p: float, bank: Bank | None):
+    seeds = draw_seeds(x.device, len(projections)) if p > 0.0 else [None] * len(projections)
+    many = [
+        Projection(dense(weight), bias, Update(lora_A, lora_B, scaling, p, seed, bank))
+        for (weight, lora_A, lora_B, bias, scaling), seed in zip(projections, seeds, strict=True)
+    ]
+    return *node.forward(path, x, many), seeds
+
+
+class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling, dropout_p, path, bank):
-        seed = draw_seed(x.device) if dropout_p > 0.0 else None
-        y, S = node.forward(path, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed, bank))
-        need_x, _, need_A, need_B, *_ = ctx.needs_input_grad
-        kept = x if need_A else _shadow(x) if need_x and need_B else None
-        ctx.packed = weight if weight.__class__ is Packed and need_x else None
-        plain = weight if weight.__class__ is not Packed and need_x else None
-        ctx.save_for_backward(kept, plain, lora_A, lora_B, S, seed)
-        ctx.call, ctx.bank = (scaling, dropout_p, path), bank
-        return y
+    def forward(ctx, x, frozen, p, path, bank, *trained):
+        As, Bs, biases = trained[::3], trained[1::3], trained[2::3]
+        weights, scalings = zip(*frozen, strict=True)
+        ys, Ss, seeds = _forward(path, x, list(zip(weights, As, Bs, biases, scalings, strict=True)), p, bank)
+        need_x, _, _, _, _, *needs = ctx.needs_input_grad
+        kept = x if any(needs[::3]) else _shadow(x) if need_x and any(needs[1::3]) else None
+        ctx.packed = [weight if weight.__class__ is Packed and need_x else None for weight in weights]
+        plain = [weight if weight.__class__ is not Packed and need_x else None for weight in weights]
+        ctx.save_for_backward(kept, *plain, *As, *Bs, *Ss, *seeds)
+        ctx.call = scalings, p, path
+        ctx.bank = bank
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx, dy):
-        need_x, _, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        x, weight, *rest = ctx.saved_tensors
-        weight = weight if ctx.packed is None else ctx.packed
-        dx, dA, dB, dbias = gradients(dy, x, weight, *rest, *ctx.call, (need_x, need_A, need_B, need_bias), ctx.bank)
-        return dx, None, dA, dB, dbias, None, None, None, None
+    def backward(ctx, *dys):
+        x, *saved = ctx.saved_tensors
+        n = len(dys)
+        plain, *rest = (saved[i : i + n] for i in range(0, len(saved), n))
+        weights = [packed or weight for packed, weight in zip(ctx.packed, plain, strict=True)]
+        need_x, _, _, _, _, *needs = ctx.needs_input_grad
+        dx, *others = gradients(dys, x, weights, *rest, *ctx.call, (need_x, *needs), ctx.bank)
+        return dx, None, None, None, None, *others
 
 
 # What torch.autograd.Function.apply ends in. The rest is for function transforms, of which none is active where this is
 # called (and what they leave behind is unwrapped before); it costs 4 microseconds a call.
-_apply = super(torch.autograd.Function, _LoRALinear).apply
+_apply = super(torch.autograd.Function, _LoRALinears).apply
 
 
 class _Shadow(torch.autograd.Function):
@@ -93,25 +119,44 @@ def _shadow(x: Tensor) -> Tensor:
         return _Shadow.apply(x)
 
 
-def gradients(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, path, needs, bank=None):
-    """dx, dA, dB and dbias, each where `needs` asks for it, else None. The node in C++ calls this for what it leaves.
+def gradients(dys, x, weights, As, Bs, Ss, seeds, scalings, p, path, needs, bank=None) -> list[Tensor | None]:
+    """dx, then dA, dB and dbias of each projection, where `needs` asks for it (in this order), else None. The node in
+    C++ calls this for what it leaves.
 
-    dy (..., N); the next six are what forward kept.
+    dys: (..., N) of each, None where an output took no part; the next six are what forward kept.
     """
-    with torch.autocast(dy.device.type, enabled=False) if torch._C._is_any_autocast_enabled() else _nothing:
-        dy, update = unwrap_if_dead(dy), Update(lora_A, lora_B, scaling, dropout_p, seed, bank)
-        if torch.is_grad_enabled() or why_eager(dy) is not None:
-            return _differentiable(dy, x, weight, S, update, path, needs)
-        need_x, need_A, need_B, need_bias = needs
-        dy2 = rows(dy)
-        weight = dense(weight) if need_x else None
-        dx, dA, dB = node.backward(path, dy2, x if need_A else None, weight, S, update, need_B, dy)
-        return (
-            None if not need_x else dx if dy.dim() == 2 else dx.view((*dy.shape[:-1], dx.shape[-1])),
-            cast(dA, lora_A.dtype) if need_A else None,
-            cast(dB, lora_B.dtype) if need_B else None,
-            dy2.sum(0) if need_bias else None,
-        )
+    need_x, need_A, need_B, need_bias = needs[0], needs[1::3], needs[2::3], needs[3::3]
+    found: list[Tensor | None] = [None] * len(needs)
+    live = [i for i, dy in enumerate(dys) if dy is not None]
+    if not live:
+        return found
+    device = dys[live[0]].device.type
+    with torch.autocast(device, enabled=False) if torch._C._is_any_autocast_enabled() else _nothing:
+        given = [unwrap_if_dead(dys[i]) for i in live]
+        many = [
+            Projection(weights[i] if need_x else None, None, Update(As[i], Bs[i], scalings[i], p, seeds[i], bank))
+            for i in live
+        ]
+        if torch.is_grad_enabled() or why_eager(*given) is not None:  # each one's own
+            for i, dy, (weight, _, update) in zip(live, given, many, strict=True):
+                # not as `needs` says: what is asked for now may be less than what learns
+                own = x if x is None or As[i].requires_grad else _shadow(x)
+                asked = need_x, need_A[i], need_B[i], need_bias[i]
+                dx, *rest = _differentiable(dy, own, weight, Ss[i], update, path, asked)
+                found[0] = dx if found[0] is None else found[0] + dx
+                found[1 + 3 * i : 4 + 3 * i] = rest
+            return found
+        flat, needed = [rows(dy) for dy in given], Needs(need_x, *(tuple(n[i] for i in live) for n in (need_A, need_B)))
+        many = [one._replace(weight=dense(one.weight)) if need_x else one for one in many]
+        kept = [Ss[i] for i in live]
+        dx, dAs, dBs = node.backward(path, flat, x if any(needed.A) else None, many, kept, needed, given)
+        if need_x:
+            found[0] = dx if given[0].dim() == 2 else dx.view((*given[0].shape[:-1], dx.shape[-1]))
+        for i, dy, dA, dB in zip(live, flat, dAs, dBs, strict=True):
+            found[1 + 3 * i] = cast(dA, As[i].dtype) if need_A[i] else None
+            found[2 + 3 * i] = cast(dB, Bs[i].dtype) if need_B[i] else None
+            found[3 + 3 * i] = dy.sum(0) if need_bias[i] else None
+    return found
 
 
 def _differentiable(dy, x, weight, S, update, path, needs):
@@ -145,3 +190,6 @@ def _differentiable(dy, x, weight, S, update, path, needs):
 
 
 _nothing = nullcontext()
+
+if NODE is not None:
+    NODE.prepare(cpu.kernels(), gradients, tuple(PATHS.values()), list(PATHS).index("cpu"))

@@ -23,7 +23,7 @@ from fastlora._version import __version__
 from fastlora.cache import read_json, write_json
 from fastlora.errors import warn_once
 from fastlora.paths import Path
-from fastlora.paths.problem import Problem, drawn, drawn_bank
+from fastlora.paths.problem import Problem, draw_seed, drawn, drawn_bank
 
 # (M, N, K, R, dropout_p): no size a multiple of a tile, one aligned case for the TMA kernels, one of a single row
 CASES = ((37, 53, 41, 3, 0.0), (130, 72, 100, 16, 0.25), (64, 128, 256, 8, 0.0), (1, 24, 40, 1, 0.0))
@@ -281,7 +281,7 @@ def _with_mask(path: Path, inputs: accuracy.Inputs, dropout_p: float) -> accurac
     if not dropout_p:
         return inputs
     torch.manual_seed(0)
-    mask = path.mask(autograd.draw_seed(inputs.x.device), *inputs.x.shape, inputs.bank or dropout_p)
+    mask = path.mask(draw_seed(inputs.x.device), *inputs.x.shape, inputs.bank or dropout_p)
     return replace(inputs, dropout_p=dropout_p, mask=mask)
 
 

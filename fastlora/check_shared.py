@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from fastlora import accuracy, check, shared_autograd
+from fastlora import accuracy, autograd, check
 from fastlora.paths import Path
 from fastlora.paths.problem import Problem, Update, draw_seeds, drawn
 from fastlora.paths.shared import Needs, Projection, Shared
@@ -82,7 +82,7 @@ def _fault(path: Path, shared: Shared, problems: Sequence[Problem], needs: Needs
             masks = [path.mask(seed, *x.shape, 0.1) for seed in draw_seeds(x.device, len(many))]
             inputs = [replace(one, mask=mask) for one, mask in zip(inputs, masks, strict=True)]
         torch.manual_seed(0)
-        found = accuracy.shared_violations(partial(shared_autograd.run, path), inputs, needs=needs)
+        found = accuracy.shared_violations(partial(autograd.run_together, path), inputs, needs=needs)
         if found:
             return f"projections that share x: {found[0]}"
     return None

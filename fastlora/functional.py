@@ -74,7 +74,7 @@ def fused(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path=None, bank=N
     if compiling or torch._C._is_any_autocast_enabled():
         x, weight, bias = cast_for_autocast(x, weight, bias)
     if path is None and not compiling and NODE is not None and bank is None:
-        y = NODE.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+        y = NODE.lora_linear(None, x, weight, lora_A, lora_B, bias, scaling, dropout_p)
         if y is not None:
             return y
     check(x, weight, lora_A, lora_B, bias, dropout_p)

@@ -14,7 +14,7 @@ def why_eager(*tensors: Tensor) -> str | None:
     """Why only ATen's own operations see these tensors right: what is to be said of it, or None.
 
     Subclasses, function transforms, tracing, forward-mode differentiation and batches of gradients are served by
-    differentiable formulas. `fits` in csrc/node.cpp asks the same of a call, at the speed of one.
+    differentiable formulas. `fits` in csrc/gate.h asks the same of a call, at the speed of one.
     """
     if torch._C._are_functorch_transforms_active():
         return "a function transform (vmap, grad, jvp) is active"

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from fastlora.paths.path import Path
-from fastlora.paths.problem import Update
-from fastlora.paths.shared import Gradients, Made, Needs, Projection, Shared
+from fastlora.paths.shared import Gradients, Made, Needs, Projection, gradients, made
 from fastlora.record import observe
 
 
@@ -85,64 +84,45 @@ def _seeds_are_sooner(device: torch.device) -> bool:
     return written < launched
 
 
-def forward(path: Path, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> tuple[Tensor, Tensor]:
-    """`path.forward`, recorded where the node has use for it."""
-    lora_A, lora_B, scaling, p, seed, bank = update
-    inputs = (x, weight, lora_A, lora_B, bias, seed)
-    _compare_seeds(x, p)
-    if bank is not None or not _records(path, x) or not NODE.lacks(path, inputs, scaling, p, False):
-        return path.forward(x, weight, bias, update)
-    found, record, _ = observe(lambda: path.forward(x, weight, bias, update), inputs, (True, True))
-    NODE.keep(path, inputs, scaling, p, False, record)
-    return found
-
-
-def backward(path: Path, dy: Tensor, x, weight, S: Tensor, update: Update, need_B: bool, given: Tensor):
-    """`path.backward`, recorded where the node has use for it; `given` is dy (..., N) before its rows were counted."""
-    lora_A, lora_B, scaling, p, seed, bank = update
-    inputs = (given, x, weight, lora_A, lora_B, S, seed)
-    if bank is not None or not _records(path, dy) or not NODE.lacks(path, inputs, scaling, p, need_B):
-        return path.backward(dy, x, weight, S, update, need_B)
-    wanted = (weight is not None, x is not None, need_B)
-    found, record, _ = observe(lambda: path.backward(dy, x, weight, S, update, need_B), inputs, wanted)
-    NODE.keep(path, inputs, scaling, p, need_B, record)
-    return found
-
-
-def forward_shared(path: Path, shared: Shared, x: Tensor, many: list[Projection]) -> Made:
-    """`shared.forward`, recorded where the node has use for it. An input's slot: x, then five for each projection."""
+def forward(path: Path, x: Tensor, many: list[Projection]) -> Made:
+    """y and S of each by `path`, recorded where the node has use for it. An input's slot: x, then five of each."""
+    first = many[0].update
+    _compare_seeds(x, first.dropout_p)
+    if first.bank is not None or not _records(path, x):
+        return made(path, x, many)
     inputs = (x, *(t for weight, bias, u in many for t in (weight, u.lora_A, u.lora_B, bias, u.seed)))
-    call = path, inputs, tuple(one.update.scaling for one in many), many[0].update.dropout_p, None
-    _compare_seeds(x, call[3])
-    if not _records(path, x) or not NODE.lacks_shared(*call):
-        return shared.forward(x, many)
+    call = path, inputs, tuple(one.update.scaling for one in many), first.dropout_p, None
+    if not NODE.lacks(*call):
+        return made(path, x, many)
 
     def flat() -> tuple[Tensor, ...]:
-        ys, Ss = shared.forward(x, many)
+        ys, Ss = made(path, x, many)
         return (*ys, *Ss)
 
     found, record, _ = observe(flat, inputs, (True,) * 2 * len(many))
-    NODE.keep_shared(*call, record)
+    NODE.keep(*call, record)
     return list(found[: len(many)]), list(found[len(many) :])
 
 
-def backward_shared(
-    path: Path, shared: Shared, dys: list[Tensor], x, many: list[Projection], Ss: list[Tensor], needs: Needs, given
+def backward(
+    path: Path, dys: list[Tensor], x, many: list[Projection], Ss: list[Tensor], needs: Needs, given
 ) -> Gradients:
-    """`shared.backward` likewise: x, then six for each; `given` are the dy (..., N) before their rows were counted."""
-    n = len(many)
+    """Gradients likewise: x, then six of each; `given` are the dy (..., N) before their rows were counted."""
+    n, first = len(many), many[0].update
+    several = len({dy.data_ptr() for dy in given}) < n  # at one place, as a sum's are: others that come are not
+    if several or first.bank is not None or not _records(path, dys[0]):
+        return gradients(path, dys, x, many, Ss, needs)
     each = zip(given, Ss, many, strict=True)
     inputs = (x, *(t for dy, S, (weight, _, u) in each for t in (dy, weight, u.lora_A, u.lora_B, S, u.seed)))
     wanted = (needs.x, *needs.A, *needs.B)
-    call = path, inputs, tuple(one.update.scaling for one in many), many[0].update.dropout_p, wanted
-    several = len({dy.data_ptr() for dy in given}) < n  # at one place, as a sum's are: others that come are not
-    if several or not _records(path, dys[0]) or not NODE.lacks_shared(*call):
-        return shared.backward(dys, x, many, Ss, needs)
+    call = path, inputs, tuple(one.update.scaling for one in many), first.dropout_p, wanted
+    if not NODE.lacks(*call):
+        return gradients(path, dys, x, many, Ss, needs)
 
     def flat() -> tuple[Tensor | None, ...]:
-        dx, dAs, dBs = shared.backward(dys, x, many, Ss, needs)
+        dx, dAs, dBs = gradients(path, dys, x, many, Ss, needs)
         return (dx, *dAs, *dBs)
 
     found, record, _ = observe(flat, inputs, wanted)
-    NODE.keep_shared(*call, record)
+    NODE.keep(*call, record)
     return found[0], list(found[1 : n + 1]), list(found[n + 1 :])

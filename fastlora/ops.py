@@ -15,6 +15,7 @@ from fastlora.base_layer import dense
 from fastlora.choice import select
 from fastlora.node import NODE
 from fastlora.paths.problem import Update, check_saved, draw_seed, rows
+from fastlora.paths.shared import Needs, Projection
 
 
 def call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, path) -> Tensor:
@@ -44,7 +45,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, lora_A, lora_B, bias, dropout_p)  # a caller of torch.ops has passed by `lora_linear`
     chosen = select(x, weight, lora_A, dropout_p, path or None)
-    return node.forward(chosen, x, dense(weight), bias, Update(lora_A, lora_B, scaling, dropout_p, seed))
+    update = Update(lora_A, lora_B, scaling, dropout_p, seed)
+    (y,), (S,) = node.forward(chosen, x, [Projection(dense(weight), bias, update)])
+    return y, S
 
 
 def _fake_forward(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, path):
@@ -71,8 +74,8 @@ def _backward(
     update, weight = Update(lora_A, lora_B, scaling, dropout_p, seed), dense(weight)
     dy2 = rows(dy)
     check_saved(dy2, x, weight, S, update)
-    x_or_none, weight = x if need_A else None, weight if need_x else None
-    dx, dA, dB = node.backward(chosen, dy2, x_or_none, weight, S, update, need_B, dy)
+    one, needs = Projection(weight if need_x else None, None, update), Needs(need_x, (need_A,), (need_B,))
+    dx, (dA,), (dB,) = node.backward(chosen, [dy2], x if need_A else None, [one], [S], needs, [dy])
     return (
         dx.view(x.shape) if need_x else x.new_empty(0),
         dA.to(lora_A.dtype).contiguous() if need_A else lora_A.new_empty(0),

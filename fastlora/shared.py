@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 
-from fastlora import check_shared, env, shared_autograd
+from fastlora import autograd, check_shared, env
 from fastlora.arguments import check as check_arguments
+from fastlora.autograd import One
 from fastlora.base_layer import Packed
 from fastlora.choice import nothing_timed, problem_of, select
 from fastlora.functional import cast_for_autocast, lora_linear
@@ -39,9 +40,8 @@ from fastlora.gate import through_ops, why_eager
 from fastlora.node import NODE
 from fastlora.paths import PATHS
 from fastlora.paths.shared import KERNELS, SHARED, WIDEST, Needs
-from fastlora.shared_autograd import One
 
-MOST = 4  # projections of a node, as in csrc/node_shared.h: Python's road for more would cost more than it saves
+MOST = 4  # projections of a node, as in csrc/layer.h: Python's road for more would cost more than it saves
 
 
 def lora_linears(x: Tensor, projections: Sequence[One], dropout_p: float = 0.0, training: bool = True) -> list[Tensor]:
@@ -85,11 +85,11 @@ def together(x: Tensor, projections: Sequence[One], p: float) -> Sequence[Tensor
         x, projections = _cast(x, projections)
     forced = env.forced_path()
     if NODE is not None and forced is None:
-        ys = NODE.lora_linears(x, projections, p)
+        ys = NODE.lora_linears(None, x, projections, p)
         if ys is not None:
             return ys
     name = path_for(x, projections, p, forced)
-    return None if name is None else shared_autograd.run(PATHS[name], x, projections, p)
+    return None if name is None else autograd.run_together(PATHS[name], x, projections, p)
 
 
 def path_for(x: Tensor, projections: Sequence[One], p: float, forced: str | None = None) -> str | None:

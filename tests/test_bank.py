@@ -17,6 +17,7 @@ from fastlora.bank import FusedLoRABank
 from fastlora.linear import EagerLoRALinear
 from fastlora.paths import PATHS
 from fastlora.paths.bank import Bank
+from fastlora.paths.problem import draw_seed
 
 ADAPTERS = {"a": {"r": 2, "lora_alpha": 8}, "b": {"r": 5, "lora_dropout": 0.5}, "c": {"r": 3, "use_rslora": True}}
 OWNERS = {
@@ -41,7 +42,7 @@ def case(path, owners, ps, dtype=torch.float32, adapter_dtype=None, each=7, N=40
     inputs = replace(inputs, scaling=1.0, dropout_p=max(ps), bank=bank)
     torch.manual_seed(1)
     if bank.drops:
-        mask = PATHS[path].mask(autograd.draw_seed(inputs.x.device), *inputs.x.shape, bank)
+        mask = PATHS[path].mask(draw_seed(inputs.x.device), *inputs.x.shape, bank)
         inputs = replace(inputs, mask=mask)
     torch.manual_seed(1)  # so that the call draws what the mask was made of
     return inputs
@@ -101,7 +102,7 @@ def test_second_derivatives(path):
         return torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
 
     torch.manual_seed(3)
-    mask = PATHS[path].mask(autograd.draw_seed(x.device), 12, 6, bank)
+    mask = PATHS[path].mask(draw_seed(x.device), 12, 6, bank)
 
     def eager():
         update = bank.masked((x * mask) @ A.t()) @ B.t()

@@ -294,7 +294,7 @@ def test_gradients_at_one_place_leave_no_word_that_there_is_no_record(monkeypatc
     kept = []
 
     class Node:
-        lacks_shared, keep_shared = staticmethod(lambda *_: True), staticmethod(lambda *call: kept.append(call[-1]))
+        lacks, keep = staticmethod(lambda *_: True), staticmethod(lambda *call: kept.append(call[-1]))
 
     monkeypatch.setattr(node, "NODE", Node)
     monkeypatch.setattr(node, "_records", lambda *_: True)
@@ -305,7 +305,7 @@ def test_gradients_at_one_place_leave_no_word_that_there_is_no_record(monkeypatc
     ]
     for other in (dy, dy.clone()):
         dys, needs = [dy, other], Needs(True, (True, True), (True, True))
-        node.backward_shared(PATHS["torch"], SHARED["torch"], dys, x, many, [S, S], needs, dys)
+        node.backward(PATHS["torch"], dys, x, many, [S, S], needs, dys)
     assert kept == [None]  # of the second alone
 
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import reference, roofline, shared, shared_autograd
+from fastlora import autograd, reference, roofline, shared
 from fastlora.accuracy import shared_violations
 from fastlora.node import NODE
 from fastlora.paths import PATHS
@@ -25,7 +25,7 @@ DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (tor
 def _either_node(request, monkeypatch):
     if request.param == "Python":
         monkeypatch.setattr(shared, "NODE", None)
-        monkeypatch.setattr(shared_autograd, "NODE", None)
+        monkeypatch.setattr(autograd, "NODE", None)
     elif NODE is None:
         pytest.skip("the node in C++ was not compiled here")
 

@@ -113,7 +113,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def draw_seeds(device: torch.device, count: int) -> list[Tensor]:
     """`count` of them, by one launch on a GPU, each at a multiple of 16 bytes; on a CPU one after the other."""
-    if device.type == "cpu":
+    if device.type == "cpu" or count == 1:
         return [draw_seed(device) for _ in range(count)]
     return list(torch.randint(2**63 - 1, (count, 2), device=device)[:, 0])
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastlora.paths import aten, cpu, gpu
 from fastlora.paths.mask import drop
+from fastlora.paths.path import Path
 from fastlora.paths.problem import Update, base_product, check_saved, rows
 
 
@@ -203,5 +204,23 @@ SHARED = {
     "onepass": Shared(split_forward, split_backward),
     "split": Shared(split_forward, split_backward),
 }
+
+
+def made(path: Path, x: Tensor, many: list[Projection]) -> Made:
+    """y and S of each by `path`; one alone by the path's own forward."""
+    if len(many) > 1:
+        return SHARED[path.name].forward(x, many)
+    y, S = path.forward(x, *many[0])
+    return [y], [S]
+
+
+def gradients(path: Path, dys, x, many: list[Projection], Ss, needs: Needs) -> Gradients:
+    """dX, and dA and dB of each, where `needs` asks for them. No dA where x is None, no dX where there is no weight."""
+    if len(many) > 1:
+        return SHARED[path.name].backward(dys, x, many, Ss, needs)
+    dx, dA, dB = path.backward(dys[0], x, many[0].weight, Ss[0], many[0].update, needs.B[0])
+    return dx, [dA], [dB]
+
+
 KERNELS = frozenset({"hybrid", "onepass", "split"})  # one mask and one S: what they forward, each may take back
 WIDEST = 64  # rank that these kernels add to dX from registers; wider ones are computed one by one

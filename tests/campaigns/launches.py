@@ -241,7 +241,7 @@ def specialised_cases(quick: bool) -> Iterator[tuple]:
 
 def regimes() -> Iterator[str]:
     """What is wrong of calls that are not the plain one: each must be the node's, or else Python's, as it says here."""
-    gpu, of_node, of_python = ctypes.CDLL(sync.LIBRARY), "CppFunction", "_LoRALinearBackward"
+    gpu, of_node, of_python = ctypes.CDLL(sync.LIBRARY), "CppFunction", "_LoRALinearsBackward"
     x, weight, bias, dy = (
         sync.laid_out("plain", *shape, torch.bfloat16) for shape in ((64, 128), (96, 128), (1, 96), (64, 96))
     )

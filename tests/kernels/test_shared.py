@@ -8,7 +8,7 @@ import pytest
 import torch
 from judge import DTYPES, draw, judge, paired
 
-from fastlora import check_shared, shared_autograd
+from fastlora import autograd, check_shared
 from fastlora.kernels import shared
 from fastlora.kernels.dropout import Dropout, keep_mask
 from fastlora.kernels.tiles import INTERPRETER, TARGETS
@@ -107,7 +107,7 @@ def test_the_self_check_finds_what_is_wrong(path, dropout, monkeypatch):
     cpu, kind = torch.device("cpu"), torch.float32
     problems = [Problem(40, N, 48, R, kind, kind, cpu, dropout) for N, R in ((24, 8), (16, 4), (16, 20))]
     monkeypatch.setattr(check_shared, "_kernels", lambda *_: frozenset())  # which only a compiler can name
-    for module in (check_shared, shared_autograd):  # as on a GPU, all in one draw
+    for module in (autograd, check_shared):  # as on a GPU, all in one draw
         monkeypatch.setattr(module, "draw_seeds", lambda _, n: list(torch.randint(2**63 - 1, (n, 2))[:, 0]))
     every = Needs(True, (True,) * 3, (True,) * 3)
     some = Needs(False, (True, False, True), (True,) * 3)

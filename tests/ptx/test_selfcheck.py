@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora import check, check_shared, shared_autograd
+from fastlora import autograd, check, check_shared
 from fastlora.kernels import tiles
 from fastlora.paths import PATHS
 from fastlora.paths.problem import Problem
@@ -42,7 +42,7 @@ def test_one(on_gpu, path, arch, dtype, adapter, dropout, bank):
 @pytest.mark.parametrize(("arch", "dtype"), [(75, HALF), (90, BRAIN), (90, FLOAT)])
 def test_several_that_share_x(on_gpu, path, arch, dtype, monkeypatch):
     problems = [Problem(70, N, 72, R, dtype, dtype, CPU, True) for N, R in ((48, 8), (32, 4), (32, 16))]
-    for module in (check_shared, shared_autograd):  # as on a GPU, all in one draw
+    for module in (autograd, check_shared):  # as on a GPU, all in one draw
         monkeypatch.setattr(module, "draw_seeds", lambda _, n: list(torch.randint(2**63 - 1, (n, 2))[:, 0]))
     with on_gpu(arch):
         needs = Needs(True, (True,) * 3, (True,) * 3)
