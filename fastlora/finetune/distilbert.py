@@ -13,7 +13,6 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,34 +31,31 @@ from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import data_digest, locate, random_split, read_texts
 from fastlora.finetune.hub import LABELS
-from fastlora.finetune.options import chosen, defaults, number, pick_device, whole
+from fastlora.finetune.options import complete, defaults, number, pick_device, whole
 
-MODEL = "distilbert-base-uncased"
 CHECKPOINTS = "checkpoints"  # the Trainer's, in the run's folder until the run is finished
 TARGETS = {"distilbert": ["q_lin"], "bert": ["query", "value"]}  # by model_type; PEFT's own table for the others
 SPLIT_SEED = 0
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained and how; lora_dropout as `dropout`, lengths in tokens."""
-
-    model: str = MODEL
-    target_modules: tuple[str, ...] = ()
-    max_length: int = 512
-    dropout: float = 0.01
-    epochs: int = 2
-    rank: int = 4
-    alpha: float = 32.0
-    batch_size: int = 32
-    lr: float = 1e-3
+RECIPE = {
+    "model": "distilbert-base-uncased",
+    "target_modules": (),  # by architecture
+    "max_length": 512,  # tokens
+    "dropout": 0.01,  # PEFT's lora_dropout
+    "epochs": 2,
+    "rank": 4,
+    "alpha": 32.0,
+    "batch_size": 32,
+    "lr": 1e-3,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this program alone."""
     add = parser.add_argument
-    parser.epilog = defaults(Recipe())
-    add("--model", metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
+    parser.epilog = defaults(RECIPE)
+    add("--model", metavar="NAME|DIR", help=f"hub name or folder (default {RECIPE['model']})")
     length = "tokens a review is cut at (default 512)"
     add("--max-length", type=whole(8, 65536), metavar="N", help=length)
     below_one = number(float, 0, 1 - 1e-9, "at least 0 and below 1")
@@ -75,54 +71,56 @@ def train(args: argparse.Namespace) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
         set_seed(args.seed)  # the head's start
-        recipe = chosen(Recipe(), args)
-        what = f"--model {recipe.model}"
-        name = hub.located(recipe.model, what)
-        tokenizer, model, digest = hub.load_model(name, what)
-        kind, longest = model.config.model_type, getattr(model.config, "max_position_embeddings", recipe.max_length)
-        targets = recipe.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
-        if not targets:
+        complete(args, RECIPE)
+        what = f"--model {args.model}"
+        args.model = hub.located(args.model, what)
+        tokenizer, model, digest = hub.load_model(args.model, what)
+        kind = model.config.model_type
+        args.target_modules = args.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
+        if not args.target_modules:
             raise UserError(f"{what}: no default target modules for a {kind!r}; name --target-modules")
-        _check_targets(model, targets)
-        recipe = replace(recipe, model=name, target_modules=targets, max_length=min(recipe.max_length, longest))
-        settings = runs.settings_of(args, recipe, weights_sha256=digest, device=device.type, processes=world.size,
+        _check_targets(model, args.target_modules)
+        args.max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
+        settings = runs.settings_of(args, weights_sha256=digest, device=device.type, processes=world.size,
                                     data_sha256=data_digest(args.data, "imdb"))  # fmt: skip
-        with runs.run_folder(args.output, settings, args.resume, world, device) as begun:
-            if begun != runs.FINISHED:
-                _train(args, recipe, settings, tokenizer, model, device, world)
+        with runs.run_folder(args.output, settings, args.resume, world, device) as unfinished:
+            if unfinished:
+                _train(args, settings, tokenizer, model, device, world)
 
 
-def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, tokenizer, model, device, world) -> None:
+def _train(args: argparse.Namespace, settings: dict, tokenizer, model, device, world) -> None:
     folder, texts = args.output, _texts(locate(args.data, "imdb"), args)
-    data = {name: _rows(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
+    data = {name: _rows(tokenizer, *rows, args.max_length) for name, rows in texts.items()}
     if world.first and args.show_tokens:
         text = texts["train"][0][0]
-        encoded = tokenizer(text, truncation=True, max_length=recipe.max_length)
+        encoded = tokenizer(text, truncation=True, max_length=args.max_length)
         print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
         print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
-    model = get_peft_model(model, _lora_config(recipe))
+    how = LoraConfig(task_type=TaskType.SEQ_CLS, r=args.rank, lora_alpha=args.alpha, lora_dropout=args.dropout,
+                     target_modules=list(args.target_modules))  # fmt: skip
+    model = get_peft_model(model, how)
     if args.impl == "fused":
         fastlora.peft.patch(model)
     counts = runs.counts(model)
     if world.first:
         print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
-    trainer = make_trainer(model, tokenizer, data, folder / CHECKPOINTS, args.seed, recipe, device, world.size)
+    trainer = make_trainer(args, model, tokenizer, data, device, world.size)
     trainer.fit()
     accuracy = trainer.predict(data["test"], metric_key_prefix="test").metrics["test_accuracy"]
     if not world.first:
         return
 
     history = [entry["row"] for entry in trainer.state.log_history if "row" in entry]
-    tokens = recipe.epochs * sum(len(row["input_ids"]) for row in data["train"])
+    tokens = args.epochs * sum(len(row["input_ids"]) for row in data["train"])
     hub.save_adapter(model, folder)
     layers = fastlora.peft.report(model)
     how = ", ".join(sorted(set(map(str, layers.values()))))
     if args.impl == "fused":
         print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
-    title = f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test"
+    title = f"{Path(args.model).name}, {args.impl}: {accuracy:.1%} on test"
     runs.leave(folder, history, title, trainer.args.device, {
         **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data,
-        "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
+        "batches": {name: -(-len(rows) // args.batch_size) for name, rows in data.items()}, **counts,
         "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
         "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
         "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls})  # fmt: skip
@@ -200,18 +198,16 @@ class HubTrainer(Trainer):
             raise WorkError(f"{self.args.output_dir}: cannot be written ({shown(str(error))})") from None
 
 
-def make_trainer(
-    model, tokenizer, data: dict[str, list], folder: Path, seed: int, recipe: Recipe, device: torch.device, processes=1
-) -> HubTrainer:
-    """The trainer of one run on `data`'s "train" and "valid"; checkpoints go to `folder`, the best is kept."""
+def make_trainer(args: argparse.Namespace, model, tokenizer, data: dict[str, list], device, processes=1) -> HubTrainer:
+    """The trainer of one run on `data`'s "train" and "valid"; the best checkpoint is kept."""
     grouped = {"train_sampling_strategy": "group_by_length"}
     if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # transformers 4
         grouped = {"group_by_length": True}
     settings = TrainingArguments(
-        output_dir=str(folder.resolve()), num_train_epochs=recipe.epochs, learning_rate=recipe.lr,
-        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size,
+        output_dir=str((args.output / CHECKPOINTS).resolve()), num_train_epochs=args.epochs, learning_rate=args.lr,
+        per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
-        load_best_model_at_end=True, metric_for_best_model="accuracy", seed=seed, data_seed=seed,
+        load_best_model_at_end=True, metric_for_best_model="accuracy", seed=args.seed, data_seed=args.seed,
         use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", report_to="none",
         ddp_backend=("gloo" if device.type == "cpu" else "nccl") if processes > 1 else None,
         ddp_find_unused_parameters=False if processes > 1 else None, **grouped,
@@ -247,11 +243,6 @@ def load_predictor(run: Path) -> runs.Predictor:
         return model(**batch).logits
 
     return runs.predictor(LABELS, logits)
-
-
-def _lora_config(recipe: Recipe) -> LoraConfig:
-    return LoraConfig(task_type=TaskType.SEQ_CLS, r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,
-                      target_modules=list(recipe.target_modules))  # fmt: skip
 
 
 def _check_targets(model, names: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastlora.env import expanded
 from fastlora.errors import UserError, shown
 from fastlora.finetune.checkpoint import fill, read_checkpoint
 from fastlora.finetune.data import FILES
@@ -121,20 +122,21 @@ _THEIRS = {
 }  # fmt: skip
 
 
-def find_weights(folder: Path | None) -> Path:
+def find_weights(folder: str | None) -> Path:
     """`model.safetensors` in `folder`; with None, that of gpt2 in the Hugging Face hub's cache.
 
     Raises UserError, saying what to do, when there is none.
     """
     if folder is not None:
-        if not (folder / WEIGHTS).is_file():
+        path = expanded(folder) / WEIGHTS
+        if not path.is_file():
             raise UserError(f"--weights {folder}: holds no {WEIGHTS}")
-        return folder / WEIGHTS
+        return path.resolve()
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("gpt2", "openai-community/gpt2"):
         if isinstance(found := try_to_load_from_cache(name, WEIGHTS), str):
-            return Path(found)
+            return Path(found).resolve()
     raise UserError(f"GPT-2's weights are not in the Hugging Face hub's cache; `hf download gpt2 {WEIGHTS}` "
                     "fetches them, or give --weights DIR or --weights random")  # fmt: skip
 

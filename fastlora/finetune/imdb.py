@@ -16,7 +16,7 @@ from fastlora.errors import UserError
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
-from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
+from fastlora.finetune.options import add_steps, complete, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL
 from fastlora.finetune.step import Settings
 from fastlora.finetune.trainer import Trainer
@@ -29,26 +29,19 @@ GPU_PAD = 4096  # words; on a GPU a batch's words are padded to a multiple, so t
 BASE_SEED = 0  # of the split and of the base
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the classifier is fine-tuned, by SGD."""
-
-    epochs: int = 5
-    lr: float = 1.0
-    decay: float = 0.1  # of the rate, after each epoch
-    clip: float = 1.0
-    batch_size: int = 64
-    rank: int = 2
-    alpha: float = 16.0  # the update is scaled by alpha / rank
-    pretrain_epochs: int = 3  # passes over the news; their rate is 1, halved each epoch
-    scale: float | None = 10.0  # mean norm of the word vectors, weighted for averaging; None leaves them as they are
-
-
-RECIPES = {
-    "default": Recipe(),
-    # As published: rank 2, the update scaled by 0.1, gradients clipped at 0.1, vectors averaged as they are.
-    "tutorial": Recipe(epochs=10, clip=0.1, alpha=0.2, scale=None),
+RECIPE = {  # by SGD
+    "epochs": 5,
+    "lr": 1.0,
+    "decay": 0.1,  # of the rate, after each epoch
+    "clip": 1.0,
+    "batch_size": 64,
+    "rank": 2,
+    "alpha": 16.0,  # the update is scaled by alpha / rank
+    "pretrain_epochs": 3,  # passes over the news; their rate is 1, halved each epoch
+    "scale": 10.0,  # mean norm of the word vectors, weighted for averaging; None leaves them as they are
 }
+# As published: rank 2, the update scaled by 0.1, gradients clipped at 0.1, vectors averaged as they are.
+RECIPES = {"default": RECIPE, "tutorial": RECIPE | {"epochs": 10, "clip": 0.1, "alpha": 0.2, "scale": None}}
 
 
 class TextClassifier(nn.Module):
@@ -73,36 +66,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vectors = "word vectors in GloVe's text format, 100 numbers a word (default: learned from the texts, no labels)"
     parser.add_argument("--vectors", type=Path, metavar="FILE", help=vectors)
     add_steps(parser)
-    parser.epilog = defaults(RECIPES["default"])
+    parser.epilog = defaults(RECIPE)
 
 
 def train(args: argparse.Namespace) -> None:
     """Pre-train, fine-tune, test, and leave everything in `args.output`; `args` as the flags."""
     folder, device = args.output, pick_device(args.device)
-    recipe, how = chosen(RECIPES[args.recipe], args), step_choices(args)
-    members = members_of(args, recipe)
-    settings = runs.settings_of(args, recipe, precision=how["precision"], device=device.type,
+    complete(args, RECIPES[args.recipe])
+    members, how = members_of(args), step_choices(args)
+    settings = runs.settings_of(args, precision=how["precision"], device=device.type,
                                 data_sha256=data_digest(args.data, "imdb", "ag_news"))  # fmt: skip
-    with runs.run_folder(folder, settings, args.resume) as begun:
-        if begun == runs.FINISHED:
+    with runs.run_folder(folder, settings, args.resume) as unfinished:
+        if not unfinished:
             return
-        data = load_data(args, recipe, device)
+        data = load_data(args, device)
         if (folder / MODEL).exists():
             model, _, pretrained = load_base(folder, data.vocabulary)
             model.to(device)
         else:
-            model, pretrained = make_base(recipe, data, device)
+            model, pretrained = make_base(args, data, device)
             words = data.vocabulary.words[len(SPECIAL) :]
             write_checkpoint(folder / MODEL, model.state_dict(), pretrained=pretrained, words=words)
         model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=device)
         adapt(model, members, args.impl, ["fc1"], head="fc2")
-        training = Settings(epochs=recipe.epochs, decay=recipe.decay, clip=recipe.clip, checkpoint=folder / CHECKPOINT,
-                            **how)  # fmt: skip
+        training = Settings(epochs=args.epochs, decay=args.decay, clip=args.clip, checkpoint=folder / CHECKPOINT, **how)
         trainer = Trainer(model, sgd(groups_of(model, members)), data.train, data.valid, training, members)
 
         settings["pretrained"] = pretrained
         title = f"{'made-up sample' if args.data == 'sample' else 'IMDb'}, {args.impl}"
-        fine_tune(args, settings, trainer, data, model.fc1, begun, title)
+        fine_tune(args, settings, trainer, data, model.fc1, title)
 
 
 @dataclass
@@ -115,7 +107,7 @@ class Reviews(Data):
     news_test: Batches | None = None
 
 
-def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> Reviews:
+def load_data(args: argparse.Namespace, device: torch.device) -> Reviews:
     """Read and number the texts, and find their words' vectors."""
     began = time.perf_counter()
     folder = locate(args.data, "imdb", "ag_news")
@@ -140,15 +132,15 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
     else:
         vectors, count = read_glove(args.vectors, vocabulary)
         source = f"{args.vectors.name}, {count:,} of {len(vocabulary):,} words"
-    if recipe.scale is not None:
-        vectors = weighted(vectors, ids, recipe.scale)
+    if args.scale is not None:
+        vectors = weighted(vectors, ids, args.scale)
     print(f"{len(sets['imdb/train']):,} + {len(sets['imdb/test']):,} reviews, {len(news):,} news; word vectors "
           f"{source}: {time.perf_counter() - began:.1f} s", flush=True)  # fmt: skip
 
     def batches(name: str, rows: Tensor | None = None) -> Batches:
         dataset, pad_to = sets[name], GPU_PAD if device.type == "cuda" else 1
         rows = torch.arange(len(dataset)) if rows is None else rows
-        return Batches(len(rows), lambda i: dataset.batch(rows[i], pad_to), recipe.batch_size, device=device)
+        return Batches(len(rows), lambda i: dataset.batch(rows[i], pad_to), args.batch_size, device=device)
 
     return Reviews(
         folder, batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"),
@@ -157,13 +149,13 @@ def load_data(args: argparse.Namespace, recipe: Recipe, device: torch.device) ->
     )  # fmt: skip
 
 
-def make_base(recipe: Recipe, data: Reviews, device: torch.device) -> tuple[TextClassifier, dict]:
+def make_base(args: argparse.Namespace, data: Reviews, device: torch.device) -> tuple[TextClassifier, dict]:
     """The classifier pre-trained on news, and what there is to report of it."""
     torch.manual_seed(BASE_SEED)
     model = TextClassifier(*data.vectors.shape, TOPICS)
     model.embedding.weight.data.copy_(data.vectors)
     model.to(device)
-    settings = Settings(epochs=recipe.pretrain_epochs, decay=0.5, clip=recipe.clip)
+    settings = Settings(epochs=args.pretrain_epochs, decay=0.5, clip=args.clip)
     trainer = Trainer(model, sgd([{"params": [*model.parameters()], "lr": 1.0}]), data.news, data.news_test, settings)
     print("pre-training on news, with its test part as validation", flush=True)
     trainer.fit()

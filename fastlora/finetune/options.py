@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -101,16 +100,20 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
     add("--sweep", type=swept, metavar="KEY=V,V...", help=text)
 
 
-def defaults(recipe) -> str:
+def defaults(recipe: Mapping) -> str:
     """What a program takes where these flags do not say, for its --help."""
     names = ("epochs", "rank", "alpha", "batch_size", "lr")
-    return "defaults: " + ", ".join(f"--{name.replace('_', '-')} {getattr(recipe, name):g}" for name in names)
+    return "defaults: " + ", ".join(f"--{name.replace('_', '-')} {recipe[name]:g}" for name in names)
 
 
-def chosen(recipe, args: argparse.Namespace):
-    """`recipe`, a dataclass, with what the flags give of it."""
-    given = {field.name: getattr(args, field.name, None) for field in fields(recipe)}
-    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+def complete(args: argparse.Namespace, recipe: Mapping) -> None:
+    """Let `args` hold what decides the run: of `recipe` what the flags did not give, or have no flag for."""
+    for name in getattr(args, "sweep", None) or ():
+        if name != "seed" and getattr(args, name) is not None:
+            raise UserError(f"--{name} is given beside --sweep, which has values of its own for it")
+    for name, value in recipe.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
 
 
 def step_choices(args: argparse.Namespace, default: str = "fp32") -> dict:

@@ -6,23 +6,21 @@ Source: Raschka, "Build a Large Language Model (From Scratch)", chapter 6 and ap
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fastlora
-from fastlora import env
 from fastlora.errors import UserError
-from fastlora.files import clear_leftovers, sha256, write_bytes
+from fastlora.files import sha256
 from fastlora.finetune import gpt2, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import FILES, Batches, Data, data_digest, locate, read_texts
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
-from fastlora.finetune.homes import missing
-from fastlora.finetune.options import add_steps, chosen, defaults, pick_device, step_choices
+from fastlora.finetune.homes import convert, missing
+from fastlora.finetune.options import add_steps, complete, defaults, pick_device, step_choices
 from fastlora.finetune.run import CHECKPOINT, MODEL
 from fastlora.finetune.step import Settings
 from fastlora.finetune.trainer import Trainer
@@ -33,17 +31,15 @@ LABELS, RANDOM = ("ham", "spam"), "random"
 BASE_SEED = 0  # of random weights
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the classifier is trained: AdamW at a constant rate, as published."""
-
-    epochs: int = 5
-    lr: float = 8e-4
-    weight_decay: float = 0.1
-    batch_size: int = 8
-    rank: int = 16
-    alpha: float = 16.0  # the updates are scaled by alpha / rank
-    eval_every: int = 50  # steps between evaluations on the validation messages; checkpoints are written as often
+RECIPE = {  # as published: AdamW at a constant rate
+    "epochs": 5,
+    "lr": 8e-4,
+    "weight_decay": 0.1,
+    "batch_size": 8,
+    "rank": 16,
+    "alpha": 16.0,  # the updates are scaled by alpha / rank
+    "eval_every": 50,  # steps between evaluations on the validation messages; checkpoints are written as often
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     activations = "compute activations again in the backward pass instead of keeping them"
     add("--grad-checkpointing", action="store_true", help=activations)
     add_steps(parser)
-    parser.epilog = defaults(Recipe())
+    parser.epilog = defaults(RECIPE)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -65,29 +61,28 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace, world: parallel.World, device: torch.device) -> None:
-    folder, recipe = args.output, chosen(Recipe(), args)
-    members = members_of(args, recipe)
-    size = args.model or ("nano" if args.data == "sample" else "gpt2")
-    weights = find_base(args.weights, size)
+    folder = args.output
+    complete(args, RECIPE | {"model": "nano" if args.data == "sample" else "gpt2"})
+    members = members_of(args)
+    random = args.weights == RANDOM or (args.weights is None and args.model == "nano")
+    weights = None if random else gpt2.find_weights(args.weights)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     how = step_choices(args, "bf16" if bf16 else "fp32")
     settings = runs.settings_of(
-        args, recipe, precision=how["precision"], device=device.type, processes=world.size, model=size,
+        args, precision=how["precision"], device=device.type, processes=world.size,
         weights=str(weights or RANDOM), weights_sha256=weights and sha256(weights),
         data_sha256=data_digest(args.data, "spam"),
     )  # fmt: skip
-    with runs.run_folder(folder, settings, args.resume, world, device) as begun:
-        if begun == runs.FINISHED:
+    with runs.run_folder(folder, settings, args.resume, world, device) as unfinished:
+        if not unfinished:
             return
-        data = load_data(args, recipe, world, device)
-        kept = folder / MODEL if begun and (folder / MODEL).exists() else None
-        model = make_base(size, weights, kept)
-        if world.first and kept is None:
-            for file in FILES["gpt2"] if args.data != "sample" else ():  # so that `predict` finds them
-                (folder / "gpt2").mkdir(exist_ok=True)
-                clear_leftovers(folder / "gpt2")
-                write_bytes(folder / file, (vocabulary(data.folder) / file).read_bytes())
-            write_checkpoint(folder / MODEL, {name: model.state_dict()[name] for name in random_names(model, weights)})
+        data = load_data(args, world, device)
+        begun = (folder / MODEL).exists()
+        model, drawn = make_base(args.model, weights, folder / MODEL if begun else None)
+        if world.first and not begun:
+            if args.data != "sample":  # so that `predict` finds it
+                convert("gpt2", [vocabulary(data.folder) / file for file in FILES["gpt2"]], folder / "gpt2")
+            write_checkpoint(folder / MODEL, drawn)
         model.to(device)
         model.grad_checkpointing = args.grad_checkpointing
         adapt(model, members, args.impl, "all-linear")
@@ -96,16 +91,16 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
                 if isinstance(layer, FusedLoRALinear):
                     layer.weight.data = layer.weight.data.to(getattr(torch, how["precision"]))
                     layer.bias.data = layer.bias.data.to(layer.weight.dtype)
-        training = Settings(epochs=recipe.epochs, every=recipe.eval_every, checkpoint=folder / CHECKPOINT, **how)
-        optimiser = torch.optim.AdamW(groups_of(model, members), weight_decay=recipe.weight_decay, fused=True)
+        training = Settings(epochs=args.epochs, every=args.eval_every, checkpoint=folder / CHECKPOINT, **how)
+        optimiser = torch.optim.AdamW(groups_of(model, members), weight_decay=args.weight_decay, fused=True)
         trainer = Trainer(model, optimiser, data.train, data.valid, training, members, world)
 
         settings["base"] = str(weights or "random weights, frozen")
-        title, layer = f"Spam, {size}, {args.impl}", model.blocks[0].attention.query
-        fine_tune(args, settings, trainer, data, layer, begun, title)
+        title, layer = f"Spam, {args.model}, {args.impl}", model.blocks[0].attention.query
+        fine_tune(args, settings, trainer, data, layer, title)
 
 
-def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, device: torch.device) -> Data:
+def load_data(args: argparse.Namespace, world: parallel.World, device: torch.device) -> Data:
     """Read and encode the messages, all as long as the longest of the training messages."""
     folder = locate(args.data, "spam")
     encoding, length = _encoding(args.data, folder), None
@@ -115,13 +110,13 @@ def load_data(args: argparse.Namespace, recipe: Recipe, world: parallel.World, d
         parts[name] = gpt2.encode(texts, encoding, length), torch.tensor(labels)
         length = parts[name][0].shape[1]
     sizes = {name: len(labels) for name, (_, labels) in parts.items()}
-    whole = recipe.batch_size * world.size
+    whole = args.batch_size * world.size
     if sizes["train"] < whole:
         raise UserError(f"{folder}/spam/train.parquet: {sizes['train']} messages do not fill one batch of {whole}")
 
     def batches(name: str) -> Batches:
         ids, labels = parts[name]
-        return Batches(len(labels), lambda rows: (ids[rows], labels[rows]), recipe.batch_size, name == "train", device,
+        return Batches(len(labels), lambda rows: (ids[rows], labels[rows]), args.batch_size, name == "train", device,
                        world)  # fmt: skip
 
     if world.first:
@@ -141,33 +136,20 @@ def vocabulary(folder: Path) -> Path:
     return locate("auto", "gpt2") if missing(folder, "gpt2") else folder
 
 
-# The frozen base: GPT-2's weights from a file, or random ones, which are kept with the run.
+def make_base(size: str, weights: Path | None, kept: Path | None) -> tuple[GPT2, dict[str, Tensor]]:
+    """The model with its frozen weights from the file `weights`, or random ones, and what of it is random.
 
-
-def find_base(named: str | None, size: str) -> Path | None:
-    """The file of the base weights that `--weights` means, or None for random ones."""
-    if named == RANDOM or (named is None and size == "nano"):
-        return None
-    return gpt2.find_weights(None if named is None else env.expanded(named)).resolve()
-
-
-def make_base(size: str, weights: Path | None, kept: Path | None = None) -> GPT2:
-    """The model with its frozen weights from the file `weights`, or random ones; its head is random in any case.
-
-    What is random comes from the file `kept`, of the run that goes on: another version of torch may draw otherwise.
+    That is its head in any case. It comes from the file `kept`, of a run that goes on, if there is one: another version
+    of torch may draw otherwise.
     """
     torch.manual_seed(BASE_SEED)
     model = GPT2(CONFIGS[size])
     if weights is not None:
         gpt2.load_weights(model, weights)
+    drawn = {name: t for name, t in model.state_dict().items() if weights is None or name.startswith("head.")}
     if kept is not None:
-        fill(model, kept, read_checkpoint(kept)[0], random_names(model, weights))
-    return model
-
-
-def random_names(model: GPT2, weights: Path | None) -> set[str]:
-    """The names of what no file of weights has."""
-    return {name for name in model.state_dict() if weights is None or name.startswith("head.")}
+        fill(model, kept, read_checkpoint(kept)[0], set(drawn))
+    return model, drawn
 
 
 def load_predictor(run: Path) -> runs.Predictor:
@@ -177,7 +159,7 @@ def load_predictor(run: Path) -> runs.Predictor:
     """
     report = runs.read_report(run)
     weights = None if report["weights"] == RANDOM else Path(report["weights"])
-    encoding, model = _encoding(report["dataset"], run), make_base(report["model"], weights, run / MODEL)
+    encoding, (model, _) = _encoding(report["dataset"], run), make_base(report["model"], weights, run / MODEL)
     if weights and report.get("weights_sha256") not in (None, sha256(weights)):  # earlier versions left none
         raise UserError(f"{weights}: not the base weights that {run} was trained on")
     fastlora.load_adapter(model, run).eval()

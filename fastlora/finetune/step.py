@@ -140,7 +140,9 @@ class Step:
         """Each member's mean cross-entropy, (n,), and float64 (n, 2): its sum and the correct rows. No host waits."""
         n = len(self.names)
         forward = self._forward if torch.is_grad_enabled() else self.model
-        with autocast(self.device, self.settings.precision):
+        dtype = getattr(torch, self.settings.precision)
+        # no casts are kept from one step to another, as graphs demand
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             logits = forward(*inputs)
         parts = zip(logits.float().chunk(n), labels.chunk(n), strict=True)
         losses = torch.stack([F.cross_entropy(*part) for part in parts])
@@ -175,10 +177,3 @@ def why_plain(device: torch.device, settings: Settings, world: World = ALONE) ->
     if settings.precision == "float16":
         return "float16's loss scaling decides on the host whether to skip a step"
     return "the processes exchange gradients within the step" if world.size > 1 else None
-
-
-def autocast(device: torch.device, precision: str):
-    """torch.autocast to a `Settings.precision`; it keeps no casts from one step to another, as graphs demand."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, precision), cache_enabled=False)

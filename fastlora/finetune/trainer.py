@@ -67,6 +67,7 @@ class Trainer:
         """Train to the last epoch from wherever the trainer stands."""
         settings = self.settings
         self.model.train()
+        self._seed()
         while self.epoch < settings.epochs:
             for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
                 rate *= settings.decay**self.epoch
@@ -74,12 +75,8 @@ class Trainer:
                     group["lr"].fill_(rate)
                 else:
                     group["lr"] = rate
-            bar = tqdm(
-                total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{settings.epochs}",
-                unit="batch", disable=None if self.progress else True, mininterval=0.2,
-            )  # fmt: skip
-            with bar:
-                self._seed()
+            with tqdm(total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{settings.epochs}",
+                      unit="batch", disable=None if self.progress else True, mininterval=0.2) as bar:  # fmt: skip
                 rows, began = 0, self._now()
                 while self.position < len(self.train):
                     numbers = range(self.position, min(self.position + settings.accumulate, len(self.train)))
@@ -94,7 +91,6 @@ class Trainer:
                         self._record(rows)
                         if not last:
                             self.save()
-                            self._seed()
                         rows, began = 0, self._now()
             self.epoch, self.position = self.epoch + 1, 0
             self.save()
@@ -126,13 +122,17 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint, if one is kept; WorkError when a trained parameter is not finite."""
-        self._check_parameters()
+        for (member,) in self._parts(1):
+            if not torch.stack([p.isfinite().all() for p in self.step.groups()[0]["params"]]).all():
+                self._stop(member, "a parameter is not finite")
         if self.settings.checkpoint is not None and self.world.first:
+            trained = {f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
             kept = {f"optimiser.{i}.{key}": value for i, held in self.optimiser.state_dict()["state"].items()
                     for key, value in held.items() if isinstance(value, Tensor)}  # fmt: skip
-            write_checkpoint(self.settings.checkpoint, self._trained() | kept, epoch=self.epoch, steps=self.steps,
+            write_checkpoint(self.settings.checkpoint, trained | kept, epoch=self.epoch, steps=self.steps,
                              position=self.position, seconds=self.seconds, scaler=self.step.scaler.state_dict(),
                              members=[[member.history, member.stopped] for member in self.members])  # fmt: skip
+        self._seed()
 
     def resume(self) -> bool:
         """Go back to the checkpoint; False when there is none. UserError when it is damaged or of another model."""
@@ -144,19 +144,15 @@ class Trainer:
         for name in [name for name in tensors if name.startswith("optimiser.")]:
             _, index, key = name.split(".")
             kept.setdefault(int(index), {})[key] = tensors.pop(name)
-        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-        fill(self.model, path, tensors, {name.removeprefix("model.") for name in self._trained()})
+        fill(self.model, path, {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+             {name for name, p in self.model.named_parameters() if p.requires_grad})  # fmt: skip
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": kept})
-        if state["scaler"]:
-            self.step.scaler.load_state_dict(state["scaler"])
+        self.step.scaler.load_state_dict(state["scaler"])
         for member, (history, stopped) in zip(self.members, state["members"], strict=True):
             member.history, member.stopped = history, stopped
         self.epoch, self.position, self.steps = state["epoch"], state["position"], state["steps"]
         self.seconds = state["seconds"]
         return True
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _parts(self, size: int) -> Iterator[list[Member]]:
         """The members that still train, at most `size` at a time; the step is told whose rows it gets."""
@@ -216,11 +212,6 @@ class Trainer:
             tqdm.write(f"epoch {row['epoch']:.4g}, step {row['step']}: loss {row['train_loss']:.4f}, accuracy "
                  f"{row['train_accuracy']:.2%}; validation loss {row['valid_loss']:.4f}, accuracy "
                  f"{row['valid_accuracy']:.2%}" + (f" ({member.label})" if member.name else ""))  # fmt: skip
-
-    def _check_parameters(self) -> None:
-        for (member,) in self._parts(1):
-            if not torch.stack([p.isfinite().all() for p in self.step.groups()[0]["params"]]).all():
-                self._stop(member, "a parameter is not finite")
 
     def _stop(self, member: Member, why: str) -> None:
         (trained,) = (group["params"] for group in self.optimiser.param_groups if group.get("name") == member.name)

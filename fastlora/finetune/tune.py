@@ -27,16 +27,13 @@ CPU_ROWS = 1024  # of a pass through the model: more fall out of the caches
 LAYERS = {"fused": FusedLoRALinear, "eager": EagerLoRALinear}
 
 
-def members_of(args: argparse.Namespace, recipe) -> list[Member]:
+def members_of(args: argparse.Namespace) -> list[Member]:
     """The members of a run: the sweep's, or the only one, which has no name."""
-    own = {"lr": recipe.lr, "rank": recipe.rank, "alpha": recipe.alpha, "seed": args.seed}
+    own = {"lr": args.lr, "rank": args.rank, "alpha": args.alpha, "seed": args.seed}
     if not args.sweep:
         return [Member(None, own)]
     if args.impl != "fused" or args.precision == "fp16" or args.compile or torch.distributed.is_torchelastic_launched():
         raise UserError("--sweep goes with --impl fused and fp32 or bf16, without --compile and torchrun")
-    twice = [f"--{key}" for key in args.sweep if key != "seed" and getattr(args, key) is not None]
-    if twice:
-        raise UserError(f"{twice[0]} is given beside --sweep, which has values of its own for it")
     product = [dict(zip(args.sweep, values, strict=True)) for values in itertools.product(*args.sweep.values())]
     return [Member(f"run{i}", own | chosen) for i, chosen in enumerate(product)]
 
@@ -109,18 +106,15 @@ def free_memory() -> int:
 
 
 def fine_tune(
-    args: argparse.Namespace, settings: dict, trainer: Trainer, data: Data, layer: nn.Module, begun: bool, title: str
+    args: argparse.Namespace, settings: dict, trainer: Trainer, data: Data, layer: nn.Module, title: str
 ) -> None:
     """Train, test, and leave everything in `args.output`; a sweep's adapters each, and its best as a plain run's.
 
-    Args:
-        settings: of the run, for its report.
-        layer: one of the LoRA layers, which tells the path.
-        begun: go on from the checkpoint.
+    It goes on from the checkpoint of a run that began. `settings` are the run's, for its report; `layer`, one of the
+    LoRA layers, tells the path.
     """
     folder, model, several = args.output, trainer.model, bool(args.sweep)
-    resumed = begun and trainer.resume()
-    if resumed and trainer.world.first:
+    if trainer.resume() and trainer.world.first:
         print(f"resumed after step {trainer.steps}")
     if trainer.device.type == "cpu":
         rows = data.train.rows(0) * math.prod(data.shape)
