@@ -146,8 +146,8 @@ def _imdb(args: argparse.Namespace, device: torch.device):
     with tempfile.TemporaryDirectory() as folder:
         given = _program_arguments(imdb, args, folder)
         options.complete(given, imdb.RECIPE)
-        data = imdb.load_data(given, device)
-        base, _ = imdb.make_base(given, data, device)
+        data, _, vectors, news = imdb.load_data(given, device)
+        base, _ = imdb.make_base(given, vectors, news, device)
     base.fc2 = nn.Linear(base.fc1.out_features, len(imdb.LABELS), device=device)
 
     def optimiser(trained):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,15 +24,10 @@ MAX_FILE, MAX_TEXT = 1 << 30, 1 << 30  # the programs hold all words in memory, 
 
 
 def locate(where: str, *needed: str) -> Path:
-    """The folder that holds the data sets `needed` (keys of `FILES`).
+    """The folder that holds the data sets `needed` (keys of `FILES`); UserError when it or one of its files is missing.
 
-    Args:
-        where: `--data`: a folder; "sample", made by the package; or "auto": the folder named by FASTLORA_DATA, then
-            the cache, then the data sets' public homes. A folder that is really named so can be given as ./auto.
-
-    Raises:
-        UserError: the folder or one of its files is missing.
-        WorkError: a download failed.
+    `where` is `--data`: a folder; "sample", made by the package; or "auto": the folder named by FASTLORA_DATA, then the
+    cache, then the data sets' public homes (WorkError for a download that failed).
     """
     if where == "sample":
         from fastlora.finetune.sample import VERSION, make_sample
@@ -73,11 +69,8 @@ def found() -> dict[str, str]:
 def read_texts(
     path: Path, classes: int, limit: int | None = None, text: str = "text", label: str = "label", least: int = 1
 ) -> tuple[list[str], list[int]]:
-    """Texts and labels (0 .. classes - 1) of a parquet file's columns; of its first `limit` rows.
-
-    Raises UserError when the file is missing, damaged or too large, lacks a column or has fewer than `least` rows, or a
-    row has no text or an unknown label.
-    """
+    """Texts and labels (0 .. classes - 1) of a parquet file's columns, of its first `limit` rows; UserError for a file
+    that is missing, damaged, too large, without these columns, of fewer than `least` rows, or with others' labels."""
     import pyarrow
     import pyarrow.parquet
 
@@ -88,19 +81,17 @@ def read_texts(
             if name not in file.schema_arrow.names:
                 has = ", ".join(shown(other) for other in file.schema_arrow.names[:10])
                 raise UserError(f"{path}: no column {name!r}; it has {has}")
-        for batch in file.iter_batches(1024, columns=[text, label]):
-            rows = batch.slice(0, None if limit is None else limit - len(texts)).to_pydict()
-            for said, number in zip(rows[text], rows[label], strict=True):
-                if not isinstance(said, str) or number not in range(classes):
-                    raise UserError(f"{path}: row {len(texts)} is no text with one of the labels 0 to {classes - 1}, "
-                                    f"but has {label} {shown(number)}, {text} {shown(said)}")  # fmt: skip
-                texts.append(said)
-                labels.append(int(number))
-                size += len(said)
+        batches = file.iter_batches(1024, columns=[text, label])
+        rows = (row for batch in batches for row in zip(batch[text].to_pylist(), batch[label].to_pylist(), strict=True))
+        for said, number in itertools.islice(rows, limit):
+            if not isinstance(said, str) or number not in range(classes):
+                raise UserError(f"{path}: row {len(texts)} is no text with one of the labels 0 to {classes - 1}, "
+                                f"but has {label} {shown(number)}, {text} {shown(said)}")  # fmt: skip
+            texts.append(said)
+            labels.append(int(number))
+            size += len(said)
             if size > MAX_TEXT:
                 raise UserError(f"{path}: holds more text than the {MAX_TEXT} characters that are read")
-            if len(texts) == limit:
-                break
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, pyarrow.ArrowException) as error:

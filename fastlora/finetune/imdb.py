@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from fastlora.finetune.run import CHECKPOINT, MODEL
 from fastlora.finetune.step import Settings
 from fastlora.finetune.trainer import Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
-from fastlora.finetune.words import DIM, SPECIAL, TextDataset, Vocabulary, learned, read_glove, tokenise, weighted
+from fastlora.finetune.words import DIM, TextDataset, learned, most_frequent, numbered, read_glove, tokenise, weighted
 
 LABELS, TOPICS = ("negative", "positive"), 4
 WORDS, LEAST = 20_000, 3  # vocabulary: how many words, and how often each occurs at least
@@ -79,13 +78,12 @@ def train(args: argparse.Namespace) -> None:
     with runs.run_folder(folder, settings, args.resume) as unfinished:
         if not unfinished:
             return
-        data = load_data(args, device)
+        data, words, vectors, news = load_data(args, device)
         if (folder / MODEL).exists():
-            model, _, pretrained = load_base(folder, data.vocabulary)
+            model, _, pretrained = load_base(folder)
             model.to(device)
         else:
-            model, pretrained = make_base(args, data, device)
-            words = data.vocabulary.words[len(SPECIAL) :]
+            model, pretrained = make_base(args, vectors, news, device)
             write_checkpoint(folder / MODEL, model.state_dict(), pretrained=pretrained, words=words)
         model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=device)
         adapt(model, members, args.impl, ["fc1"], head="fc2")
@@ -97,30 +95,20 @@ def train(args: argparse.Namespace) -> None:
         fine_tune(args, settings, trainer, data, model.fc1, title)
 
 
-@dataclass
-class Reviews(Data):
-    """What a run reads: beside the reviews the words, their vectors, and the news."""
-
-    vocabulary: Vocabulary | None = None
-    vectors: Tensor | None = None
-    news: Batches | None = None
-    news_test: Batches | None = None
-
-
-def load_data(args: argparse.Namespace, device: torch.device) -> Reviews:
-    """Read and number the texts, and find their words' vectors."""
+def load_data(args: argparse.Namespace, device: torch.device) -> tuple[Data, list[str], Tensor, list[Batches]]:
+    """The reviews, numbered; the words; the vectors of the vocabulary; and the news, to train on and to test with."""
     began = time.perf_counter()
     folder = locate(args.data, "imdb", "ag_news")
     texts, labels = {}, {}
     for name, classes in (("imdb/train", 2), ("imdb/test", 2), ("ag_news/train", TOPICS), ("ag_news/test", TOPICS)):
         limit = args.train_samples if name.endswith("train") else args.test_samples
-        lines, labels[name] = read_texts(
-            folder / f"{name}.parquet", classes, limit, least=2 if name == "imdb/train" else 1
-        )
+        least = 2 if name == "imdb/train" else 1
+        lines, labels[name] = read_texts(folder / f"{name}.parquet", classes, limit, least=least)
         texts[name] = [tokenise(line) for line in lines]
     train, valid = random_split(len(labels["imdb/train"]), BASE_SEED)
     reviews = [texts["imdb/train"][i] for i in train.tolist()]
-    vocabulary = Vocabulary.of([*reviews, *texts["ag_news/train"]], WORDS, LEAST)
+    words = most_frequent([*reviews, *texts["ag_news/train"]], WORDS, LEAST)
+    vocabulary = numbered(words)
     sets = {name: TextDataset(texts[name], labels[name], vocabulary) for name in texts}
 
     corpus, offsets, _ = sets["imdb/train"].batch(train)
@@ -142,21 +130,21 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Reviews:
         rows = torch.arange(len(dataset)) if rows is None else rows
         return Batches(len(rows), lambda i: dataset.batch(rows[i], pad_to), args.batch_size, device=device)
 
-    return Reviews(
-        folder, batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"),
-        len(corpus), {"vectors": source, "vocabulary": len(vocabulary)}, vocabulary=vocabulary,
-        vectors=vectors, news=batches("ag_news/train"), news_test=batches("ag_news/test"),
-    )  # fmt: skip
+    data = Data(folder, batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"), len(corpus),
+                {"vectors": source, "vocabulary": len(vocabulary)})  # fmt: skip
+    return data, words, vectors, [batches("ag_news/train"), batches("ag_news/test")]
 
 
-def make_base(args: argparse.Namespace, data: Reviews, device: torch.device) -> tuple[TextClassifier, dict]:
+def make_base(
+    args: argparse.Namespace, vectors: Tensor, news: list[Batches], device: torch.device
+) -> tuple[TextClassifier, dict]:
     """The classifier pre-trained on news, and what there is to report of it."""
     torch.manual_seed(BASE_SEED)
-    model = TextClassifier(*data.vectors.shape, TOPICS)
-    model.embedding.weight.data.copy_(data.vectors)
+    model = TextClassifier(*vectors.shape, TOPICS)
+    model.embedding.weight.data.copy_(vectors)
     model.to(device)
     settings = Settings(epochs=args.pretrain_epochs, decay=0.5, clip=args.clip)
-    trainer = Trainer(model, sgd([{"params": [*model.parameters()], "lr": 1.0}]), data.news, data.news_test, settings)
+    trainer = Trainer(model, sgd([{"params": [*model.parameters()], "lr": 1.0}]), *news, settings)
     print("pre-training on news, with its test part as validation", flush=True)
     trainer.fit()
     accuracy = trainer.members[0].history[-1]["valid_accuracy"]
@@ -164,12 +152,12 @@ def make_base(args: argparse.Namespace, data: Reviews, device: torch.device) -> 
     return model, {"epochs": settings.epochs, "test_accuracy": accuracy, "seconds": round(trainer.seconds, 3)}
 
 
-def load_base(folder: Path, vocabulary: Vocabulary | None = None) -> tuple[TextClassifier, Vocabulary, dict]:
-    """What `make_base` gave to the run in `folder`, and between the `vocabulary`, that of the file by default."""
+def load_base(folder: Path) -> tuple[TextClassifier, dict[str, int], dict]:
+    """What `make_base` gave to the run in `folder`, and between the two the vocabulary."""
     tensors, state = read_checkpoint(folder / MODEL)
     if "words" not in state:
         raise UserError(f"{folder / MODEL}: left by an earlier version of fastlora, which this one cannot read")
-    vocabulary = vocabulary or Vocabulary(state["words"])
+    vocabulary = numbered(state["words"])
     model = TextClassifier(len(vocabulary), DIM, TOPICS)
     fill(model, folder / MODEL, tensors)
     return model, vocabulary, state.get("pretrained")

@@ -71,6 +71,7 @@ def announce(trainer: Trainer) -> None:
     Measured: what one member keeps for backward of its first batch, beside its gradients and the optimiser's numbers.
     """
     member, kept = max(trainer.members, key=lambda member: member.own["rank"]), {}
+    count, free = len(trainer.members), free_memory(trainer.device)
 
     def pack(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -81,14 +82,13 @@ def announce(trainer: Trainer) -> None:
     *inputs, labels = trainer.train.at(0, 0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.step.routed(len(labels)):
         trainer.step.losses(inputs, labels)
-    (group,) = groups_of(trainer.model, [member])
-    states = 2 if isinstance(trainer.optimiser, torch.optim.AdamW) else 0  # numbers for each parameter
-    numbers = sum(p.numel() * p.element_size() for p in group["params"])
-    each, batch = numbers * (2 + states), sum(size for place, size in kept.items() if place not in base)
-    free = torch.cuda.mem_get_info(trainer.device)[0] if trainer.device.type == "cuda" else free_memory()
-    count, together = len(trainer.members), batch * trainer.at_once
+    copies = 4 if isinstance(trainer.optimiser, torch.optim.AdamW) else 2  # parameters, gradients, the optimiser's two
+    each = copies * sum(p.nbytes for group in groups_of(trainer.model, [member]) for p in group["params"])
+    batch, together = sum(size for place, size in kept.items() if place not in base), 0
     if trainer.at_once == count:
-        each, together = each + batch, 0
+        each += batch
+    else:
+        together = batch * trainer.at_once
     fit = max(0, int((0.9 * free - together) / each))
     print(f"{count} runs at once need about {(together + count * each) / 2**20:,.1f} MiB; {free / 2**20:,.0f} MiB are "
           f"free, enough for {fit:,} runs", flush=True)  # fmt: skip
@@ -96,8 +96,10 @@ def announce(trainer: Trainer) -> None:
         raise UserError(f"--sweep: {count} runs need more memory than there is; at most {fit} fit")
 
 
-def free_memory() -> int:
-    """Bytes of the machine's memory that a process may still take."""
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of the machine's, that a process may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024

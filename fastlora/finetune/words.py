@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -38,38 +39,26 @@ def tokenise(text: str) -> list[str]:
     return _WORD.findall(text.lower().replace("<br />", " ").replace("#39;", "'"))
 
 
-class Vocabulary:
-    """Words and their numbers, most frequent first; 0 is padding, 1 any word that is not there."""
+def most_frequent(texts: Iterable[Sequence[str]], size: int, least: int) -> list[str]:
+    """The (at most) `size` most frequent words of tokenised `texts` that occur `least` times or more."""
+    counts = Counter(itertools.chain.from_iterable(texts))
+    words = [word for word, count in counts.items() if count >= least]
+    return sorted(words, key=lambda word: (-counts[word], word))[:size]
 
-    def __init__(self, words: Iterable[str]):
-        self.words = [*SPECIAL, *words]
-        self.numbers = {word: i for i, word in enumerate(self.words)}
 
-    def __len__(self) -> int:
-        return len(self.words)
-
-    @classmethod
-    def of(cls, texts: Iterable[Sequence[str]], size: int, least: int) -> Vocabulary:
-        """The (at most) `size` most frequent words of tokenised `texts` that occur `least` times or more."""
-        counts: Counter = Counter()
-        for words in texts:
-            counts.update(words)
-        ranked = sorted(((word, n) for word, n in counts.items() if n >= least), key=lambda item: (-item[1], item[0]))
-        return cls(word for word, _ in ranked[:size])
-
-    def encode(self, words: Sequence[str]) -> np.ndarray:
-        """The numbers of `words`, int32; a text with no words becomes one unknown word, so that its mean exists."""
-        get = self.numbers.get
-        return np.fromiter((get(word, UNKNOWN) for word in words or ("",)), dtype=np.int32, count=max(1, len(words)))
+def numbered(words: Iterable[str]) -> dict[str, int]:
+    """A vocabulary: `words` and their numbers. 0 is padding, 1 any word that is not there."""
+    return {word: i for i, word in enumerate([*SPECIAL, *words])}
 
 
 class TextDataset:
     """Encoded texts and their labels, in three flat tensors: ids int32 (words in all texts,), offsets int64
     (texts + 1,), where each text begins and the end, and labels int64 (texts,)."""
 
-    def __init__(self, texts: Sequence[Sequence[str]], labels: Sequence[int], vocabulary: Vocabulary):
-        rows = [vocabulary.encode(words) for words in texts]
-        self.ids = torch.from_numpy(np.concatenate(rows))
+    def __init__(self, texts: Sequence[Sequence[str]], labels: Sequence[int], vocabulary: dict[str, int]):
+        rows = [words or [SPECIAL[UNKNOWN]] for words in texts]  # so that the mean of a text with no words exists
+        numbers = (vocabulary.get(word, UNKNOWN) for words in rows for word in words)
+        self.ids = torch.from_numpy(np.fromiter(numbers, dtype=np.int32))
         self.offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
         self.labels = torch.tensor(labels, dtype=torch.int64)
 
@@ -140,7 +129,7 @@ def learn(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
     return vectors * (NORM * (words - len(SPECIAL)) / vectors.norm(dim=1).sum().clamp(min=1e-12))
 
 
-def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[Tensor, int]:
+def read_glove(path: Path, vocabulary: dict[str, int]) -> tuple[Tensor, int]:
     """Vectors for `vocabulary` from a file in GloVe's text format: a word and 100 numbers a line.
 
     Returns (float32 (words, 100), how many words were found); words that the file lacks are zero. Raises UserError
@@ -151,7 +140,7 @@ def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[Tensor, int]:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):  # noqa: B007 - the message below names it
                 word, *values = line.rsplit(" ", DIM)  # from the right: some of GloVe's words hold a space
-                index = vocabulary.numbers.get(word, 0)
+                index = vocabulary.get(word, 0)
                 if len(values) != DIM:
                     raise ValueError
                 if index >= len(SPECIAL) and index not in found:

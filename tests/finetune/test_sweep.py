@@ -220,7 +220,7 @@ def test_memory_is_said_and_too_large_a_sweep_refused(monkeypatch, capsys):
     run = trainer([0.1, 0.2])
     tune.announce(run)
     assert "2 runs at once need about" in capsys.readouterr().out
-    monkeypatch.setattr(tune, "free_memory", lambda: 1)
+    monkeypatch.setattr(tune, "free_memory", lambda device: 1)
     with pytest.raises(UserError, match="2 runs need more memory than there is; at most 0 fit"):
         tune.announce(run)
 
