@@ -24,7 +24,6 @@ from torch import nn
 import fastlora
 from benchmarks.measure import interleave, metadata, ratio, summary, write_results
 from fastlora.finetune import gpt2, imdb, options, spam
-from fastlora.finetune.parallel import ALONE
 from fastlora.finetune.step import Settings, Step
 from fastlora.finetune.trainer import Trainer
 from fastlora.finetune.tune import LAYERS
@@ -171,7 +170,7 @@ def _spam_runs(args: argparse.Namespace, device: torch.device):
     """Whole epochs of spam with the nano model, evaluation included."""
     given = _program_arguments(spam, args, "unused")
     options.complete(given, spam.RECIPE)
-    data = spam.load_data(given, ALONE, device)
+    data = spam.load_data(given, device)
     torch.manual_seed(0)
     arms = _spam_arms(gpt2.GPT2(gpt2.CONFIGS["nano"]).to(device), device, args)
     yield _runs("spam nano, 1 epoch", arms, (data.train, data.valid, data.test), 1, 1.0, args, SHARES["spam runs"])

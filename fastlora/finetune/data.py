@@ -16,8 +16,8 @@ from torch import Tensor
 from fastlora import env
 from fastlora.errors import UserError, shown
 from fastlora.files import read_regular, sha256
+from fastlora.finetune import parallel
 from fastlora.finetune.homes import FILES, fetch, missing
-from fastlora.finetune.parallel import ALONE, World
 
 Batch = tuple[Tensor, ...]  # the model's inputs, then the labels
 MAX_FILE, MAX_TEXT = 1 << 30, 1 << 30  # the programs hold all words in memory, some ten times the text
@@ -125,10 +125,9 @@ class Batches:
     batch_size: int  # rows per batch, in each of the processes that train together
     drop_last: bool = False  # leave out the last batch when it is short, as processes that train together must
     device: torch.device | str = "cpu"  # where the batches go. Copies to a GPU are asynchronous, from pinned memory
-    world: World = ALONE  # the processes that train together: each takes its part of a batch
 
     def __post_init__(self):
-        self.device, self._whole = torch.device(self.device), self.batch_size * self.world.size
+        self.device, self._whole = torch.device(self.device), self.batch_size * parallel.size()
 
     def __len__(self) -> int:
         return self.size // self._whole if self.drop_last else -(-self.size // self._whole)
@@ -139,13 +138,14 @@ class Batches:
 
     def at(self, epoch: int, i: int, seeds: Sequence[int] = (0,)) -> Batch:
         """This process's part of batch `i` of an epoch: of each seed's own order, one after the other."""
-        start, end = i * self._whole, (i + 1) * self._whole
-        parts = [self.world.part(shuffled(self.size, seed, epoch)[start:end]) for seed in seeds]
-        return self._place(torch.cat(parts))
+        start, end = (
+            i * self._whole + self.rows(i) * rank // parallel.size() for rank in (parallel.rank(), parallel.rank() + 1)
+        )
+        return self._place(torch.cat([shuffled(self.size, seed, epoch)[start:end] for seed in seeds]))
 
     def in_order(self, times: int = 1) -> Iterator[Batch]:
         """Whole batches in the rows' order, each `times` over, dealt out to the processes in turn: for evaluation."""
-        for i in range(self.world.rank, len(self), self.world.size):
+        for i in range(parallel.rank(), len(self), parallel.size()):
             start = i * self._whole
             yield self._place(torch.arange(start, start + self.rows(i)).repeat(times))
 

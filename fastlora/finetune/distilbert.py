@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Fine-tune, test, save, load and predict, leaving everything in `args.output`; `args` as the flags."""
-    with parallel.joined(pick_device(args.device)) as (world, device):
+    with parallel.joined(pick_device(args.device)) as device:
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
         set_seed(args.seed)  # the head's start
@@ -81,17 +81,17 @@ def train(args: argparse.Namespace) -> None:
             raise UserError(f"{what}: no default target modules for a {kind!r}; name --target-modules")
         _check_targets(model, args.target_modules)
         args.max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
-        settings = runs.settings_of(args, weights_sha256=digest, device=device.type, processes=world.size,
+        settings = runs.settings_of(args, weights_sha256=digest, device=device.type, processes=parallel.size(),
                                     data_sha256=data_digest(args.data, "imdb"))  # fmt: skip
-        with runs.run_folder(args.output, settings, args.resume, world, device) as unfinished:
+        with runs.run_folder(args.output, settings, args.resume, device) as unfinished:
             if unfinished:
-                _train(args, settings, tokenizer, model, device, world)
+                _train(args, settings, tokenizer, model, device)
 
 
-def _train(args: argparse.Namespace, settings: dict, tokenizer, model, device, world) -> None:
+def _train(args: argparse.Namespace, settings: dict, tokenizer, model, device) -> None:
     folder, texts = args.output, _texts(locate(args.data, "imdb"), args)
     data = {name: _rows(tokenizer, *rows, args.max_length) for name, rows in texts.items()}
-    if world.first and args.show_tokens:
+    if parallel.first() and args.show_tokens:
         text = texts["train"][0][0]
         encoded = tokenizer(text, truncation=True, max_length=args.max_length)
         print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
@@ -102,12 +102,12 @@ def _train(args: argparse.Namespace, settings: dict, tokenizer, model, device, w
     if args.impl == "fused":
         fastlora.peft.patch(model)
     counts = runs.counts(model)
-    if world.first:
+    if parallel.first():
         print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
-    trainer = make_trainer(args, model, tokenizer, data, device, world.size)
+    trainer = make_trainer(args, model, tokenizer, data, device)
     trainer.fit()
     accuracy = trainer.predict(data["test"], metric_key_prefix="test").metrics["test_accuracy"]
-    if not world.first:
+    if not parallel.first():
         return
 
     history = [entry["row"] for entry in trainer.state.log_history if "row" in entry]
@@ -198,7 +198,7 @@ class HubTrainer(Trainer):
             raise WorkError(f"{self.args.output_dir}: cannot be written ({shown(str(error))})") from None
 
 
-def make_trainer(args: argparse.Namespace, model, tokenizer, data: dict[str, list], device, processes=1) -> HubTrainer:
+def make_trainer(args: argparse.Namespace, model, tokenizer, data: dict[str, list], device) -> HubTrainer:
     """The trainer of one run on `data`'s "train" and "valid"; the best checkpoint is kept."""
     grouped = {"train_sampling_strategy": "group_by_length"}
     if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # transformers 4
@@ -209,10 +209,10 @@ def make_trainer(args: argparse.Namespace, model, tokenizer, data: dict[str, lis
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="accuracy", seed=args.seed, data_seed=args.seed,
         use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", report_to="none",
-        ddp_backend=("gloo" if device.type == "cpu" else "nccl") if processes > 1 else None,
-        ddp_find_unused_parameters=False if processes > 1 else None, **grouped,
+        ddp_backend=("gloo" if device.type == "cpu" else "nccl") if parallel.size() > 1 else None,
+        ddp_find_unused_parameters=False if parallel.size() > 1 else None, **grouped,
     )  # fmt: skip
-    if processes == 1 and device.type == "cuda":
+    if parallel.size() == 1 and device.type == "cuda":
         settings._n_gpu = 1  # --device names one; the Trainer would spread over all that it sees
 
     def accuracy(prediction) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.errors import UserError, shown
 from fastlora.files import atomic_write, clear_leftovers, read_json, write_bytes, write_json
-from fastlora.finetune.parallel import ALONE, World
+from fastlora.finetune import parallel
 
 SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
@@ -39,7 +39,7 @@ def settings_of(args: argparse.Namespace, **more) -> dict:
 
 
 @contextlib.contextmanager
-def run_folder(path: Path, settings: Mapping, resume: bool, world: World = ALONE, device="cpu") -> Iterator[bool]:
+def run_folder(path: Path, settings: Mapping, resume: bool, device="cpu") -> Iterator[bool]:
     """Hold `path` as the output folder of a run; yields False when that run is finished already.
 
     Of processes that train together the first holds it, and all get its answer.
@@ -53,16 +53,16 @@ def run_folder(path: Path, settings: Mapping, resume: bool, world: World = ALONE
     lock, found = FileLock(path / LOCK), REFUSED
     try:
         try:
-            if world.first:
+            if parallel.first():
                 found = _claim(path, lock, settings, resume)
         finally:
-            found = world.broadcast(found, device)
+            found = parallel.broadcast(found, device)
         if found == REFUSED:
             sys.exit(2)  # the first process says why
         yield found == UNFINISHED
     except Exception:
         made = any((path / name).exists() for name in RUN_FILES if name != SETTINGS)
-        if world.first and found != REFUSED and not made:
+        if parallel.first() and found != REFUSED and not made:
             (path / SETTINGS).unlink(missing_ok=True)  # the folder is free for another try
         raise
     finally:

@@ -56,11 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Fine-tune, test, and leave everything in `args.output`; `args` as the flags. Joins torchrun's processes."""
-    with parallel.joined(pick_device(args.device)) as (world, device):
-        _train(args, world, device)
+    with parallel.joined(pick_device(args.device)) as device:
+        _train(args, device)
 
 
-def _train(args: argparse.Namespace, world: parallel.World, device: torch.device) -> None:
+def _train(args: argparse.Namespace, device: torch.device) -> None:
     folder = args.output
     complete(args, RECIPE | {"model": "nano" if args.data == "sample" else "gpt2"})
     members = members_of(args)
@@ -69,17 +69,17 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     how = step_choices(args, "bf16" if bf16 else "fp32")
     settings = runs.settings_of(
-        args, precision=how["precision"], device=device.type, processes=world.size,
+        args, precision=how["precision"], device=device.type, processes=parallel.size(),
         weights=str(weights or RANDOM), weights_sha256=weights and sha256(weights),
         data_sha256=data_digest(args.data, "spam"),
     )  # fmt: skip
-    with runs.run_folder(folder, settings, args.resume, world, device) as unfinished:
+    with runs.run_folder(folder, settings, args.resume, device) as unfinished:
         if not unfinished:
             return
-        data = load_data(args, world, device)
+        data = load_data(args, device)
         begun = (folder / MODEL).exists()
         model, drawn = make_base(args.model, weights, folder / MODEL if begun else None)
-        if world.first and not begun:
+        if parallel.first() and not begun:
             if args.data != "sample":  # so that `predict` finds it
                 convert("gpt2", [vocabulary(data.folder) / file for file in FILES["gpt2"]], folder / "gpt2")
             write_checkpoint(folder / MODEL, drawn)
@@ -93,14 +93,14 @@ def _train(args: argparse.Namespace, world: parallel.World, device: torch.device
                     layer.bias.data = layer.bias.data.to(layer.weight.dtype)
         training = Settings(epochs=args.epochs, every=args.eval_every, checkpoint=folder / CHECKPOINT, **how)
         optimiser = torch.optim.AdamW(groups_of(model, members), weight_decay=args.weight_decay, fused=True)
-        trainer = Trainer(model, optimiser, data.train, data.valid, training, members, world)
+        trainer = Trainer(model, optimiser, data.train, data.valid, training, members)
 
         settings["base"] = str(weights or "random weights, frozen")
         title, layer = f"Spam, {args.model}, {args.impl}", model.blocks[0].attention.query
         fine_tune(args, settings, trainer, data, layer, title)
 
 
-def load_data(args: argparse.Namespace, world: parallel.World, device: torch.device) -> Data:
+def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """Read and encode the messages, all as long as the longest of the training messages."""
     folder = locate(args.data, "spam")
     encoding, length = _encoding(args.data, folder), None
@@ -110,16 +110,15 @@ def load_data(args: argparse.Namespace, world: parallel.World, device: torch.dev
         parts[name] = gpt2.encode(texts, encoding, length), torch.tensor(labels)
         length = parts[name][0].shape[1]
     sizes = {name: len(labels) for name, (_, labels) in parts.items()}
-    whole = args.batch_size * world.size
+    whole = args.batch_size * parallel.size()
     if sizes["train"] < whole:
         raise UserError(f"{folder}/spam/train.parquet: {sizes['train']} messages do not fill one batch of {whole}")
 
     def batches(name: str) -> Batches:
         ids, labels = parts[name]
-        return Batches(len(labels), lambda rows: (ids[rows], labels[rows]), args.batch_size, name == "train", device,
-                       world)  # fmt: skip
+        return Batches(len(labels), lambda rows: (ids[rows], labels[rows]), args.batch_size, name == "train", device)
 
-    if world.first:
+    if parallel.first():
         print(f"{' + '.join(f'{size:,}' for size in sizes.values())} messages of {length} tokens", flush=True)
     train = batches("train")
     tokens = len(train) * train.rows(0) * length

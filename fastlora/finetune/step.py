@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
 from fastlora.errors import warn_once
+from fastlora.finetune import parallel
 from fastlora.finetune.data import Batch
-from fastlora.finetune.parallel import ALONE, World
 
 WARM_UP = 3  # plain steps of a shape before its capture: libraries set themselves up, kernels are compiled
 MAX_GRAPHS = 32  # shapes captured; each keeps the memory of its activations
@@ -54,15 +54,15 @@ class Step:
         scaler: float16's loss scaling, switched off for other precisions.
     """
 
-    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer, settings: Settings, world: World = ALONE):
-        self.model, self.optimiser, self.settings, self.world = model, optimiser, settings, world
+    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer, settings: Settings):
+        self.model, self.optimiser, self.settings = model, optimiser, settings
         self.names: tuple[str | None, ...] = (None,)
         self.device = optimiser.param_groups[0]["params"][0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self._forward = torch.compile(model, fullgraph=True) if settings.compile else model
-        if world.size > 1:
+        if parallel.size() > 1:
             self._forward = DistributedDataParallel(self._forward)
-        self.plain = why_plain(self.device, settings, world)
+        self.plain = why_plain(self.device, settings)
         if self.plain is None:
             self._stream = torch.cuda.Stream(self.device)
             self._seen: Counter = Counter()
@@ -100,7 +100,7 @@ class Step:
             p.grad = None
         rows, sums = sum(len(batch[-1]) for batch in group), 0
         for i, (*inputs, labels) in enumerate(group, 1):
-            apart = self.world.size > 1 and i < len(group)  # gradients are exchanged with the last batch's
+            apart = parallel.size() > 1 and i < len(group)  # gradients are exchanged with the last batch's
             with self._forward.no_sync() if apart else nullcontext(), self.routed(len(labels)):
                 losses, part = self.losses(inputs, labels)
                 loss = losses.sum() * (len(labels) / rows)
@@ -116,7 +116,7 @@ class Step:
     def _run(self, group: Sequence[Batch]) -> Tensor:
         sums = self.gradients(group)
         self.update()
-        return self.world.add(sums)
+        return parallel.add(sums)
 
     def update(self) -> None:
         """Move the parameters of `names` by their gradients."""
@@ -168,7 +168,7 @@ class _Captured:
         return self.sums.clone()
 
 
-def why_plain(device: torch.device, settings: Settings, world: World = ALONE) -> str | None:
+def why_plain(device: torch.device, settings: Settings) -> str | None:
     """Why a step cannot be captured as a CUDA graph, or None when it can."""
     if not settings.graph:
         return "plain steps were asked for"
@@ -176,4 +176,4 @@ def why_plain(device: torch.device, settings: Settings, world: World = ALONE) ->
         return f"CUDA graphs need a CUDA device, this one is {device.type}"
     if settings.precision == "float16":
         return "float16's loss scaling decides on the host whether to skip a step"
-    return "the processes exchange gradients within the step" if world.size > 1 else None
+    return "the processes exchange gradients within the step" if parallel.size() > 1 else None

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastlora.errors import WorkError
+from fastlora.finetune import parallel
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches
-from fastlora.finetune.parallel import ALONE, World
 from fastlora.finetune.step import Settings, Step
 
 
@@ -48,7 +48,6 @@ class Trainer:
     valid: Batches
     settings: Settings
     members: Sequence[Member] = field(default_factory=lambda: [Member()])
-    world: World = ALONE  # the processes that train together
     progress: bool = True  # show a progress bar, and a line for each evaluation
     epoch: int = 0  # epochs done
     position: int = 0  # batches done in this epoch
@@ -58,10 +57,10 @@ class Trainer:
     def __post_init__(self):
         self.rates = [group["lr"] for group in self.optimiser.param_groups]
         self.at_once = len(self.members)  # members whose rows share a batch
-        self.step = Step(self.model, self.optimiser, self.settings, self.world)
+        self.step = Step(self.model, self.optimiser, self.settings)
         if self.members[0].name is not None:
             self.step.plain = "the members of a sweep are looked after at each step"
-        self.device, self.progress = self.step.device, self.progress and self.world.first
+        self.device, self.progress = self.step.device, self.progress and parallel.first()
 
     def fit(self) -> None:
         """Train to the last epoch from wherever the trainer stands."""
@@ -109,7 +108,7 @@ class Trainer:
                 with self.step.routed(len(labels)):
                     own += self.step.losses(inputs, labels)[1]
         self.model.train(training)
-        sums = self.world.add(sums).tolist()
+        sums = parallel.add(sums).tolist()
         for member, (loss, _) in zip(members, sums, strict=True):
             if not math.isfinite(loss):
                 self._stop(member, f"the loss is {loss}")
@@ -125,7 +124,7 @@ class Trainer:
         for (member,) in self._parts(1):
             if not torch.stack([p.isfinite().all() for p in self.step.groups()[0]["params"]]).all():
                 self._stop(member, "a parameter is not finite")
-        if self.settings.checkpoint is not None and self.world.first:
+        if self.settings.checkpoint is not None and parallel.first():
             trained = {f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
             kept = {f"optimiser.{i}.{key}": value for i, held in self.optimiser.state_dict()["state"].items()
                     for key, value in held.items() if isinstance(value, Tensor)}  # fmt: skip
@@ -227,7 +226,7 @@ class Trainer:
     def _seed(self) -> None:
         """A seed of its own for what follows, so that no checkpoint holds a generator's state."""
         seed = self.members[0].own["seed"] * 1_000_003 + self.steps
-        torch.manual_seed((seed * self.world.size + self.world.rank) % 2**63)
+        torch.manual_seed((seed * parallel.size() + parallel.rank()) % 2**63)
 
     def _now(self) -> float:
         if self.device.type == "cuda":  # which works on after it was asked to

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.errors import UserError
+from fastlora.finetune import parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import Data
 from fastlora.finetune.trainer import Member, Trainer, best
@@ -116,7 +117,7 @@ def fine_tune(
     LoRA layers, tells the path.
     """
     folder, model, several = args.output, trainer.model, bool(args.sweep)
-    if trainer.resume() and trainer.world.first:
+    if trainer.resume() and parallel.first():
         print(f"resumed after step {trainer.steps}")
     if trainer.device.type == "cpu":
         rows = data.train.rows(0) * math.prod(data.shape)
@@ -127,7 +128,7 @@ def fine_tune(
         torch.cuda.reset_peak_memory_stats(trainer.device)
     trainer.fit()
     tested = {member.name: accuracy for member, _, accuracy in trainer.evaluate(data.test)}
-    if not trainer.world.first:
+    if not parallel.first():
         return
     member, report = best(trainer.alive()), {}
     if several:
