@@ -138,10 +138,9 @@ class Batches:
 
     def at(self, epoch: int, i: int, seeds: Sequence[int] = (0,)) -> Batch:
         """This process's part of batch `i` of an epoch: of each seed's own order, one after the other."""
-        start, end = (
-            i * self._whole + self.rows(i) * rank // parallel.size() for rank in (parallel.rank(), parallel.rank() + 1)
-        )
-        return self._place(torch.cat([shuffled(self.size, seed, epoch)[start:end] for seed in seeds]))
+        start, rows, rank, size = i * self._whole, self.rows(i), parallel.rank(), parallel.size()
+        own = slice(start + rows * rank // size, start + rows * (rank + 1) // size)
+        return self._place(torch.cat([shuffled(self.size, seed, epoch)[own] for seed in seeds]))
 
     def in_order(self, times: int = 1) -> Iterator[Batch]:
         """Whole batches in the rows' order, each `times` over, dealt out to the processes in turn: for evaluation."""

@@ -15,8 +15,8 @@ from fastlora.errors import UserError
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
-from fastlora.finetune.options import add_steps, complete, defaults, pick_device, step_choices
-from fastlora.finetune.run import CHECKPOINT, MODEL
+from fastlora.finetune.options import add_steps, complete, defaults, pick_device
+from fastlora.finetune.run import MODEL
 from fastlora.finetune.step import Settings
 from fastlora.finetune.trainer import Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
@@ -36,6 +36,7 @@ RECIPE = {  # by SGD
     "batch_size": 64,
     "rank": 2,
     "alpha": 16.0,  # the update is scaled by alpha / rank
+    "precision": "fp32",
     "pretrain_epochs": 3,  # passes over the news; their rate is 1, halved each epoch
     "scale": 10.0,  # mean norm of the word vectors, weighted for averaging; None leaves them as they are
 }
@@ -72,9 +73,8 @@ def train(args: argparse.Namespace) -> None:
     """Pre-train, fine-tune, test, and leave everything in `args.output`; `args` as the flags."""
     folder, device = args.output, pick_device(args.device)
     complete(args, RECIPES[args.recipe])
-    members, how = members_of(args), step_choices(args)
-    settings = runs.settings_of(args, precision=how["precision"], device=device.type,
-                                data_sha256=data_digest(args.data, "imdb", "ag_news"))  # fmt: skip
+    members = members_of(args)
+    settings = runs.settings_of(args, device=device.type, data_sha256=data_digest(args.data, "imdb", "ag_news"))
     with runs.run_folder(folder, settings, args.resume) as unfinished:
         if not unfinished:
             return
@@ -87,12 +87,9 @@ def train(args: argparse.Namespace) -> None:
             write_checkpoint(folder / MODEL, model.state_dict(), pretrained=pretrained, words=words)
         model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=device)
         adapt(model, members, args.impl, ["fc1"], head="fc2")
-        training = Settings(epochs=args.epochs, decay=args.decay, clip=args.clip, checkpoint=folder / CHECKPOINT, **how)
-        trainer = Trainer(model, sgd(groups_of(model, members)), data.train, data.valid, training, members)
-
         settings["pretrained"] = pretrained
         title = f"{'made-up sample' if args.data == 'sample' else 'IMDb'}, {args.impl}"
-        fine_tune(args, settings, trainer, data, model.fc1, title)
+        fine_tune(args, settings, model, sgd(groups_of(model, members)), members, data, model.fc1, title)
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[Data, list[str], Tensor, list[Batches]]:

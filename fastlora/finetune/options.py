@@ -114,16 +114,8 @@ def complete(args: argparse.Namespace, recipe: Mapping) -> None:
     for name, value in recipe.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-
-
-def step_choices(args: argparse.Namespace, default: str = "fp32") -> dict:
-    """What `add_steps` read, as the trainer's `Settings` name it. The eager layer is left to plain steps."""
-    return {
-        "accumulate": args.accumulate,
-        "precision": PRECISIONS[args.precision or default],
-        "compile": args.compile,
-        "graph": args.impl == "fused" and not args.no_graph,
-    }
+    if "precision" in recipe:
+        args.precision = PRECISIONS[args.precision]
 
 
 def pick_device(name: str) -> torch.device:

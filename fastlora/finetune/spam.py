@@ -20,10 +20,8 @@ from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import FILES, Batches, Data, data_digest, locate, read_texts
 from fastlora.finetune.gpt2 import CONFIGS, GPT2
 from fastlora.finetune.homes import convert, missing
-from fastlora.finetune.options import add_steps, complete, defaults, pick_device, step_choices
-from fastlora.finetune.run import CHECKPOINT, MODEL
-from fastlora.finetune.step import Settings
-from fastlora.finetune.trainer import Trainer
+from fastlora.finetune.options import add_steps, complete, defaults, pick_device
+from fastlora.finetune.run import MODEL
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
 from fastlora.linear import FusedLoRALinear
 
@@ -62,16 +60,15 @@ def train(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, device: torch.device) -> None:
     folder = args.output
-    complete(args, RECIPE | {"model": "nano" if args.data == "sample" else "gpt2"})
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    size = "nano" if args.data == "sample" else "gpt2"
+    complete(args, RECIPE | {"model": size, "precision": "bf16" if bf16 else "fp32"})
     members = members_of(args)
     random = args.weights == RANDOM or (args.weights is None and args.model == "nano")
     weights = None if random else gpt2.find_weights(args.weights)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    how = step_choices(args, "bf16" if bf16 else "fp32")
     settings = runs.settings_of(
-        args, precision=how["precision"], device=device.type, processes=parallel.size(),
-        weights=str(weights or RANDOM), weights_sha256=weights and sha256(weights),
-        data_sha256=data_digest(args.data, "spam"),
+        args, device=device.type, processes=parallel.size(), weights=str(weights or RANDOM),
+        weights_sha256=weights and sha256(weights), data_sha256=data_digest(args.data, "spam"),
     )  # fmt: skip
     with runs.run_folder(folder, settings, args.resume, device) as unfinished:
         if not unfinished:
@@ -86,18 +83,15 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         model.to(device)
         model.grad_checkpointing = args.grad_checkpointing
         adapt(model, members, args.impl, "all-linear")
-        if how["precision"] != "float32":
+        if args.precision != "float32":
             for layer in model.modules():  # frozen weights in the dtype that autocast would cast them to at every use
                 if isinstance(layer, FusedLoRALinear):
-                    layer.weight.data = layer.weight.data.to(getattr(torch, how["precision"]))
+                    layer.weight.data = layer.weight.data.to(getattr(torch, args.precision))
                     layer.bias.data = layer.bias.data.to(layer.weight.dtype)
-        training = Settings(epochs=args.epochs, every=args.eval_every, checkpoint=folder / CHECKPOINT, **how)
         optimiser = torch.optim.AdamW(groups_of(model, members), weight_decay=args.weight_decay, fused=True)
-        trainer = Trainer(model, optimiser, data.train, data.valid, training, members)
-
         settings["base"] = str(weights or "random weights, frozen")
         title, layer = f"Spam, {args.model}, {args.impl}", model.blocks[0].attention.query
-        fine_tune(args, settings, trainer, data, layer, title)
+        fine_tune(args, settings, model, optimiser, members, data, layer, title)
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:

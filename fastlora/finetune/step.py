@@ -36,7 +36,7 @@ class Settings:
     compile: bool = False  # pass the model's forward through torch.compile, in one graph
     epochs: int = 1  # passes over the training batches
     decay: float = 1.0  # the rates are multiplied by it after each epoch
-    every: int | None = None  # steps between evaluations and checkpoints, besides those at each epoch's end
+    eval_every: int | None = None  # steps between evaluations and checkpoints, besides those at each epoch's end
     accumulate: int = 1  # batches whose gradients are summed into one optimiser step
     checkpoint: Path | None = None  # its path; None keeps none
 

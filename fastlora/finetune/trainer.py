@@ -85,7 +85,7 @@ class Trainer:
                     self.steps += 1
                     bar.update(len(numbers))
                     last = self.position == len(self.train)
-                    if last or (settings.every and self.steps % settings.every == 0):
+                    if last or (settings.eval_every and self.steps % settings.eval_every == 0):
                         self.seconds += self._now() - began
                         self._record(rows)
                         if not last:

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from fastlora.errors import UserError
 from fastlora.finetune import parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import Data
+from fastlora.finetune.step import Settings
 from fastlora.finetune.trainer import Member, Trainer, best
 from fastlora.linear import EagerLoRALinear, FusedLoRALinear
 
@@ -33,7 +35,12 @@ def members_of(args: argparse.Namespace) -> list[Member]:
     own = {"lr": args.lr, "rank": args.rank, "alpha": args.alpha, "seed": args.seed}
     if not args.sweep:
         return [Member(None, own)]
-    if args.impl != "fused" or args.precision == "fp16" or args.compile or torch.distributed.is_torchelastic_launched():
+    if (
+        args.impl != "fused"
+        or args.precision == "float16"
+        or args.compile
+        or torch.distributed.is_torchelastic_launched()
+    ):
         raise UserError("--sweep goes with --impl fused and fp32 or bf16, without --compile and torchrun")
     product = [dict(zip(args.sweep, values, strict=True)) for values in itertools.product(*args.sweep.values())]
     return [Member(f"run{i}", own | chosen) for i, chosen in enumerate(product)]
@@ -109,14 +116,18 @@ def free_memory(device: torch.device) -> int:
 
 
 def fine_tune(
-    args: argparse.Namespace, settings: dict, trainer: Trainer, data: Data, layer: nn.Module, title: str
-) -> None:
+    args: argparse.Namespace, settings: dict, model: nn.Module, optimiser: torch.optim.Optimizer, members: list[Member],
+    data: Data, layer: nn.Module, title: str,
+) -> None:  # fmt: skip
     """Train, test, and leave everything in `args.output`; a sweep's adapters each, and its best as a plain run's.
 
     It goes on from the checkpoint of a run that began. `settings` are the run's, for its report; `layer`, one of the
-    LoRA layers, tells the path.
+    LoRA layers, tells the path. The eager layer is left to plain steps.
     """
-    folder, model, several = args.output, trainer.model, bool(args.sweep)
+    folder, several = args.output, bool(args.sweep)
+    said = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
+    said |= {"graph": args.impl == "fused" and not args.no_graph, "checkpoint": folder / runs.CHECKPOINT}
+    trainer = Trainer(model, optimiser, data.train, data.valid, Settings(**said), members)
     if trainer.resume() and parallel.first():
         print(f"resumed after step {trainer.steps}")
     if trainer.device.type == "cpu":
