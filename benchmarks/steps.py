@@ -178,7 +178,6 @@ def _spam_runs(args: argparse.Namespace, device: torch.device):
 
 def _program_arguments(program, args: argparse.Namespace, folder: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    options.add_shared(parser)
     program.add_arguments(parser)
     return parser.parse_args(["--data", args.data, "--device", args.device, "--output", folder])
 

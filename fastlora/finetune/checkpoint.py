@@ -42,8 +42,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 def fill(model: nn.Module, path: Path, tensors: Mapping[str, Tensor], names: set[str] | None = None) -> None:
     """Load `tensors` of the file `path` into `model`: exactly those of its state, or of the `names` out of it.
 
-    Raises UserError, and leaves the model as it was, when one is missing, has no place there, is of another shape or
-    dtype, or holds a number that is not finite.
+    UserError, and nothing is changed, for one that is missing, not finite, of another shape or dtype, or one too many.
     """
     state = {name: held for name, held in model.state_dict().items() if names is None or name in names}
     for name in sorted(state.keys() ^ tensors.keys()):

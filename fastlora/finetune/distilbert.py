@@ -31,13 +31,11 @@ from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import data_digest, locate, random_split, read_texts
 from fastlora.finetune.hub import LABELS
-from fastlora.finetune.options import complete, defaults, number, pick_device, whole
+from fastlora.finetune.options import add_shared, complete, number, pick_device, whole
 
 CHECKPOINTS = "checkpoints"  # the Trainer's, in the run's folder until the run is finished
 TARGETS = {"distilbert": ["q_lin"], "bert": ["query", "value"]}  # by model_type; PEFT's own table for the others
 SPLIT_SEED = 0
-
-
 RECIPE = {
     "model": "distilbert-base-uncased",
     "target_modules": (),  # by architecture
@@ -52,12 +50,11 @@ RECIPE = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this program alone."""
+    """The flags of this program."""
+    add_shared(parser, RECIPE)
     add = parser.add_argument
-    parser.epilog = defaults(RECIPE)
     add("--model", metavar="NAME|DIR", help=f"hub name or folder (default {RECIPE['model']})")
-    length = "tokens a review is cut at (default 512)"
-    add("--max-length", type=whole(8, 65536), metavar="N", help=length)
+    add("--max-length", type=whole(8, 65536), metavar="N", help="tokens a review is cut at (default 512)")
     below_one = number(float, 0, 1 - 1e-9, "at least 0 and below 1")
     add("--dropout", type=below_one, metavar="P", help="lora_dropout (default 0.01)")
     targets = "the layers to adapt (default: by architecture; q_lin for DistilBERT)"
@@ -73,9 +70,8 @@ def train(args: argparse.Namespace) -> None:
         set_seed(args.seed)  # the head's start
         complete(args, RECIPE)
         what = f"--model {args.model}"
-        args.model = hub.located(args.model, what)
         tokenizer, model, digest = hub.load_model(args.model, what)
-        kind = model.config.model_type
+        args.model, kind = model.name_or_path, model.config.model_type
         args.target_modules = args.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
         if not args.target_modules:
             raise UserError(f"{what}: no default target modules for a {kind!r}; name --target-modules")
@@ -96,9 +92,9 @@ def _train(args: argparse.Namespace, settings: dict, tokenizer, model, device) -
         encoded = tokenizer(text, truncation=True, max_length=args.max_length)
         print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
         print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
-    how = LoraConfig(task_type=TaskType.SEQ_CLS, r=args.rank, lora_alpha=args.alpha, lora_dropout=args.dropout,
-                     target_modules=list(args.target_modules))  # fmt: skip
-    model = get_peft_model(model, how)
+    model = get_peft_model(model, LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=args.rank, lora_alpha=args.alpha, lora_dropout=args.dropout,
+        target_modules=list(args.target_modules)))  # fmt: skip
     if args.impl == "fused":
         fastlora.peft.patch(model)
     counts = runs.counts(model)
@@ -131,10 +127,7 @@ def _train(args: argparse.Namespace, settings: dict, tokenizer, model, device) -
 
 
 class HubTrainer(Trainer):
-    """The Trainer, with the accuracy of the training batches and a row of history at each evaluation.
-
-    Its `seconds` leave evaluation out.
-    """
+    """The Trainer, with training accuracy and a row of history at each evaluation, which its `seconds` leave out."""
 
     def fit(self) -> None:
         """Train, from the last whole checkpoint on if there is one; the best epoch's weights are left in the model."""
@@ -156,7 +149,8 @@ class HubTrainer(Trainer):
             raise
 
     def _start(self) -> None:
-        self._tally, self._began = torch.zeros(3, dtype=torch.float64), time.perf_counter()  # loss, correct, rows
+        self._tally = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, correct, rows
+        self._began = time.perf_counter()
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """The Trainer's, and what it came to in training added up."""
@@ -164,14 +158,13 @@ class HubTrainer(Trainer):
         if model.training:
             labels, logits = inputs["labels"], outputs["logits"].detach().float()
             mean, correct = nn.functional.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
-            part = torch.stack([mean.double() * len(labels), correct.double(), correct.new_full((), len(labels))])
-            self._tally = self._tally.to(part.device) + part
+            self._tally += torch.stack([mean.double() * len(labels), correct, correct.new_full((), len(labels))])
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs):
         """The Trainer's, and a row of history in its state. WorkError for a run that has diverged."""
         self.seconds += time.perf_counter() - self._began
-        loss, correct, rows = self.accelerator.reduce(self._tally.to(self.args.device), "sum").tolist()
+        loss, correct, rows = self.accelerator.reduce(self._tally, "sum").tolist()
         metrics = super().evaluate(*args, **kwargs)
         row = {
             "epoch": round(self.state.epoch, 6),
@@ -223,24 +216,19 @@ def make_trainer(args: argparse.Namespace, model, tokenizer, data: dict[str, lis
 
 
 def load_predictor(run: Path) -> runs.Predictor:
-    """A function that labels reviews, (label, probability) each, from a finished run's folder.
-
-    Raises UserError when the run is not finished or damaged, or the model that it adapts is not to be had.
-    """
+    """What labels reviews by the finished run in a folder; UserError when a file of it or its base is not to be had."""
     report = runs.read_report(run)
     what = f"{run}: its base model {shown(report['model'])}"
     logging.set_verbosity_error()  # no report of weights that the adapter brings
     logging.disable_progress_bar()
-    tokenizer, model, digest = hub.load_model(hub.located(report["model"], what), what)
+    tokenizer, model, digest = hub.load_model(report["model"], what)
     if report.get("weights_sha256") not in (None, digest):  # earlier versions left none
         raise UserError(f"{what} is not the one that the run adapted: its weights were changed")
-    max_length = min(report["max_length"], getattr(model.config, "max_position_embeddings", report["max_length"]))
     fastlora.load_adapter(model, run).eval()
 
     def logits(texts: list[str]) -> torch.Tensor:
-        batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_token_type_ids=False,
-                          return_tensors="pt")  # fmt: skip
-        return model(**batch).logits
+        return model(**tokenizer(texts, truncation=True, max_length=report["max_length"], padding=True,
+                                 return_token_type_ids=False, return_tensors="pt")).logits  # fmt: skip
 
     return runs.predictor(LABELS, logits)
 
@@ -265,6 +253,6 @@ def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str],
 def _rows(tokenizer, texts: list[str], labels: list[int], max_length: int) -> list[dict]:
     """The texts' token ids, masks and labels, not padded, by length: neighbours in evaluation need little padding."""
     encoded = tokenizer(texts, truncation=True, max_length=max_length, return_token_type_ids=False)
-    rows = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
-    made = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]
-    return sorted(made, key=lambda row: -len(row["input_ids"]))
+    parts = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
+    rows = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in parts]
+    return sorted(rows, key=lambda row: -len(row["input_ids"]))

@@ -74,16 +74,11 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 with a linear head over the last token.
-
-    Weights are random (normal, as `config` says; biases zero) until `load_weights` fills them.
-    `grad_checkpointing = True` recomputes each block in the backward pass instead of keeping its activations.
-    """
+    """GPT-2 with a linear head over the last token. Its weights are random until `load_weights` fills them."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.config = config
-        self.grad_checkpointing = False
+        self.grad_checkpointing = False  # compute blocks again in the backward pass instead of keeping activations
         self.tokens = nn.Embedding(config.vocabulary, config.width)
         self.positions = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -123,10 +118,7 @@ _THEIRS = {
 
 
 def find_weights(folder: str | None) -> Path:
-    """`model.safetensors` in `folder`; with None, that of gpt2 in the Hugging Face hub's cache.
-
-    Raises UserError, saying what to do, when there is none.
-    """
+    """`model.safetensors` in `folder`; with None, that of gpt2 in the Hugging Face hub's cache. UserError for none."""
     if folder is not None:
         path = expanded(folder) / WEIGHTS
         if not path.is_file():
@@ -144,8 +136,7 @@ def find_weights(folder: str | None) -> Path:
 def load_weights(model: GPT2, path: Path) -> None:
     """Fill every weight of `model` but its head from Hugging Face's file.
 
-    Raises UserError, and leaves the model as it was, when the file is damaged, misses a tensor, or one has another
-    shape or a value that is not finite in the model's dtype.
+    UserError, and nothing is changed, when the file is damaged, misses a tensor, or `fill` refuses one.
     """
     theirs, ours = {name.removeprefix("transformer."): t for name, t in read_checkpoint(path)[0].items()}, {}
     for name, held in model.state_dict().items():
@@ -170,8 +161,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$
 def gpt2_encoding(data: Path):
     """tiktoken's encoding `gpt2` (50,257 tokens), from `<data>/gpt2/{encoder.json,vocab.bpe}` with no network.
 
-    Both files must be OpenAI's to the byte: a vocabulary that differs would silently encode to other ids. UserError
-    where one is not, or is missing.
+    UserError unless both are OpenAI's to the byte: a vocabulary that differs would silently encode to other ids.
     """
     import tiktoken
     import tiktoken.load
@@ -194,9 +184,9 @@ def byte_encoding():
 
 
 def encode(texts: Sequence[str], encoding, length: int | None = None) -> Tensor:
-    """Token ids of `texts`, int64 (len(texts), length), padded with 50256 and cut to `length`.
+    """Token ids of `texts`, int64 (len(texts), length), padded with 50256 and cut to `length` (default: the longest).
 
-    `length=None`: that of the longest text, at most 1024. Special tokens written in a message are text like any other.
+    Special tokens written in a message are text like any other.
     """
     ids = encoding.encode_ordinary_batch(list(texts), num_threads=2)
     length = min(LONGEST, max(1, *map(len, ids))) if length is None else length

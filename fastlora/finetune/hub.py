@@ -23,22 +23,17 @@ LABELS = ("negative", "positive")
 HEADS = TASK_HEADS["SEQ_CLS"]  # ends of the names of what PEFT trains in full
 
 
-def located(name: str, what: str) -> str:
-    """`name`, as an absolute path if it is a folder's, else as it is: a hub name; `what` names it in errors."""
-    folder = expanded(name)
-    if folder.is_dir():
-        return str(folder.resolve())
-    if name.startswith(("/", ".", "~")):
-        raise UserError(f"{what}: no such folder")
-    return name
-
-
 def load_model(name: str, what: str) -> tuple:
-    """(tokenizer, classifier with two labels, digest of its weights) of model `name`; `what` names it in errors.
+    """(tokenizer, classifier with two labels, digest of its weights) of a folder's or hub's model; `what` in errors.
 
     UserError: it is not to be had or damaged, lacks a weight that is not trained, needs code of its own, or its
     tokenizer cannot pad or knows no word.
     """
+    folder = expanded(name)
+    if folder.is_dir():
+        name = str(folder.resolve())
+    elif name.startswith(("/", ".", "~")):
+        raise UserError(f"{what}: no such folder")
     try:
         if cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False,
                        _raise_exceptions_for_connection_errors=False):  # fmt: skip

@@ -15,8 +15,7 @@ from fastlora.errors import UserError
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
-from fastlora.finetune.options import add_steps, complete, defaults, pick_device
-from fastlora.finetune.run import MODEL
+from fastlora.finetune.options import add_shared, add_steps, complete, pick_device
 from fastlora.finetune.step import Settings
 from fastlora.finetune.trainer import Trainer
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
@@ -60,13 +59,13 @@ class TextClassifier(nn.Module):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this program alone."""
+    """The flags of this program."""
+    add_shared(parser, RECIPE)
     recipe = "tutorial: the published recipe to the letter (default: a better one)"
     parser.add_argument("--recipe", choices=tuple(RECIPES), default="default", help=recipe)
     vectors = "word vectors in GloVe's text format, 100 numbers a word (default: learned from the texts, no labels)"
     parser.add_argument("--vectors", type=Path, metavar="FILE", help=vectors)
     add_steps(parser)
-    parser.epilog = defaults(RECIPE)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -79,14 +78,14 @@ def train(args: argparse.Namespace) -> None:
         if not unfinished:
             return
         data, words, vectors, news = load_data(args, device)
-        if (folder / MODEL).exists():
+        if (folder / runs.MODEL).exists():
             model, _, pretrained = load_base(folder)
             model.to(device)
         else:
             model, pretrained = make_base(args, vectors, news, device)
-            write_checkpoint(folder / MODEL, model.state_dict(), pretrained=pretrained, words=words)
+            write_checkpoint(folder / runs.MODEL, model.state_dict(), pretrained=pretrained, words=words)
         model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=device)
-        adapt(model, members, args.impl, ["fc1"], head="fc2")
+        adapt(model, members, args.impl, ["fc1"], heads=["fc2"])
         settings["pretrained"] = pretrained
         title = f"{'made-up sample' if args.data == 'sample' else 'IMDb'}, {args.impl}"
         fine_tune(args, settings, model, sgd(groups_of(model, members)), members, data, model.fc1, title)
@@ -151,12 +150,12 @@ def make_base(
 
 def load_base(folder: Path) -> tuple[TextClassifier, dict[str, int], dict]:
     """What `make_base` gave to the run in `folder`, and between the two the vocabulary."""
-    tensors, state = read_checkpoint(folder / MODEL)
+    tensors, state = read_checkpoint(folder / runs.MODEL)
     if "words" not in state:
-        raise UserError(f"{folder / MODEL}: left by an earlier version of fastlora, which this one cannot read")
+        raise UserError(f"{folder / runs.MODEL}: left by an earlier version of fastlora, which this one cannot read")
     vocabulary = numbered(state["words"])
     model = TextClassifier(len(vocabulary), DIM, TOPICS)
-    fill(model, folder / MODEL, tensors)
+    fill(model, folder / runs.MODEL, tensors)
     return model, vocabulary, state.get("pretrained")
 
 
@@ -166,10 +165,7 @@ def sgd(groups: list[dict]) -> torch.optim.Optimizer:
 
 
 def load_predictor(run: Path) -> runs.Predictor:
-    """A function that labels reviews, (label, probability) each, from a finished run's folder.
-
-    Raises UserError when a file is missing or damaged.
-    """
+    """What labels reviews by the finished run in a folder; UserError when a file of it is missing or damaged."""
     model, vocabulary, _ = load_base(run)
     model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS))
     fastlora.load_adapter(model, run).eval()

@@ -68,9 +68,10 @@ def swept(text: str) -> dict[str, list]:
     return values
 
 
-def add_shared(parser: argparse.ArgumentParser) -> None:
-    """The flags of every `fastlora train` program. Those without a default leave the choice to the program (None)."""
-    add = parser.add_argument
+def add_shared(parser: argparse.ArgumentParser, recipe: Mapping) -> None:
+    """The flags of every `fastlora train` program. Those without a default leave the choice to its `recipe` (None)."""
+    add, said = parser.add_argument, ("epochs", "rank", "alpha", "batch_size", "lr")
+    parser.epilog = "defaults: " + ", ".join(f"--{name.replace('_', '-')} {recipe[name]:g}" for name in said)
     data = "data folder; a small made-up sample; or FASTLORA_DATA, the cache, the network (default)"
     add("--data", default="auto", metavar="DIR|sample|auto", help=data)
     add("--output", type=folder_name, required=True, metavar="DIR", help="the run's folder")
@@ -98,12 +99,6 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="pass the model through torch.compile")
     text = f"train every combination of values at once, as in 'lr=0.3,1 rank=2,8'; {', '.join(MEMBER)} can be swept"
     add("--sweep", type=swept, metavar="KEY=V,V...", help=text)
-
-
-def defaults(recipe: Mapping) -> str:
-    """What a program takes where these flags do not say, for its --help."""
-    names = ("epochs", "rank", "alpha", "batch_size", "lr")
-    return "defaults: " + ", ".join(f"--{name.replace('_', '-')} {recipe[name]:g}" for name in names)
 
 
 def complete(args: argparse.Namespace, recipe: Mapping) -> None:

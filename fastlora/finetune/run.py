@@ -23,9 +23,8 @@ from fastlora.finetune import parallel
 SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
 CHECKPOINT, MODEL = "checkpoint.safetensors", "model.safetensors"
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, "gpt2",
-             "adapters")  # fmt: skip
+RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", "adapter_config.json",
+             "adapter_model.safetensors", MODEL, "gpt2", "adapters")  # fmt: skip
 LOCK = ".fastlora.lock"
 REFUSED, UNFINISHED, FINISHED = range(3)
 MOST_NAMED = 12  # runs in a picture's legend, which leaves no room for more
@@ -42,13 +41,12 @@ def settings_of(args: argparse.Namespace, **more) -> dict:
 def run_folder(path: Path, settings: Mapping, resume: bool, device="cpu") -> Iterator[bool]:
     """Hold `path` as the output folder of a run; yields False when that run is finished already.
 
-    Of processes that train together the first holds it, and all get its answer.
-
     `settings`, JSON values that decide the run's result, are kept in run.json: with `resume`, the run that the folder
-    holds goes on only with those that it was started with. An empty folder starts a new one.
+    holds goes on only with those that it was started with. An empty folder starts a new one. Of processes that train
+    together the first holds it, and all get its answer.
 
-    Raises UserError when the folder holds a run and `resume` is false, the run was started with other settings,
-    another process holds the folder, or it cannot be written to.
+    UserError when the folder holds a run and `resume` is false, the run was started with other settings, another
+    process holds the folder, or it cannot be written to.
     """
     lock, found = FileLock(path / LOCK), REFUSED
     try:

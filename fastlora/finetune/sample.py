@@ -53,10 +53,7 @@ def make_sample(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".fastlora.lock"):
         for name, rows in _tables().items() if missing(folder, "imdb", "ag_news", "spam") else ():
-            data_set, part = name.split("/")
-            write_tables(
-                folder / data_set, {part: rows}, ("Text", "Label") if data_set == "spam" else ("text", "label")
-            )
+            write_tables(folder, {name: rows}, ("Text", "Label") if name.startswith("spam") else ("text", "label"))
     return folder
 
 

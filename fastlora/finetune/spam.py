@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import fastlora
 from fastlora.errors import UserError
@@ -18,10 +19,8 @@ from fastlora.finetune import gpt2, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import FILES, Batches, Data, data_digest, locate, read_texts
-from fastlora.finetune.gpt2 import CONFIGS, GPT2
 from fastlora.finetune.homes import convert, missing
-from fastlora.finetune.options import add_steps, complete, defaults, pick_device
-from fastlora.finetune.run import MODEL
+from fastlora.finetune.options import add_shared, add_steps, complete, pick_device
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
 from fastlora.linear import FusedLoRALinear
 
@@ -41,15 +40,15 @@ RECIPE = {  # as published: AdamW at a constant rate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this program alone."""
+    """The flags of this program."""
+    add_shared(parser, RECIPE)
     add = parser.add_argument
-    add("--model", choices=tuple(CONFIGS), help="size (default gpt2; nano with --data sample)")
+    add("--model", choices=tuple(gpt2.CONFIGS), help="size (default gpt2; nano with --data sample)")
     weights = f"folder that holds {gpt2.WEIGHTS}, or random (default: gpt2's from the Hugging Face hub's cache, nano's "
     add("--weights", metavar="DIR|random", help=f"{weights}random)")
     activations = "compute activations again in the backward pass instead of keeping them"
     add("--grad-checkpointing", action="store_true", help=activations)
     add_steps(parser)
-    parser.epilog = defaults(RECIPE)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -74,12 +73,12 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
         if not unfinished:
             return
         data = load_data(args, device)
-        begun = (folder / MODEL).exists()
-        model, drawn = make_base(args.model, weights, folder / MODEL if begun else None)
+        begun = (folder / runs.MODEL).exists()
+        model, drawn = make_base(args.model, weights, folder / runs.MODEL if begun else None)
         if parallel.first() and not begun:
             if args.data != "sample":  # so that `predict` finds it
                 convert("gpt2", [vocabulary(data.folder) / file for file in FILES["gpt2"]], folder / "gpt2")
-            write_checkpoint(folder / MODEL, drawn)
+            write_checkpoint(folder / runs.MODEL, drawn)
         model.to(device)
         model.grad_checkpointing = args.grad_checkpointing
         adapt(model, members, args.impl, "all-linear")
@@ -97,29 +96,21 @@ def _train(args: argparse.Namespace, device: torch.device) -> None:
 def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     """Read and encode the messages, all as long as the longest of the training messages."""
     folder = locate(args.data, "spam")
-    encoding, length = _encoding(args.data, folder), None
-    parts: dict[str, tuple[Tensor, Tensor]] = {}
+    encoding, length, parts = _encoding(args.data, folder), None, []
     for name, limit in (("train", args.train_samples), ("valid", None), ("test", args.test_samples)):
         texts, labels = read_texts(folder / "spam" / f"{name}.parquet", len(LABELS), limit, "Text", "Label")
-        parts[name] = gpt2.encode(texts, encoding, length), torch.tensor(labels)
-        length = parts[name][0].shape[1]
-    sizes = {name: len(labels) for name, (_, labels) in parts.items()}
-    whole = args.batch_size * parallel.size()
-    if sizes["train"] < whole:
-        raise UserError(f"{folder}/spam/train.parquet: {sizes['train']} messages do not fill one batch of {whole}")
-
-    def batches(name: str) -> Batches:
-        ids, labels = parts[name]
-        return Batches(len(labels), lambda rows: (ids[rows], labels[rows]), args.batch_size, name == "train", device)
-
+        rows = TensorDataset(gpt2.encode(texts, encoding, length), torch.tensor(labels))
+        length = rows.tensors[0].shape[1]
+        parts.append(Batches(len(rows), rows.__getitem__, args.batch_size, name == "train", device))
+    train, whole = parts[0], args.batch_size * parallel.size()
+    if train.size < whole:
+        raise UserError(f"{folder}/spam/train.parquet: {train.size} messages do not fill one batch of {whole}")
     if parallel.first():
-        print(f"{' + '.join(f'{size:,}' for size in sizes.values())} messages of {length} tokens", flush=True)
-    train = batches("train")
-    tokens = len(train) * train.rows(0) * length
-    return Data(folder, train, batches("valid"), batches("test"), tokens, {"length": length}, (length,))
+        print(f"{' + '.join(f'{part.size:,}' for part in parts)} messages of {length} tokens", flush=True)
+    return Data(folder, *parts, len(train) * whole * length, {"length": length}, (length,))
 
 
-def _encoding(data: object, folder: Path):
+def _encoding(data: str, folder: Path):
     """GPT-2's encoding; its single bytes for the sample, which has to do without files and network."""
     return gpt2.byte_encoding() if data == "sample" else gpt2.gpt2_encoding(vocabulary(folder))
 
@@ -129,14 +120,14 @@ def vocabulary(folder: Path) -> Path:
     return locate("auto", "gpt2") if missing(folder, "gpt2") else folder
 
 
-def make_base(size: str, weights: Path | None, kept: Path | None) -> tuple[GPT2, dict[str, Tensor]]:
+def make_base(size: str, weights: Path | None, kept: Path | None) -> tuple[gpt2.GPT2, dict[str, Tensor]]:
     """The model with its frozen weights from the file `weights`, or random ones, and what of it is random.
 
     That is its head in any case. It comes from the file `kept`, of a run that goes on, if there is one: another version
     of torch may draw otherwise.
     """
     torch.manual_seed(BASE_SEED)
-    model = GPT2(CONFIGS[size])
+    model = gpt2.GPT2(gpt2.CONFIGS[size])
     if weights is not None:
         gpt2.load_weights(model, weights)
     drawn = {name: t for name, t in model.state_dict().items() if weights is None or name.startswith("head.")}
@@ -146,13 +137,10 @@ def make_base(size: str, weights: Path | None, kept: Path | None) -> tuple[GPT2,
 
 
 def load_predictor(run: Path) -> runs.Predictor:
-    """A function that labels messages, (label, probability) each, from a finished run's folder.
-
-    Raises UserError when a file is missing or damaged, or the base weights are no longer where they were.
-    """
+    """What labels messages by the finished run in a folder; UserError when a file of it or its base is not there."""
     report = runs.read_report(run)
     weights = None if report["weights"] == RANDOM else Path(report["weights"])
-    encoding, (model, _) = _encoding(report["dataset"], run), make_base(report["model"], weights, run / MODEL)
+    encoding, (model, _) = _encoding(report["dataset"], run), make_base(report["model"], weights, run / runs.MODEL)
     if weights and report.get("weights_sha256") not in (None, sha256(weights)):  # earlier versions left none
         raise UserError(f"{weights}: not the base weights that {run} was trained on")
     fastlora.load_adapter(model, run).eval()

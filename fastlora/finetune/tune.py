@@ -10,7 +10,7 @@ import argparse
 import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -35,22 +35,19 @@ def members_of(args: argparse.Namespace) -> list[Member]:
     own = {"lr": args.lr, "rank": args.rank, "alpha": args.alpha, "seed": args.seed}
     if not args.sweep:
         return [Member(None, own)]
-    if (
-        args.impl != "fused"
-        or args.precision == "float16"
-        or args.compile
-        or torch.distributed.is_torchelastic_launched()
-    ):
+    torchrun = torch.distributed.is_torchelastic_launched()
+    if args.impl != "fused" or args.precision == "float16" or args.compile or torchrun:
         raise UserError("--sweep goes with --impl fused and fp32 or bf16, without --compile and torchrun")
     product = [dict(zip(args.sweep, values, strict=True)) for values in itertools.product(*args.sweep.values())]
     return [Member(f"run{i}", own | chosen) for i, chosen in enumerate(product)]
 
 
-def adapt(model: nn.Module, members: list[Member], impl: str, targets: list[str] | str, head: str = "") -> None:
-    """Give `model` the members' LoRA layers, and each a `head` of its own, drawn by its seed; freeze the rest."""
+def adapt(
+    model: nn.Module, members: list[Member], impl: str, targets: list[str] | str, heads: Sequence[str] = ()
+) -> None:
+    """Give `model` the members' LoRA layers, and each `heads` of its own, drawn by its seed; freeze the rest."""
     adapters = {m.name: {"r": m.own["rank"], "lora_alpha": m.own["alpha"]} for m in members}
     how = adapters.get(None, {"adapters": adapters})
-    heads = [head] if head else []
     fastlora.inject(model, **how, target_modules=targets, modules_to_save=heads, layer_class=LAYERS[impl])
     layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
     for i, member in enumerate(members):
@@ -92,14 +89,12 @@ def announce(trainer: Trainer) -> None:
         trainer.step.losses(inputs, labels)
     copies = 4 if isinstance(trainer.optimiser, torch.optim.AdamW) else 2  # parameters, gradients, the optimiser's two
     each = copies * sum(p.nbytes for group in groups_of(trainer.model, [member]) for p in group["params"])
-    batch, together = sum(size for place, size in kept.items() if place not in base), 0
-    if trainer.at_once == count:
-        each += batch
-    else:
-        together = batch * trainer.at_once
-    fit = max(0, int((0.9 * free - together) / each))
-    print(f"{count} runs at once need about {(together + count * each) / 2**20:,.1f} MiB; {free / 2**20:,.0f} MiB are "
-          f"free, enough for {fit:,} runs", flush=True)  # fmt: skip
+    batch, at_once = sum(size for place, size in kept.items() if place not in base), trainer.at_once
+    need = count * each + at_once * batch
+    fit = int((0.9 * free - at_once * batch) / each) if at_once < count else int(0.9 * free / (each + batch))
+    fit = max(0, fit)
+    print(f"{count} runs at once need about {need / 2**20:,.1f} MiB; {free / 2**20:,.0f} MiB are free, enough for "
+          f"{fit:,} runs", flush=True)  # fmt: skip
     if count > fit:
         raise UserError(f"--sweep: {count} runs need more memory than there is; at most {fit} fit")
 

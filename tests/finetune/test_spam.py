@@ -152,10 +152,9 @@ def test_the_real_batches(data_dir, tmp_path, capsys):
 def spam_arguments(*argv):
     import argparse
 
-    from fastlora.finetune.options import add_shared, complete
+    from fastlora.finetune.options import complete
 
     parser = argparse.ArgumentParser()
-    add_shared(parser)
     spam.add_arguments(parser)
     args = parser.parse_args(argv)
     complete(args, spam.RECIPE)

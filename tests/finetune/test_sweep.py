@@ -161,7 +161,7 @@ def trainer(lrs, path=None, epochs=3):
         for i, lr in enumerate(lrs)
         if lr is not None
     ]
-    tune.adapt(model, members, "fused", ["0"], head="2")
+    tune.adapt(model, members, "fused", ["0"], heads=["2"])
     optimiser = torch.optim.SGD(tune.groups_of(model, members))
     batches = Batches(ROWS, lambda rows: (X[rows], Y[rows]), 16)
     settings = Settings(epochs=epochs, checkpoint=path)
