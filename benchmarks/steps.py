@@ -146,7 +146,7 @@ def _imdb(args: argparse.Namespace, device: torch.device):
         given = _program_arguments(imdb, args, folder)
         options.complete(given, imdb.RECIPE)
         data, _, vectors, news = imdb.load_data(given, device)
-        base, _ = imdb.make_base(given, vectors, news, device)
+        base, _ = imdb.make_base(given, vectors, news)
     base.fc2 = nn.Linear(base.fc1.out_features, len(imdb.LABELS), device=device)
 
     def optimiser(trained):

@@ -24,14 +24,11 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], **state) -> None
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, state) as `write_checkpoint` was given them; UserError when the file is missing or damaged.
-
-    The state of another's safetensors file is empty.
-    """
+    """(tensors, state) as `write_checkpoint` was given them; UserError when the file is missing or damaged."""
     try:
         open_regular(path).close()
         with safe_open(path, "pt") as file:
-            state = json.loads((file.metadata() or {}).get(STATE, "{}"))
+            state = json.loads((file.metadata() or {}).get(STATE, "{}"))  # another's file has none
             return {name: file.get_tensor(name).clone() for name in file.keys()}, state  # noqa: SIM118 - no mapping
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None

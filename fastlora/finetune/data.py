@@ -66,22 +66,23 @@ def found() -> dict[str, str]:
     return {name: next((str(folder) for folder in folders if not missing(folder, name)), "not here") for name in FILES}
 
 
-def read_texts(
-    path: Path, classes: int, limit: int | None = None, text: str = "text", label: str = "label", least: int = 1
-) -> tuple[list[str], list[int]]:
-    """Texts and labels (0 .. classes - 1) of a parquet file's columns, of its first `limit` rows; UserError for a file
-    that is missing, damaged, too large, without these columns, of fewer than `least` rows, or with others' labels."""
+def read_texts(path: Path, classes: int, limit: int | None = None, columns=("text", "label"), least: int = 1) -> tuple:
+    """The list of texts and that of labels (0 .. classes - 1) of a parquet file's `columns`, of its first `limit` rows.
+
+    UserError for one that is missing, damaged, too large, without these columns, or of fewer than `least` rows.
+    """
     import pyarrow
     import pyarrow.parquet
 
     texts, labels, size = [], [], 0
+    text, label = columns
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(read_regular(path, MAX_FILE)))
-        for name in (text, label):
+        for name in columns:
             if name not in file.schema_arrow.names:
                 has = ", ".join(shown(other) for other in file.schema_arrow.names[:10])
                 raise UserError(f"{path}: no column {name!r}; it has {has}")
-        batches = file.iter_batches(1024, columns=[text, label])
+        batches = file.iter_batches(1024, columns=list(columns))
         rows = (row for batch in batches for row in zip(batch[text].to_pylist(), batch[label].to_pylist(), strict=True))
         for said, number in itertools.islice(rows, limit):
             if not isinstance(said, str) or number not in range(classes):

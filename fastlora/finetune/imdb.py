@@ -82,13 +82,15 @@ def train(args: argparse.Namespace) -> None:
             model, _, pretrained = load_base(folder)
             model.to(device)
         else:
-            model, pretrained = make_base(args, vectors, news, device)
+            model, pretrained = make_base(args, vectors, news)
             write_checkpoint(folder / runs.MODEL, model.state_dict(), pretrained=pretrained, words=words)
         model.fc2 = nn.Linear(model.fc1.out_features, len(LABELS), device=device)
         adapt(model, members, args.impl, ["fc1"], heads=["fc2"])
+        # only the fused one reads its rate on the GPU, as a captured step has to
+        optimiser = torch.optim.SGD(groups_of(model, members), fused=device.type == "cuda")
         settings["pretrained"] = pretrained
         title = f"{'made-up sample' if args.data == 'sample' else 'IMDb'}, {args.impl}"
-        fine_tune(args, settings, model, sgd(groups_of(model, members)), members, data, model.fc1, title)
+        fine_tune(args, settings, model, optimiser, members, data, model.fc1, title)
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[Data, list[str], Tensor, list[Batches]]:
@@ -118,29 +120,29 @@ def load_data(args: argparse.Namespace, device: torch.device) -> tuple[Data, lis
         source = f"{args.vectors.name}, {count:,} of {len(vocabulary):,} words"
     if args.scale is not None:
         vectors = weighted(vectors, ids, args.scale)
-    print(f"{len(sets['imdb/train']):,} + {len(sets['imdb/test']):,} reviews, {len(news):,} news; word vectors "
+    sizes = {name: len(labels[name]) for name in sets}
+    print(f"{sizes['imdb/train']:,} + {sizes['imdb/test']:,} reviews, {sizes['ag_news/train']:,} news; word vectors "
           f"{source}: {time.perf_counter() - began:.1f} s", flush=True)  # fmt: skip
 
     def batches(name: str, rows: Tensor | None = None) -> Batches:
-        dataset, pad_to = sets[name], GPU_PAD if device.type == "cuda" else 1
-        rows = torch.arange(len(dataset)) if rows is None else rows
-        return Batches(len(rows), lambda i: dataset.batch(rows[i], pad_to), args.batch_size, device=device)
+        pad_to = GPU_PAD if device.type == "cuda" else 1
+        rows = torch.arange(sizes[name]) if rows is None else rows
+        return Batches(len(rows), lambda i: sets[name].batch(rows[i], pad_to), args.batch_size, device=device)
 
     data = Data(folder, batches("imdb/train", train), batches("imdb/train", valid), batches("imdb/test"), len(corpus),
                 {"vectors": source, "vocabulary": len(vocabulary)})  # fmt: skip
     return data, words, vectors, [batches("ag_news/train"), batches("ag_news/test")]
 
 
-def make_base(
-    args: argparse.Namespace, vectors: Tensor, news: list[Batches], device: torch.device
-) -> tuple[TextClassifier, dict]:
+def make_base(args: argparse.Namespace, vectors: Tensor, news: list[Batches]) -> tuple[TextClassifier, dict]:
     """The classifier pre-trained on news, and what there is to report of it."""
     torch.manual_seed(BASE_SEED)
     model = TextClassifier(*vectors.shape, TOPICS)
     model.embedding.weight.data.copy_(vectors)
-    model.to(device)
+    model.to(news[0].device)
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0, fused=news[0].device.type == "cuda")
     settings = Settings(epochs=args.pretrain_epochs, decay=0.5, clip=args.clip)
-    trainer = Trainer(model, sgd([{"params": [*model.parameters()], "lr": 1.0}]), *news, settings)
+    trainer = Trainer(model, optimiser, *news, settings)
     print("pre-training on news, with its test part as validation", flush=True)
     trainer.fit()
     accuracy = trainer.members[0].history[-1]["valid_accuracy"]
@@ -157,11 +159,6 @@ def load_base(folder: Path) -> tuple[TextClassifier, dict[str, int], dict]:
     model = TextClassifier(len(vocabulary), DIM, TOPICS)
     fill(model, folder / runs.MODEL, tensors)
     return model, vocabulary, state.get("pretrained")
-
-
-def sgd(groups: list[dict]) -> torch.optim.Optimizer:
-    """SGD. Only the fused one reads its rate on the GPU, as a captured step has to."""
-    return torch.optim.SGD(groups, fused=groups[0]["params"][0].is_cuda)
 
 
 def load_predictor(run: Path) -> runs.Predictor:

@@ -98,7 +98,7 @@ def load_data(args: argparse.Namespace, device: torch.device) -> Data:
     folder = locate(args.data, "spam")
     encoding, length, parts = _encoding(args.data, folder), None, []
     for name, limit in (("train", args.train_samples), ("valid", None), ("test", args.test_samples)):
-        texts, labels = read_texts(folder / "spam" / f"{name}.parquet", len(LABELS), limit, "Text", "Label")
+        texts, labels = read_texts(folder / "spam" / f"{name}.parquet", len(LABELS), limit, ("Text", "Label"))
         rows = TensorDataset(gpt2.encode(texts, encoding, length), torch.tensor(labels))
         length = rows.tensors[0].shape[1]
         parts.append(Batches(len(rows), rows.__getitem__, args.batch_size, name == "train", device))

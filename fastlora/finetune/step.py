@@ -47,22 +47,17 @@ class Step:
     Trained is the mean cross-entropy of `model(*inputs)`, logits (batch, classes), over the group's rows. n adapters
     over one frozen base may train at once: a batch then holds as many rows of each, one after the other. They step by
     `gradients`, all or some at a time, and `update`; sums are NaN where a loss or gradient is not finite.
-
-    Attributes:
-        names: the adapters that a batch's rows belong to, in the order of the optimiser's groups; None: the only one.
-        plain: why steps are not captured as CUDA graphs, or None when they are.
-        scaler: float16's loss scaling, switched off for other precisions.
     """
 
     def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer, settings: Settings):
         self.model, self.optimiser, self.settings = model, optimiser, settings
-        self.names: tuple[str | None, ...] = (None,)
+        self.names: tuple[str | None, ...] = (None,)  # whose rows a batch has, in the groups' order; None: the only one
         self.device = optimiser.param_groups[0]["params"][0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self._forward = torch.compile(model, fullgraph=True) if settings.compile else model
         if parallel.size() > 1:
             self._forward = DistributedDataParallel(self._forward)
-        self.plain = why_plain(self.device, settings)
+        self.plain = why_plain(self.device, settings)  # or None when steps are captured as CUDA graphs
         if self.plain is None:
             self._stream = torch.cuda.Stream(self.device)
             self._seen: Counter = Counter()

@@ -10,7 +10,7 @@ import argparse
 import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -42,9 +42,7 @@ def members_of(args: argparse.Namespace) -> list[Member]:
     return [Member(f"run{i}", own | chosen) for i, chosen in enumerate(product)]
 
 
-def adapt(
-    model: nn.Module, members: list[Member], impl: str, targets: list[str] | str, heads: Sequence[str] = ()
-) -> None:
+def adapt(model: nn.Module, members: list[Member], impl: str, targets: list[str] | str, heads=()) -> None:
     """Give `model` the members' LoRA layers, and each `heads` of its own, drawn by its seed; freeze the rest."""
     adapters = {m.name: {"r": m.own["rank"], "lora_alpha": m.own["alpha"]} for m in members}
     how = adapters.get(None, {"adapters": adapters})

@@ -62,9 +62,6 @@ class TextDataset:
         self.offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
         self.labels = torch.tensor(labels, dtype=torch.int64)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def batch(self, rows: Tensor, pad_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """The texts `rows` (int64) one after the other, nothing between them: ids, offsets, labels.
 
@@ -82,10 +79,9 @@ class TextDataset:
 
 def learned(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
     """`learn`, kept in the cache under the content's hash. A damaged cache file is made anew."""
-    digest = hashlib.sha256(repr((_VERSION, words, DIM, WINDOW, CONTEXTS, SMOOTHING)).encode())
-    digest.update(ids.numpy())
-    digest.update(offsets.numpy())
-    path = env.cache_dir() / "vectors" / f"{digest.hexdigest()[:32]}.safetensors"
+    settings = repr((_VERSION, words, DIM, WINDOW, CONTEXTS, SMOOTHING)).encode()
+    digest = hashlib.sha256(b"".join([settings, ids.numpy(), offsets.numpy()])).hexdigest()
+    path = env.cache_dir() / "vectors" / f"{digest[:32]}.safetensors"
     with contextlib.suppress(UserError, KeyError):  # absent or damaged: it is only a cache
         return read_checkpoint(path)[0]["vectors"]
     vectors = learn(ids, offsets, words)
@@ -130,10 +126,9 @@ def learn(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
 
 
 def read_glove(path: Path, vocabulary: dict[str, int]) -> tuple[Tensor, int]:
-    """Vectors for `vocabulary` from a file in GloVe's text format: a word and 100 numbers a line.
+    """(vectors, float32 (words, 100), how many words were found) from a file in GloVe's text format.
 
-    Returns (float32 (words, 100), how many words were found); words that the file lacks are zero. Raises UserError
-    when the file is missing, a line is not of this format, or it has none of the words.
+    Words that it lacks are zero. UserError when it is missing, a line is no word and 100 numbers, or no word is found.
     """
     vectors, found, number = np.zeros((len(vocabulary), DIM), dtype=np.float32), set(), 0
     try:
