@@ -31,7 +31,7 @@ from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import data_digest, locate, random_split, read_texts
 from fastlora.finetune.hub import LABELS
-from fastlora.finetune.options import add_shared, complete, number, pick_device, whole
+from fastlora.finetune.options import add_shared, complete, number, whole
 
 CHECKPOINTS = "checkpoints"  # the Trainer's, in the run's folder until the run is finished
 TARGETS = {"distilbert": ["q_lin"], "bert": ["query", "value"]}  # by model_type; PEFT's own table for the others
@@ -62,68 +62,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--show-tokens", action="store_true", help="print the tokens of the first review")
 
 
-def train(args: argparse.Namespace) -> None:
+@parallel.joined
+def train(args: argparse.Namespace, device: torch.device) -> None:
     """Fine-tune, test, save, load and predict, leaving everything in `args.output`; `args` as the flags."""
-    with parallel.joined(pick_device(args.device)) as device:
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
-        set_seed(args.seed)  # the head's start
-        complete(args, RECIPE)
-        what = f"--model {args.model}"
-        tokenizer, model, digest = hub.load_model(args.model, what)
-        args.model, kind = model.name_or_path, model.config.model_type
-        args.target_modules = args.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
-        if not args.target_modules:
-            raise UserError(f"{what}: no default target modules for a {kind!r}; name --target-modules")
-        _check_targets(model, args.target_modules)
-        args.max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
-        settings = runs.settings_of(args, weights_sha256=digest, device=device.type, processes=parallel.size(),
-                                    data_sha256=data_digest(args.data, "imdb"))  # fmt: skip
-        with runs.run_folder(args.output, settings, args.resume, device) as unfinished:
-            if unfinished:
-                _train(args, settings, tokenizer, model, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
+    set_seed(args.seed)  # the head's start
+    complete(args, RECIPE)
+    what = f"--model {args.model}"
+    tokenizer, model, digest = hub.load_model(args.model, what)
+    args.model, kind = model.name_or_path, model.config.model_type
+    args.target_modules = args.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
+    if not args.target_modules:
+        raise UserError(f"{what}: no default target modules for a {kind!r}; name --target-modules")
+    _check_targets(model, args.target_modules)
+    args.max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
+    settings = runs.settings_of(args, weights_sha256=digest, device=device.type, processes=parallel.size(),
+                                data_sha256=data_digest(args.data, "imdb"))  # fmt: skip
+    with runs.run_folder(args.output, settings, args.resume, device) as unfinished:
+        if not unfinished:
+            return
+        folder, texts = args.output, _texts(locate(args.data, "imdb"), args)
+        data = {name: _rows(tokenizer, *rows, args.max_length) for name, rows in texts.items()}
+        if parallel.first() and args.show_tokens:
+            text = texts["train"][0][0]
+            encoded = tokenizer(text, truncation=True, max_length=args.max_length)
+            print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
+            print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
+        model = get_peft_model(model, LoraConfig(
+            task_type=TaskType.SEQ_CLS, r=args.rank, lora_alpha=args.alpha, lora_dropout=args.dropout,
+            target_modules=list(args.target_modules)))  # fmt: skip
+        if args.impl == "fused":
+            fastlora.peft.patch(model)
+        counts = runs.counts(model)
+        if parallel.first():
+            print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
+        trainer = make_trainer(args, model, tokenizer, data, device)
+        trainer.fit()
+        accuracy = trainer.predict(data["test"], metric_key_prefix="test").metrics["test_accuracy"]
+        if not parallel.first():
+            return
 
-
-def _train(args: argparse.Namespace, settings: dict, tokenizer, model, device) -> None:
-    folder, texts = args.output, _texts(locate(args.data, "imdb"), args)
-    data = {name: _rows(tokenizer, *rows, args.max_length) for name, rows in texts.items()}
-    if parallel.first() and args.show_tokens:
-        text = texts["train"][0][0]
-        encoded = tokenizer(text, truncation=True, max_length=args.max_length)
-        print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
-        print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
-    model = get_peft_model(model, LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=args.rank, lora_alpha=args.alpha, lora_dropout=args.dropout,
-        target_modules=list(args.target_modules)))  # fmt: skip
-    if args.impl == "fused":
-        fastlora.peft.patch(model)
-    counts = runs.counts(model)
-    if parallel.first():
-        print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
-    trainer = make_trainer(args, model, tokenizer, data, device)
-    trainer.fit()
-    accuracy = trainer.predict(data["test"], metric_key_prefix="test").metrics["test_accuracy"]
-    if not parallel.first():
-        return
-
-    history = [entry["row"] for entry in trainer.state.log_history if "row" in entry]
-    tokens = args.epochs * sum(len(row["input_ids"]) for row in data["train"])
-    hub.save_adapter(model, folder)
-    layers = fastlora.peft.report(model)
-    how = ", ".join(sorted(set(map(str, layers.values()))))
-    if args.impl == "fused":
-        print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
-    title = f"{Path(args.model).name}, {args.impl}: {accuracy:.1%} on test"
-    runs.leave(folder, history, title, trainer.args.device, {
-        **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data,
-        "batches": {name: -(-len(rows) // args.batch_size) for name, rows in data.items()}, **counts,
-        "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
-        "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
-        "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls})  # fmt: skip
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    text = texts["test"][0][0]
-    ((label, probability),) = load_predictor(folder)([text])
-    print(f"loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
+        history = [entry["row"] for entry in trainer.state.log_history if "row" in entry]
+        tokens = args.epochs * sum(len(row["input_ids"]) for row in data["train"])
+        hub.save_adapter(model, folder)
+        layers = fastlora.peft.report(model)
+        how = ", ".join(sorted(set(map(str, layers.values()))))
+        if args.impl == "fused":
+            print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
+        title = f"{Path(args.model).name}, {args.impl}: {accuracy:.1%} on test"
+        runs.leave(folder, history, title, trainer.args.device, {
+            **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data,
+            "batches": {name: -(-len(rows) // args.batch_size) for name, rows in data.items()}, **counts,
+            "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
+            "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
+            "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls})  # fmt: skip
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        text = texts["test"][0][0]
+        ((label, probability),) = load_predictor(folder)([text])
+        print(f"loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
 
 
 class HubTrainer(Trainer):

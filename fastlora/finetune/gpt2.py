@@ -91,19 +91,15 @@ class GPT2(nn.Module):
         nn.init.normal_(self.tokens.weight, std=config.token_std)
         nn.init.normal_(self.positions.weight, std=config.position_std)
 
-    def features(self, ids: Tensor) -> Tensor:
-        """Token ids, int64 (batch, tokens), to the last block's output (batch, tokens, width), not yet normalised."""
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids, int64 (batch, tokens <= context), to logits (batch, classes) of the last token."""
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return x
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids, int64 (batch, tokens <= context), to logits (batch, classes) of the last token."""
-        return self.head(self.norm(self.features(ids)[:, -1]))
+        return self.head(self.norm(x[:, -1]))
 
 
 # Weights: Hugging Face's `model.safetensors`, which keeps a linear weight as (in, out), and query, key and value side
@@ -154,7 +150,6 @@ def load_weights(model: GPT2, path: Path) -> None:
 # The encoding: from OpenAI's files.
 
 PAD = 50256  # GPT-2 has no padding token; <|endoftext|> stands in
-LONGEST = 1024  # tokens; as many as GPT-2 has positions
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
@@ -189,5 +184,5 @@ def encode(texts: Sequence[str], encoding, length: int | None = None) -> Tensor:
     Special tokens written in a message are text like any other.
     """
     ids = encoding.encode_ordinary_batch(list(texts), num_threads=2)
-    length = min(LONGEST, max(1, *map(len, ids))) if length is None else length
+    length = min(GPT2Config.context, max(1, *map(len, ids))) if length is None else length
     return torch.tensor([(tokens + [PAD] * length)[:length] for tokens in ids])

@@ -7,11 +7,9 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.errors import UserError
 from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches, Data, data_digest, locate, random_split, read_texts
@@ -55,7 +53,7 @@ class TextClassifier(nn.Module):
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         """Logits, float32 (batch, classes), of a `TextDataset.batch`: ids (words,), offsets (batch + 1,)."""
         means = self.embedding(ids, offsets)[:-1]  # the last bag holds the padding
-        return self.fc2(F.relu(self.fc1(means)))
+        return self.fc2(torch.relu(self.fc1(means)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,9 +151,7 @@ def make_base(args: argparse.Namespace, vectors: Tensor, news: list[Batches]) ->
 def load_base(folder: Path) -> tuple[TextClassifier, dict[str, int], dict]:
     """What `make_base` gave to the run in `folder`, and between the two the vocabulary."""
     tensors, state = read_checkpoint(folder / runs.MODEL)
-    if "words" not in state:
-        raise UserError(f"{folder / runs.MODEL}: left by an earlier version of fastlora, which this one cannot read")
-    vocabulary = numbered(state["words"])
+    vocabulary = numbered(state.get("words", ()))  # a file without them fits no model
     model = TextClassifier(len(vocabulary), DIM, TOPICS)
     fill(model, folder / runs.MODEL, tensors)
     return model, vocabulary, state.get("pretrained")

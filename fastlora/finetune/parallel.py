@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastlora.finetune.options import pick_device
 
 
 def size() -> int:
@@ -33,27 +34,25 @@ def add(values: Tensor) -> Tensor:
     return values
 
 
-def broadcast(value: int, device: torch.device | str) -> int:
-    """The first process's `value`, in all of them."""
-    return int(add(torch.tensor(value * first(), device=device)))
+def joined(train: Callable) -> Callable:
+    """A program's `train(args, device)` as one of `args` that joins the processes which `torchrun` started, if it did.
 
-
-@contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, by NCCL on CUDA and by gloo elsewhere, and leave them at the end.
-
-    Yields this process's device: on CUDA under torchrun, the one of its number on its machine.
+    They speak by NCCL on CUDA, where each has the device of its number on its machine, and by gloo elsewhere.
     """
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", dist.get_node_local_rank())
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-        gc.collect()  # the model that speaks through the group goes first, and all leave at one time
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+
+    def together(args) -> None:
+        device = pick_device(args.device)
+        if not (dist.is_available() and dist.is_torchelastic_launched()):
+            return train(args, device)
+        if device.type == "cuda":
+            device = torch.device("cuda", dist.get_node_local_rank())
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            train(args, device)
+            gc.collect()  # the model that speaks through the group goes first, and all leave at one time
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+
+    return together

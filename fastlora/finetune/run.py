@@ -54,7 +54,7 @@ def run_folder(path: Path, settings: Mapping, resume: bool, device="cpu") -> Ite
             if parallel.first():
                 found = _claim(path, lock, settings, resume)
         finally:
-            found = parallel.broadcast(found, device)
+            found = int(parallel.add(torch.tensor(found, device=device)))  # the others' is 0
         if found == REFUSED:
             sys.exit(2)  # the first process says why
         yield found == UNFINISHED

@@ -20,7 +20,7 @@ from fastlora.finetune import run as runs
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import FILES, Batches, Data, data_digest, locate, read_texts
 from fastlora.finetune.homes import convert, missing
-from fastlora.finetune.options import add_shared, add_steps, complete, pick_device
+from fastlora.finetune.options import add_shared, add_steps, complete
 from fastlora.finetune.tune import adapt, fine_tune, groups_of, members_of
 from fastlora.linear import FusedLoRALinear
 
@@ -51,13 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_steps(parser)
 
 
-def train(args: argparse.Namespace) -> None:
-    """Fine-tune, test, and leave everything in `args.output`; `args` as the flags. Joins torchrun's processes."""
-    with parallel.joined(pick_device(args.device)) as device:
-        _train(args, device)
-
-
-def _train(args: argparse.Namespace, device: torch.device) -> None:
+@parallel.joined
+def train(args: argparse.Namespace, device: torch.device) -> None:
+    """Fine-tune, test, and leave everything in `args.output`; `args` as the flags."""
     folder = args.output
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     size = "nano" if args.data == "sample" else "gpt2"

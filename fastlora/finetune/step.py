@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -140,7 +139,7 @@ class Step:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             logits = forward(*inputs)
         parts = zip(logits.float().chunk(n), labels.chunk(n), strict=True)
-        losses = torch.stack([F.cross_entropy(*part) for part in parts])
+        losses = torch.stack([nn.functional.cross_entropy(*part) for part in parts])
         correct = (logits.argmax(-1) == labels).view(n, -1).sum(1)
         return losses, torch.stack([losses.detach() * (len(labels) // n), correct], 1).double()
 

@@ -140,6 +140,6 @@ def test_a_checkpoint_of_other_processes(monkeypatch, tmp_path, capsys):
     assert settings["processes"] == 1
     monkeypatch.setattr(parallel, "size", lambda: 2)
     monkeypatch.setattr(parallel, "rank", lambda: 0)
-    monkeypatch.setattr(parallel, "broadcast", lambda value, device: value)
+    monkeypatch.setattr(parallel, "add", lambda values: values)
     assert main([*RUN, "--output", str(tmp_path / "run"), "--resume"]) == 2
     assert "processes = 1, not 2" in capsys.readouterr().err
