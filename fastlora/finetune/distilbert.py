@@ -136,7 +136,8 @@ class HubTrainer(Trainer):
             self.seconds = then["log_history"][-1]["row"]["seconds"]
             then["best_model_checkpoint"] = str(folder / Path(then["best_model_checkpoint"]).name)
             write_json(last / "trainer_state.json", then)
-        self._start()
+        self._tally = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, correct, rows
+        self._began = time.perf_counter()
         try:
             self.train(resume_from_checkpoint=last and str(last))
         except BaseException:
@@ -144,10 +145,6 @@ class HubTrainer(Trainer):
             with contextlib.suppress(OSError):  # it holds checkpoints, or nothing is left of the run
                 folder.rmdir()
             raise
-
-    def _start(self) -> None:
-        self._tally = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, correct, rows
-        self._began = time.perf_counter()
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """The Trainer's, and what it came to in training added up."""
@@ -178,7 +175,8 @@ class HubTrainer(Trainer):
             raise WorkError(f"training diverged in epoch {row['epoch']:g}: the loss or the adapter is not finite; "
                             "a smaller --lr may help")  # fmt: skip
         self.state.log_history[-1]["row"] = row
-        self._start()
+        self._tally.zero_()
+        self._began = time.perf_counter()
         return metrics
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
@@ -190,9 +188,8 @@ class HubTrainer(Trainer):
 
 def make_trainer(args: argparse.Namespace, model, tokenizer, data: dict[str, list], device) -> HubTrainer:
     """The trainer of one run on `data`'s "train" and "valid"; the best checkpoint is kept."""
-    grouped = {"train_sampling_strategy": "group_by_length"}
-    if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # transformers 4
-        grouped = {"group_by_length": True}
+    named = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__  # transformers 5
+    grouped = {"train_sampling_strategy": "group_by_length"} if named else {"group_by_length": True}
     settings = TrainingArguments(
         output_dir=str((args.output / CHECKPOINTS).resolve()), num_train_epochs=args.epochs, learning_rate=args.lr,
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,

@@ -20,7 +20,6 @@ from fastlora.errors import UserError, shown
 from fastlora.targets import TASK_HEADS
 
 LABELS = ("negative", "positive")
-HEADS = TASK_HEADS["SEQ_CLS"]  # ends of the names of what PEFT trains in full
 
 
 def load_model(name: str, what: str) -> tuple:
@@ -50,7 +49,7 @@ def load_model(name: str, what: str) -> tuple:
         )  # fmt: skip
         made_up = set(info["missing_keys"])
         for key in sorted(made_up):
-            if not any(part.endswith(HEADS) for part in key.split(".")[:-1]):
+            if not any(part.endswith(TASK_HEADS["SEQ_CLS"]) for part in key.split(".")[:-1]):  # PEFT trains these
                 raise UserError(f"{what}: its weights lack {shown(key)}")
         if tokenizer.pad_token is None:
             raise UserError(f"{what}: its tokenizer has no padding token")

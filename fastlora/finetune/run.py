@@ -168,10 +168,7 @@ def predictor(labels: Sequence[str], logits: Callable[[list[str]], Tensor]) -> P
 
 
 def counts(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
-    """The report's counts of parameters: what trains, everything, the adapter's, and its layers' weights.
-
-    With `adapter` of several, of a model that has no other.
-    """
+    """The report's counts: what trains, all parameters, the adapter's, its layers' weights; of several, `adapter`'s."""
     named = list(model.named_parameters())
     own = [(name, p) for name, p in named if not (p.requires_grad and adapter and f".{adapter}." not in name)]
     layers = {module.weight for module in model.modules() if hasattr(module, "lora_A")}  # ours, and PEFT's

@@ -153,10 +153,7 @@ def read_glove(path: Path, vocabulary: dict[str, int]) -> tuple[Tensor, int]:
 
 
 def weighted(vectors: Tensor, ids: Tensor, scale: float) -> Tensor:
-    """`vectors` prepared for averaging: frequent words weigh less, the mean text is zero, a word's norm about `scale`.
-
-    Frequencies are those in `ids`, the training texts' words, int32.
-    """
+    """`vectors` to be averaged: words frequent in `ids` weigh less, the mean text is zero, norms are near `scale`."""
     absent = ~vectors.any(dim=1)
     absent[: len(SPECIAL)] = True
     frequency = torch.bincount(ids, minlength=len(vectors)).float()
