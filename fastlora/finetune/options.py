@@ -1,8 +1,8 @@
 """The flags of the programs, checked where they are read.
 
-To add a program: a module with `add_arguments(parser)`, `train(args)` and `load_predictor(run)`; a line in
-`fastlora.cli.PROGRAMS`; what it leaves in a run's folder in `run.RUN_FILES`; its data in `data.FILES`,
-`homes.SOURCES` and `sample`; a run of it in `tests/finetune/killed.py`.
+To add a program: a module with `add_arguments(parser)`, which begins with `add_shared`, `train(args)` and
+`load_predictor(run)`; a line in `fastlora.cli.PROGRAMS`; what it leaves in a run's folder in `run.RUN_FILES`; its data
+in `data.FILES`, `homes.SOURCES` and `sample`; a run of it in `tests/finetune/killed.py`.
 """
 
 from __future__ import annotations
