@@ -59,9 +59,8 @@ def run_folder(path: Path, settings: Mapping, resume: bool, device="cpu") -> Ite
             sys.exit(2)  # the first process says why
         yield found == UNFINISHED
     except Exception:
-        made = any((path / name).exists() for name in RUN_FILES if name != SETTINGS)
-        if parallel.first() and found != REFUSED and not made:
-            (path / SETTINGS).unlink(missing_ok=True)  # the folder is free for another try
+        if parallel.first() and found != REFUSED and not any((path / name).exists() for name in RUN_FILES[1:]):
+            (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
         raise
     finally:
         lock.release()

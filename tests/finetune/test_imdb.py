@@ -286,6 +286,13 @@ def test_predict_demands_the_tensors_of_the_model_and_no_others(run, tmp_path, c
     assert "model.safetensors" in error and error.count("\n") == 1 and error[:-1].isprintable()
 
 
+def test_predict_demands_the_words_of_the_model(run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    write_checkpoint(folder / "model.safetensors", read_checkpoint(folder / "model.safetensors")[0])
+    assert main(["predict", str(folder), GOOD]) == 2
+    assert "model.safetensors: of another model: embedding.weight" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "change"), [
     ("model.safetensors", lambda content: content.pop("fc1.weight")),
     ("checkpoint.safetensors", lambda content: content.pop("model.fc2.bias")),

@@ -145,6 +145,8 @@ def test_a_sweep_of_one_and_one_under_accumulation(tmp_path):
 def test_what_a_sweep_does_not_go_with(tmp_path, capsys):
     assert main([*IMDB, "--sweep", "lr=1", "--impl", "eager", "--output", str(tmp_path / "run")]) == 2
     assert "--sweep goes with --impl fused" in capsys.readouterr().err
+    assert main([*IMDB, "--sweep", "lr=1", "--lr", "1", "--output", str(tmp_path / "run")]) == 2
+    assert "--lr is given beside --sweep" in capsys.readouterr().err
 
 
 ROWS = 120
