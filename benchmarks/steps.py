@@ -24,7 +24,6 @@ from torch import nn
 import fastlora
 from benchmarks.measure import interleave, metadata, ratio, summary, write_results
 from fastlora.finetune import gpt2, imdb, options, spam
-from fastlora.finetune.parallel import ALONE
 from fastlora.finetune.step import Settings, Step
 from fastlora.finetune.trainer import Trainer
 from fastlora.finetune.tune import LAYERS
@@ -145,32 +144,33 @@ def _imdb(args: argparse.Namespace, device: torch.device):
     """Steps and whole fine-tuning runs of the IMDb classifier, from one pre-trained base."""
     with tempfile.TemporaryDirectory() as folder:
         given = _program_arguments(imdb, args, folder)
-        recipe = imdb.RECIPES["default"]
-        data = imdb.load_data(given, recipe, device)
-        base, _ = imdb.make_base(recipe, data, device)
+        options.complete(given, imdb.RECIPE)
+        data, _, vectors, news = imdb.load_data(given, device)
+        base, _ = imdb.make_base(given, vectors, news)
     base.fc2 = nn.Linear(base.fc1.out_features, len(imdb.LABELS), device=device)
 
     def optimiser(trained):
-        return torch.optim.SGD(trained, lr=recipe.lr, fused=device.type == "cuda")
+        return torch.optim.SGD(trained, lr=given.lr, fused=device.type == "cuda")
 
     def adapted(model, layer):
-        fastlora.inject(model, r=recipe.rank, lora_alpha=recipe.alpha, target_modules=["fc1"], layer_class=layer)
+        fastlora.inject(model, r=given.rank, lora_alpha=given.alpha, target_modules=["fc1"], layer_class=layer)
         model.fc2.requires_grad_(True)
 
-    settings = Settings(recipe.clip, args.precision)
+    settings = Settings(given.clip, args.precision)
     arms = {name: _arm(name, base, adapted, "fc2", optimiser, settings) for name in _arms(device)}
     yield _measure(
         "imdb, 64 reviews", arms, [data.train.at(0, i) for i in range(min(64, len(data.train)))], args, SHARES["imdb"]
     )
 
     parts = (data.train, data.valid, data.test)
-    yield _runs(f"imdb, {recipe.epochs} epochs", arms, parts, recipe.epochs, recipe.decay, args, SHARES["imdb runs"])
+    yield _runs(f"imdb, {given.epochs} epochs", arms, parts, given.epochs, given.decay, args, SHARES["imdb runs"])
 
 
 def _spam_runs(args: argparse.Namespace, device: torch.device):
     """Whole epochs of spam with the nano model, evaluation included."""
     given = _program_arguments(spam, args, "unused")
-    data = spam.load_data(given, spam.Recipe(), ALONE, device)
+    options.complete(given, spam.RECIPE)
+    data = spam.load_data(given, device)
     torch.manual_seed(0)
     arms = _spam_arms(gpt2.GPT2(gpt2.CONFIGS["nano"]).to(device), device, args)
     yield _runs("spam nano, 1 epoch", arms, (data.train, data.valid, data.test), 1, 1.0, args, SHARES["spam runs"])
@@ -178,7 +178,6 @@ def _spam_runs(args: argparse.Namespace, device: torch.device):
 
 def _program_arguments(program, args: argparse.Namespace, folder: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    options.add_shared(parser)
     program.add_arguments(parser)
     return parser.parse_args(["--data", args.data, "--device", args.device, "--output", folder])
 

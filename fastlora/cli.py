@@ -170,9 +170,6 @@ def _train_parsers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     for name, (module, text) in PROGRAMS.items():
         program = programs.add_parser(name, help=text, description=text)
         if argv[:2] == ["train", name]:  # only the program asked for is imported
-            from fastlora.finetune.options import add_shared
-
-            add_shared(program)
             importlib.import_module(module).add_arguments(program)
 
 

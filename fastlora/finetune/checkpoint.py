@@ -24,14 +24,11 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], **state) -> None
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, state) as `write_checkpoint` was given them; UserError when the file is missing or damaged.
-
-    The state of another's safetensors file is empty.
-    """
+    """(tensors, state) as `write_checkpoint` was given them; UserError when the file is missing or damaged."""
     try:
         open_regular(path).close()
         with safe_open(path, "pt") as file:
-            state = json.loads((file.metadata() or {}).get(STATE, "{}"))
+            state = json.loads((file.metadata() or {}).get(STATE, "{}"))  # another's file has none
             return {name: file.get_tensor(name).clone() for name in file.keys()}, state  # noqa: SIM118 - no mapping
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
@@ -42,8 +39,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 def fill(model: nn.Module, path: Path, tensors: Mapping[str, Tensor], names: set[str] | None = None) -> None:
     """Load `tensors` of the file `path` into `model`: exactly those of its state, or of the `names` out of it.
 
-    Raises UserError, and leaves the model as it was, when one is missing, has no place there, is of another shape or
-    dtype, or holds a number that is not finite.
+    UserError, and nothing is changed, for one that is missing, not finite, of another shape or dtype, or one too many.
     """
     state = {name: held for name, held in model.state_dict().items() if names is None or name in names}
     for name in sorted(state.keys() ^ tensors.keys()):

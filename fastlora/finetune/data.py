@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,23 +16,18 @@ from torch import Tensor
 from fastlora import env
 from fastlora.errors import UserError, shown
 from fastlora.files import read_regular, sha256
+from fastlora.finetune import parallel
 from fastlora.finetune.homes import FILES, fetch, missing
-from fastlora.finetune.parallel import ALONE, World
 
 Batch = tuple[Tensor, ...]  # the model's inputs, then the labels
 MAX_FILE, MAX_TEXT = 1 << 30, 1 << 30  # the programs hold all words in memory, some ten times the text
 
 
 def locate(where: str, *needed: str) -> Path:
-    """The folder that holds the data sets `needed` (keys of `FILES`).
+    """The folder that holds the data sets `needed` (keys of `FILES`); UserError when it or one of its files is missing.
 
-    Args:
-        where: `--data`: a folder; "sample", made by the package; or "auto": the folder named by FASTLORA_DATA, then
-            the cache, then the data sets' public homes. A folder that is really named so can be given as ./auto.
-
-    Raises:
-        UserError: the folder or one of its files is missing.
-        WorkError: a download failed.
+    `where` is `--data`: a folder; "sample", made by the package; or "auto": the folder named by FASTLORA_DATA, then the
+    cache, then the data sets' public homes (WorkError for a download that failed).
     """
     if where == "sample":
         from fastlora.finetune.sample import VERSION, make_sample
@@ -70,37 +66,33 @@ def found() -> dict[str, str]:
     return {name: next((str(folder) for folder in folders if not missing(folder, name)), "not here") for name in FILES}
 
 
-def read_texts(
-    path: Path, classes: int, limit: int | None = None, text: str = "text", label: str = "label", least: int = 1
-) -> tuple[list[str], list[int]]:
-    """Texts and labels (0 .. classes - 1) of a parquet file's columns; of its first `limit` rows.
+def read_texts(path: Path, classes: int, limit: int | None = None, columns=("text", "label"), least: int = 1) -> tuple:
+    """The list of texts and that of labels (0 .. classes - 1) of a parquet file's `columns`, of its first `limit` rows.
 
-    Raises UserError when the file is missing, damaged or too large, lacks a column or has fewer than `least` rows, or a
-    row has no text or an unknown label.
+    UserError for one that is missing, damaged, too large, without these columns, or of fewer than `least` rows.
     """
     import pyarrow
     import pyarrow.parquet
 
     texts, labels, size = [], [], 0
+    text, label = columns
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(read_regular(path, MAX_FILE)))
-        for name in (text, label):
+        for name in columns:
             if name not in file.schema_arrow.names:
                 has = ", ".join(shown(other) for other in file.schema_arrow.names[:10])
                 raise UserError(f"{path}: no column {name!r}; it has {has}")
-        for batch in file.iter_batches(1024, columns=[text, label]):
-            rows = batch.slice(0, None if limit is None else limit - len(texts)).to_pydict()
-            for said, number in zip(rows[text], rows[label], strict=True):
-                if not isinstance(said, str) or number not in range(classes):
-                    raise UserError(f"{path}: row {len(texts)} is no text with one of the labels 0 to {classes - 1}, "
-                                    f"but has {label} {shown(number)}, {text} {shown(said)}")  # fmt: skip
-                texts.append(said)
-                labels.append(int(number))
-                size += len(said)
+        batches = file.iter_batches(1024, columns=list(columns))
+        rows = (row for batch in batches for row in zip(batch[text].to_pylist(), batch[label].to_pylist(), strict=True))
+        for said, number in itertools.islice(rows, limit):
+            if not isinstance(said, str) or number not in range(classes):
+                raise UserError(f"{path}: row {len(texts)} is no text with one of the labels 0 to {classes - 1}, "
+                                f"but has {label} {shown(number)}, {text} {shown(said)}")  # fmt: skip
+            texts.append(said)
+            labels.append(int(number))
+            size += len(said)
             if size > MAX_TEXT:
                 raise UserError(f"{path}: holds more text than the {MAX_TEXT} characters that are read")
-            if len(texts) == limit:
-                break
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -134,10 +126,9 @@ class Batches:
     batch_size: int  # rows per batch, in each of the processes that train together
     drop_last: bool = False  # leave out the last batch when it is short, as processes that train together must
     device: torch.device | str = "cpu"  # where the batches go. Copies to a GPU are asynchronous, from pinned memory
-    world: World = ALONE  # the processes that train together: each takes its part of a batch
 
     def __post_init__(self):
-        self.device, self._whole = torch.device(self.device), self.batch_size * self.world.size
+        self.device, self._whole = torch.device(self.device), self.batch_size * parallel.size()
 
     def __len__(self) -> int:
         return self.size // self._whole if self.drop_last else -(-self.size // self._whole)
@@ -148,13 +139,13 @@ class Batches:
 
     def at(self, epoch: int, i: int, seeds: Sequence[int] = (0,)) -> Batch:
         """This process's part of batch `i` of an epoch: of each seed's own order, one after the other."""
-        start, end = i * self._whole, (i + 1) * self._whole
-        parts = [self.world.part(shuffled(self.size, seed, epoch)[start:end]) for seed in seeds]
-        return self._place(torch.cat(parts))
+        start, rows, rank, size = i * self._whole, self.rows(i), parallel.rank(), parallel.size()
+        own = slice(start + rows * rank // size, start + rows * (rank + 1) // size)
+        return self._place(torch.cat([shuffled(self.size, seed, epoch)[own] for seed in seeds]))
 
     def in_order(self, times: int = 1) -> Iterator[Batch]:
         """Whole batches in the rows' order, each `times` over, dealt out to the processes in turn: for evaluation."""
-        for i in range(self.world.rank, len(self), self.world.size):
+        for i in range(parallel.rank(), len(self), parallel.size()):
             start = i * self._whole
             yield self._place(torch.arange(start, start + self.rows(i)).repeat(times))
 

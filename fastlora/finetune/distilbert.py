@@ -13,7 +13,6 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,36 +31,30 @@ from fastlora.finetune import hub, parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import data_digest, locate, random_split, read_texts
 from fastlora.finetune.hub import LABELS
-from fastlora.finetune.options import chosen, defaults, number, pick_device, whole
+from fastlora.finetune.options import add_shared, complete, number, whole
 
-MODEL = "distilbert-base-uncased"
 CHECKPOINTS = "checkpoints"  # the Trainer's, in the run's folder until the run is finished
 TARGETS = {"distilbert": ["q_lin"], "bert": ["query", "value"]}  # by model_type; PEFT's own table for the others
 SPLIT_SEED = 0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained and how; lora_dropout as `dropout`, lengths in tokens."""
-
-    model: str = MODEL
-    target_modules: tuple[str, ...] = ()
-    max_length: int = 512
-    dropout: float = 0.01
-    epochs: int = 2
-    rank: int = 4
-    alpha: float = 32.0
-    batch_size: int = 32
-    lr: float = 1e-3
+RECIPE = {
+    "model": "distilbert-base-uncased",
+    "target_modules": (),  # by architecture
+    "max_length": 512,  # tokens
+    "dropout": 0.01,  # PEFT's lora_dropout
+    "epochs": 2,
+    "rank": 4,
+    "alpha": 32.0,
+    "batch_size": 32,
+    "lr": 1e-3,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this program alone."""
+    """The flags of this program."""
+    add_shared(parser, RECIPE)
     add = parser.add_argument
-    parser.epilog = defaults(Recipe())
-    add("--model", metavar="NAME|DIR", help=f"hub name or folder (default {MODEL})")
-    length = "tokens a review is cut at (default 512)"
-    add("--max-length", type=whole(8, 65536), metavar="N", help=length)
+    add("--model", metavar="NAME|DIR", help=f"hub name or folder (default {RECIPE['model']})")
+    add("--max-length", type=whole(8, 65536), metavar="N", help="tokens a review is cut at (default 512)")
     below_one = number(float, 0, 1 - 1e-9, "at least 0 and below 1")
     add("--dropout", type=below_one, metavar="P", help="lora_dropout (default 0.01)")
     targets = "the layers to adapt (default: by architecture; q_lin for DistilBERT)"
@@ -69,74 +62,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--show-tokens", action="store_true", help="print the tokens of the first review")
 
 
-def train(args: argparse.Namespace) -> None:
+@parallel.joined
+def train(args: argparse.Namespace, device: torch.device) -> None:
     """Fine-tune, test, save, load and predict, leaving everything in `args.output`; `args` as the flags."""
-    with parallel.joined(pick_device(args.device)) as (world, device):
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
-        set_seed(args.seed)  # the head's start
-        recipe = chosen(Recipe(), args)
-        what = f"--model {recipe.model}"
-        name = hub.located(recipe.model, what)
-        tokenizer, model, digest = hub.load_model(name, what)
-        kind, longest = model.config.model_type, getattr(model.config, "max_position_embeddings", recipe.max_length)
-        targets = recipe.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
-        if not targets:
-            raise UserError(f"{what}: no default target modules for a {kind!r}; name --target-modules")
-        _check_targets(model, targets)
-        recipe = replace(recipe, model=name, target_modules=targets, max_length=min(recipe.max_length, longest))
-        settings = runs.settings_of(args, recipe, weights_sha256=digest, device=device.type, processes=world.size,
-                                    data_sha256=data_digest(args.data, "imdb"))  # fmt: skip
-        with runs.run_folder(args.output, settings, args.resume, world, device) as begun:
-            if begun != runs.FINISHED:
-                _train(args, recipe, settings, tokenizer, model, device, world)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # it takes no `cuda` without a number
+    set_seed(args.seed)  # the head's start
+    complete(args, RECIPE)
+    what = f"--model {args.model}"
+    tokenizer, model, digest = hub.load_model(args.model, what)
+    args.model, kind = model.name_or_path, model.config.model_type
+    args.target_modules = args.target_modules or TARGETS.get(kind) or PEFT_TARGETS.get(kind)
+    if not args.target_modules:
+        raise UserError(f"{what}: no default target modules for a {kind!r}; name --target-modules")
+    _check_targets(model, args.target_modules)
+    args.max_length = min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
+    settings = runs.settings_of(args, weights_sha256=digest, device=device.type, processes=parallel.size(),
+                                data_sha256=data_digest(args.data, "imdb"))  # fmt: skip
+    with runs.run_folder(args.output, settings, args.resume, device) as unfinished:
+        if not unfinished:
+            return
+        folder, texts = args.output, _texts(locate(args.data, "imdb"), args)
+        data = {name: _rows(tokenizer, *rows, args.max_length) for name, rows in texts.items()}
+        if parallel.first() and args.show_tokens:
+            text = texts["train"][0][0]
+            encoded = tokenizer(text, truncation=True, max_length=args.max_length)
+            print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
+            print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
+        model = get_peft_model(model, LoraConfig(
+            task_type=TaskType.SEQ_CLS, r=args.rank, lora_alpha=args.alpha, lora_dropout=args.dropout,
+            target_modules=list(args.target_modules)))  # fmt: skip
+        if args.impl == "fused":
+            fastlora.peft.patch(model)
+        counts = runs.counts(model)
+        if parallel.first():
+            print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
+        trainer = make_trainer(args, model, tokenizer, data, device)
+        trainer.fit()
+        accuracy = trainer.predict(data["test"], metric_key_prefix="test").metrics["test_accuracy"]
+        if not parallel.first():
+            return
 
-
-def _train(args: argparse.Namespace, recipe: Recipe, settings: dict, tokenizer, model, device, world) -> None:
-    folder, texts = args.output, _texts(locate(args.data, "imdb"), args)
-    data = {name: _rows(tokenizer, *rows, recipe.max_length) for name, rows in texts.items()}
-    if world.first and args.show_tokens:
-        text = texts["train"][0][0]
-        encoded = tokenizer(text, truncation=True, max_length=recipe.max_length)
-        print(f"text: {text}\ntokens: {tokenizer.convert_ids_to_tokens(encoded['input_ids'])}")
-        print(f"input_ids: {encoded['input_ids']}\nattention_mask: {encoded['attention_mask']}")
-    model = get_peft_model(model, _lora_config(recipe))
-    if args.impl == "fused":
-        fastlora.peft.patch(model)
-    counts = runs.counts(model)
-    if world.first:
-        print(f"trainable: {counts['trainable_parameters']:,} of {counts['total_parameters']:,} parameters")
-    trainer = make_trainer(model, tokenizer, data, folder / CHECKPOINTS, args.seed, recipe, device, world.size)
-    trainer.fit()
-    accuracy = trainer.predict(data["test"], metric_key_prefix="test").metrics["test_accuracy"]
-    if not world.first:
-        return
-
-    history = [entry["row"] for entry in trainer.state.log_history if "row" in entry]
-    tokens = recipe.epochs * sum(len(row["input_ids"]) for row in data["train"])
-    hub.save_adapter(model, folder)
-    layers = fastlora.peft.report(model)
-    how = ", ".join(sorted(set(map(str, layers.values()))))
-    if args.impl == "fused":
-        print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
-    title = f"{Path(recipe.model).name}, {args.impl}: {accuracy:.1%} on test"
-    runs.leave(folder, history, title, trainer.args.device, {
-        **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data,
-        "batches": {name: -(-len(rows) // recipe.batch_size) for name, rows in data.items()}, **counts,
-        "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
-        "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
-        "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls})  # fmt: skip
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    text = texts["test"][0][0]
-    ((label, probability),) = load_predictor(folder)([text])
-    print(f"loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
+        history = [entry["row"] for entry in trainer.state.log_history if "row" in entry]
+        tokens = args.epochs * sum(len(row["input_ids"]) for row in data["train"])
+        hub.save_adapter(model, folder)
+        layers = fastlora.peft.report(model)
+        how = ", ".join(sorted(set(map(str, layers.values()))))
+        if args.impl == "fused":
+            print(f"{layers.fused_calls:,} fused calls ({how}), {layers.fallback_calls:,} by PEFT's own forward")
+        title = f"{Path(args.model).name}, {args.impl}: {accuracy:.1%} on test"
+        runs.leave(folder, history, title, trainer.args.device, {
+            **settings, "path": how if args.impl == "fused" else "eager", "dataset": args.data,
+            "batches": {name: -(-len(rows) // args.batch_size) for name, rows in data.items()}, **counts,
+            "train_seconds": round(trainer.seconds, 3), "tokens_per_second": round(tokens / max(trainer.seconds, 1e-9)),
+            "valid_accuracy": max(row["valid_accuracy"] for row in history), "test_accuracy": accuracy,
+            "fused_calls": layers.fused_calls, "fallback_calls": layers.fallback_calls})  # fmt: skip
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        text = texts["test"][0][0]
+        ((label, probability),) = load_predictor(folder)([text])
+        print(f"loaded and predicted: {label} {probability:.3f}  {' '.join(text.split())[:60]}")
 
 
 class HubTrainer(Trainer):
-    """The Trainer, with the accuracy of the training batches and a row of history at each evaluation.
-
-    Its `seconds` leave evaluation out.
-    """
+    """The Trainer, with training accuracy and a row of history at each evaluation, which its `seconds` leave out."""
 
     def fit(self) -> None:
         """Train, from the last whole checkpoint on if there is one; the best epoch's weights are left in the model."""
@@ -148,7 +136,8 @@ class HubTrainer(Trainer):
             self.seconds = then["log_history"][-1]["row"]["seconds"]
             then["best_model_checkpoint"] = str(folder / Path(then["best_model_checkpoint"]).name)
             write_json(last / "trainer_state.json", then)
-        self._start()
+        self._tally = torch.zeros(3, dtype=torch.float64, device=self.args.device)  # loss, correct, rows
+        self._began = time.perf_counter()
         try:
             self.train(resume_from_checkpoint=last and str(last))
         except BaseException:
@@ -157,23 +146,19 @@ class HubTrainer(Trainer):
                 folder.rmdir()
             raise
 
-    def _start(self) -> None:
-        self._tally, self._began = torch.zeros(3, dtype=torch.float64), time.perf_counter()  # loss, correct, rows
-
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """The Trainer's, and what it came to in training added up."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             labels, logits = inputs["labels"], outputs["logits"].detach().float()
             mean, correct = nn.functional.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
-            part = torch.stack([mean.double() * len(labels), correct.double(), correct.new_full((), len(labels))])
-            self._tally = self._tally.to(part.device) + part
+            self._tally += torch.stack([mean.double() * len(labels), correct, correct.new_full((), len(labels))])
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs):
         """The Trainer's, and a row of history in its state. WorkError for a run that has diverged."""
         self.seconds += time.perf_counter() - self._began
-        loss, correct, rows = self.accelerator.reduce(self._tally.to(self.args.device), "sum").tolist()
+        loss, correct, rows = self.accelerator.reduce(self._tally, "sum").tolist()
         metrics = super().evaluate(*args, **kwargs)
         row = {
             "epoch": round(self.state.epoch, 6),
@@ -190,7 +175,8 @@ class HubTrainer(Trainer):
             raise WorkError(f"training diverged in epoch {row['epoch']:g}: the loss or the adapter is not finite; "
                             "a smaller --lr may help")  # fmt: skip
         self.state.log_history[-1]["row"] = row
-        self._start()
+        self._tally.zero_()
+        self._began = time.perf_counter()
         return metrics
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
@@ -200,23 +186,20 @@ class HubTrainer(Trainer):
             raise WorkError(f"{self.args.output_dir}: cannot be written ({shown(str(error))})") from None
 
 
-def make_trainer(
-    model, tokenizer, data: dict[str, list], folder: Path, seed: int, recipe: Recipe, device: torch.device, processes=1
-) -> HubTrainer:
-    """The trainer of one run on `data`'s "train" and "valid"; checkpoints go to `folder`, the best is kept."""
-    grouped = {"train_sampling_strategy": "group_by_length"}
-    if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # transformers 4
-        grouped = {"group_by_length": True}
+def make_trainer(args: argparse.Namespace, model, tokenizer, data: dict[str, list], device) -> HubTrainer:
+    """The trainer of one run on `data`'s "train" and "valid"; the best checkpoint is kept."""
+    named = "train_sampling_strategy" in TrainingArguments.__dataclass_fields__  # transformers 5
+    grouped = {"train_sampling_strategy": "group_by_length"} if named else {"group_by_length": True}
     settings = TrainingArguments(
-        output_dir=str(folder.resolve()), num_train_epochs=recipe.epochs, learning_rate=recipe.lr,
-        per_device_train_batch_size=recipe.batch_size, per_device_eval_batch_size=recipe.batch_size,
+        output_dir=str((args.output / CHECKPOINTS).resolve()), num_train_epochs=args.epochs, learning_rate=args.lr,
+        per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
-        load_best_model_at_end=True, metric_for_best_model="accuracy", seed=seed, data_seed=seed,
+        load_best_model_at_end=True, metric_for_best_model="accuracy", seed=args.seed, data_seed=args.seed,
         use_cpu=device.type == "cpu", dataloader_pin_memory=device.type == "cuda", report_to="none",
-        ddp_backend=("gloo" if device.type == "cpu" else "nccl") if processes > 1 else None,
-        ddp_find_unused_parameters=False if processes > 1 else None, **grouped,
+        ddp_backend=("gloo" if device.type == "cpu" else "nccl") if parallel.size() > 1 else None,
+        ddp_find_unused_parameters=False if parallel.size() > 1 else None, **grouped,
     )  # fmt: skip
-    if processes == 1 and device.type == "cuda":
+    if parallel.size() == 1 and device.type == "cuda":
         settings._n_gpu = 1  # --device names one; the Trainer would spread over all that it sees
 
     def accuracy(prediction) -> dict[str, float]:
@@ -227,31 +210,21 @@ def make_trainer(
 
 
 def load_predictor(run: Path) -> runs.Predictor:
-    """A function that labels reviews, (label, probability) each, from a finished run's folder.
-
-    Raises UserError when the run is not finished or damaged, or the model that it adapts is not to be had.
-    """
+    """What labels reviews by the finished run in a folder; UserError when a file of it or its base is not to be had."""
     report = runs.read_report(run)
     what = f"{run}: its base model {shown(report['model'])}"
     logging.set_verbosity_error()  # no report of weights that the adapter brings
     logging.disable_progress_bar()
-    tokenizer, model, digest = hub.load_model(hub.located(report["model"], what), what)
+    tokenizer, model, digest = hub.load_model(report["model"], what)
     if report.get("weights_sha256") not in (None, digest):  # earlier versions left none
         raise UserError(f"{what} is not the one that the run adapted: its weights were changed")
-    max_length = min(report["max_length"], getattr(model.config, "max_position_embeddings", report["max_length"]))
     fastlora.load_adapter(model, run).eval()
 
     def logits(texts: list[str]) -> torch.Tensor:
-        batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_token_type_ids=False,
-                          return_tensors="pt")  # fmt: skip
-        return model(**batch).logits
+        return model(**tokenizer(texts, truncation=True, max_length=report["max_length"], padding=True,
+                                 return_token_type_ids=False, return_tensors="pt")).logits  # fmt: skip
 
     return runs.predictor(LABELS, logits)
-
-
-def _lora_config(recipe: Recipe) -> LoraConfig:
-    return LoraConfig(task_type=TaskType.SEQ_CLS, r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,
-                      target_modules=list(recipe.target_modules))  # fmt: skip
 
 
 def _check_targets(model, names: tuple[str, ...]) -> None:
@@ -274,6 +247,6 @@ def _texts(folder: Path, args: argparse.Namespace) -> dict[str, tuple[list[str],
 def _rows(tokenizer, texts: list[str], labels: list[int], max_length: int) -> list[dict]:
     """The texts' token ids, masks and labels, not padded, by length: neighbours in evaluation need little padding."""
     encoded = tokenizer(texts, truncation=True, max_length=max_length, return_token_type_ids=False)
-    rows = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
-    made = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in rows]
-    return sorted(made, key=lambda row: -len(row["input_ids"]))
+    parts = zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
+    rows = [{"input_ids": ids, "attention_mask": mask, "labels": label} for ids, mask, label in parts]
+    return sorted(rows, key=lambda row: -len(row["input_ids"]))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastlora.env import expanded
 from fastlora.errors import UserError, shown
 from fastlora.finetune.checkpoint import fill, read_checkpoint
 from fastlora.finetune.data import FILES
@@ -73,16 +74,11 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 with a linear head over the last token.
-
-    Weights are random (normal, as `config` says; biases zero) until `load_weights` fills them.
-    `grad_checkpointing = True` recomputes each block in the backward pass instead of keeping its activations.
-    """
+    """GPT-2 with a linear head over the last token. Its weights are random until `load_weights` fills them."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        self.config = config
-        self.grad_checkpointing = False
+        self.grad_checkpointing = False  # compute blocks again in the backward pass instead of keeping activations
         self.tokens = nn.Embedding(config.vocabulary, config.width)
         self.positions = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -95,19 +91,15 @@ class GPT2(nn.Module):
         nn.init.normal_(self.tokens.weight, std=config.token_std)
         nn.init.normal_(self.positions.weight, std=config.position_std)
 
-    def features(self, ids: Tensor) -> Tensor:
-        """Token ids, int64 (batch, tokens), to the last block's output (batch, tokens, width), not yet normalised."""
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids, int64 (batch, tokens <= context), to logits (batch, classes) of the last token."""
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return x
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids, int64 (batch, tokens <= context), to logits (batch, classes) of the last token."""
-        return self.head(self.norm(self.features(ids)[:, -1]))
+        return self.head(self.norm(x[:, -1]))
 
 
 # Weights: Hugging Face's `model.safetensors`, which keeps a linear weight as (in, out), and query, key and value side
@@ -121,20 +113,18 @@ _THEIRS = {
 }  # fmt: skip
 
 
-def find_weights(folder: Path | None) -> Path:
-    """`model.safetensors` in `folder`; with None, that of gpt2 in the Hugging Face hub's cache.
-
-    Raises UserError, saying what to do, when there is none.
-    """
+def find_weights(folder: str | None) -> Path:
+    """`model.safetensors` in `folder`; with None, that of gpt2 in the Hugging Face hub's cache. UserError for none."""
     if folder is not None:
-        if not (folder / WEIGHTS).is_file():
+        path = expanded(folder) / WEIGHTS
+        if not path.is_file():
             raise UserError(f"--weights {folder}: holds no {WEIGHTS}")
-        return folder / WEIGHTS
+        return path.resolve()
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("gpt2", "openai-community/gpt2"):
         if isinstance(found := try_to_load_from_cache(name, WEIGHTS), str):
-            return Path(found)
+            return Path(found).resolve()
     raise UserError(f"GPT-2's weights are not in the Hugging Face hub's cache; `hf download gpt2 {WEIGHTS}` "
                     "fetches them, or give --weights DIR or --weights random")  # fmt: skip
 
@@ -142,8 +132,7 @@ def find_weights(folder: Path | None) -> Path:
 def load_weights(model: GPT2, path: Path) -> None:
     """Fill every weight of `model` but its head from Hugging Face's file.
 
-    Raises UserError, and leaves the model as it was, when the file is damaged, misses a tensor, or one has another
-    shape or a value that is not finite in the model's dtype.
+    UserError, and nothing is changed, when the file is damaged, misses a tensor, or `fill` refuses one.
     """
     theirs, ours = {name.removeprefix("transformer."): t for name, t in read_checkpoint(path)[0].items()}, {}
     for name, held in model.state_dict().items():
@@ -161,15 +150,13 @@ def load_weights(model: GPT2, path: Path) -> None:
 # The encoding: from OpenAI's files.
 
 PAD = 50256  # GPT-2 has no padding token; <|endoftext|> stands in
-LONGEST = 1024  # tokens; as many as GPT-2 has positions
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 def gpt2_encoding(data: Path):
     """tiktoken's encoding `gpt2` (50,257 tokens), from `<data>/gpt2/{encoder.json,vocab.bpe}` with no network.
 
-    Both files must be OpenAI's to the byte: a vocabulary that differs would silently encode to other ids. UserError
-    where one is not, or is missing.
+    UserError unless both are OpenAI's to the byte: a vocabulary that differs would silently encode to other ids.
     """
     import tiktoken
     import tiktoken.load
@@ -192,10 +179,10 @@ def byte_encoding():
 
 
 def encode(texts: Sequence[str], encoding, length: int | None = None) -> Tensor:
-    """Token ids of `texts`, int64 (len(texts), length), padded with 50256 and cut to `length`.
+    """Token ids of `texts`, int64 (len(texts), length), padded with 50256 and cut to `length` (default: the longest).
 
-    `length=None`: that of the longest text, at most 1024. Special tokens written in a message are text like any other.
+    Special tokens written in a message are text like any other.
     """
     ids = encoding.encode_ordinary_batch(list(texts), num_threads=2)
-    length = min(LONGEST, max(1, *map(len, ids))) if length is None else length
+    length = min(GPT2Config.context, max(1, *map(len, ids))) if length is None else length
     return torch.tensor([(tokens + [PAD] * length)[:length] for tokens in ids])

@@ -67,10 +67,7 @@ def missing(folder: Path, *needed: str) -> list[str]:
 def fetch(name: str, folder: Path) -> None:
     """Make the files of data set `name` in `folder`, unless they are there, from its public home.
 
-    Several processes may ask at once: one works, the others wait and find the files.
-
-    Raises:
-        WorkError: the network or the data failed; the message says which file, why, and what to do.
+    Several processes may ask at once: one works, the others wait and find the files. WorkError for what failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f".{name}.lock"):
@@ -81,9 +78,9 @@ def fetch(name: str, folder: Path) -> None:
 
 
 def download(url: str, sum: str, folder: Path) -> Path:
-    """Fetch `url` into `folder`, unless it is there, with a progress bar, and return its path. Its sha256 is `sum`.
+    """Fetch `url`, whose sha256 is `sum`, into `folder`, unless it is there, with a progress bar; its path.
 
-    Raises WorkError when the server refused, or the third attempt failed too: no connection, a wrong checksum.
+    WorkError when the server refused, or the third attempt failed too: no connection, a wrong checksum.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, before = folder / url.rpartition("/")[2], socket.getdefaulttimeout()
@@ -115,7 +112,7 @@ def convert(name: str, parts: Sequence[Path], folder: Path) -> None:
         write_tables(folder, {part.stem: _news(part) for part in parts})
     elif name == "spam":
         with zipfile.ZipFile(parts[0]) as archive:
-            write_tables(folder, balanced_split(archive.read("SMSSpamCollection"), parts[0]))
+            write_tables(folder, balanced_split(archive.read("SMSSpamCollection"), parts[0]), None)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)
@@ -127,10 +124,10 @@ def write_tables(folder: Path, tables: dict, columns: Sequence[str] = ("text", "
     """Write each table, a frame or rows of `columns`, to `<folder>/<its name>.parquet`, whole or not at all."""
     import pandas as pd
 
-    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
-        frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, columns=columns)
-        write_bytes(folder / f"{name}.parquet", frame.to_parquet(index=False))
+        path = folder / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, pd.DataFrame(rows, columns=columns).to_parquet(index=False))
 
 
 def _reviews(archive: Path) -> dict[str, list[tuple[str, int]]]:
@@ -177,8 +174,8 @@ def balanced_split(content: bytes, source: Path) -> dict:
     balanced = pd.concat([ham.sample(len(spam), random_state=SEED), spam])[["Label", "Text"]]
     balanced["Label"] = (balanced["Label"] == "spam").astype("int64")
     balanced = balanced.sample(frac=1, random_state=SEED).reset_index(drop=True)
-    first, second = int(len(balanced) * 0.7), int(len(balanced) * 0.7) + int(len(balanced) * 0.1)
-    return {"train": balanced[:first], "valid": balanced[first:second], "test": balanced[second:]}
+    train, valid = int(len(balanced) * 0.7), int(len(balanced) * 0.1)
+    return {"train": balanced[:train], "valid": balanced[train : train + valid], "test": balanced[train + valid :]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,5 +194,5 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{args.source}: cannot be read ({error.strerror})") from None
     if folder.exists():
         raise UserError(f"{folder} exists already; name another --output")
-    write_tables(folder, parts)
+    write_tables(folder, parts, None)
     print(f"{folder}: " + ", ".join(f"{name} {len(part)}" for name, part in parts.items()) + " messages")

@@ -5,10 +5,8 @@ Weights are safetensors, no code out of a model's folder is run, and no number t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,26 +20,20 @@ from fastlora.errors import UserError, shown
 from fastlora.targets import TASK_HEADS
 
 LABELS = ("negative", "positive")
-HEADS = TASK_HEADS["SEQ_CLS"]  # ends of the names of what PEFT trains in full
-
-
-def located(name: str, what: str) -> str:
-    """`name`, as an absolute path if it is a folder's, else as it is: a hub name; `what` names it in errors."""
-    folder = expanded(name)
-    if folder.is_dir():
-        return str(folder.resolve())
-    if name.startswith(("/", ".", "~")):
-        raise UserError(f"{what}: no such folder")
-    return name
 
 
 def load_model(name: str, what: str) -> tuple:
-    """(tokenizer, classifier with two labels, digest of its weights) of model `name`; `what` names it in errors.
+    """(tokenizer, classifier with two labels, digest of its weights) of a folder's or hub's model; `what` in errors.
 
     UserError: it is not to be had or damaged, lacks a weight that is not trained, needs code of its own, or its
     tokenizer cannot pad or knows no word.
     """
-    with refused(what):
+    folder = expanded(name)
+    if folder.is_dir():
+        name = str(folder.resolve())
+    elif name.startswith(("/", ".", "~")):
+        raise UserError(f"{what}: no such folder")
+    try:
         if cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False,
                        _raise_exceptions_for_connection_errors=False):  # fmt: skip
             # transformers would turn to the model that it names
@@ -57,7 +49,7 @@ def load_model(name: str, what: str) -> tuple:
         )  # fmt: skip
         made_up = set(info["missing_keys"])
         for key in sorted(made_up):
-            if not any(part.endswith(HEADS) for part in key.split(".")[:-1]):
+            if not any(part.endswith(TASK_HEADS["SEQ_CLS"]) for part in key.split(".")[:-1]):  # PEFT trains these
                 raise UserError(f"{what}: its weights lack {shown(key)}")
         if tokenizer.pad_token is None:
             raise UserError(f"{what}: its tokenizer has no padding token")
@@ -65,6 +57,10 @@ def load_model(name: str, what: str) -> tuple:
             raise UserError(f"{what}: its tokenizer knows no word; are the tokenizer's files there?")
         if model.config.pad_token_id is None:  # decoders look for a row's last token by it
             model.config.pad_token_id = tokenizer.pad_token_id
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library raises for a bad file
+        raise UserError(f"{what} cannot be loaded ({shown(textwrap.shorten(str(error), 190))})") from None
     digest = hashlib.sha256()
     for key, tensor in model.state_dict().items():
         if key not in made_up:
@@ -77,14 +73,3 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     settings = model.peft_config["default"].to_dict() | {"inference_mode": True}
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     write_adapter(folder, settings, get_peft_model_state_dict(model, save_embedding_layers=False))
-
-
-@contextlib.contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Whatever a library raises for a bad file becomes a UserError that names it."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        raise UserError(f"{what} cannot be loaded ({shown(textwrap.shorten(str(error), 190))})") from None

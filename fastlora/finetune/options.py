@@ -1,16 +1,15 @@
 """The flags of the programs, checked where they are read.
 
-To add a program: a module with `add_arguments(parser)`, `train(args)` and `load_predictor(run)`; a line in
-`fastlora.cli.PROGRAMS`; what it leaves in a run's folder in `run.RUN_FILES`; its data in `data.FILES`,
-`homes.SOURCES` and `sample`; a run of it in `tests/finetune/killed.py`.
+To add a program: a module with `add_arguments(parser)`, which begins with `add_shared`, `train(args)` and
+`load_predictor(run)`; a line in `fastlora.cli.PROGRAMS`; what it leaves in a run's folder in `run.RUN_FILES`; its data
+in `data.FILES`, `homes.SOURCES` and `sample`; a run of it in `tests/finetune/killed.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -69,9 +68,10 @@ def swept(text: str) -> dict[str, list]:
     return values
 
 
-def add_shared(parser: argparse.ArgumentParser) -> None:
-    """The flags of every `fastlora train` program. Those without a default leave the choice to the program (None)."""
-    add = parser.add_argument
+def add_shared(parser: argparse.ArgumentParser, recipe: Mapping) -> None:
+    """The flags of every `fastlora train` program. Those without a default leave the choice to its `recipe` (None)."""
+    add, said = parser.add_argument, ("epochs", "rank", "alpha", "batch_size", "lr")
+    parser.epilog = "defaults: " + ", ".join(f"--{name.replace('_', '-')} {recipe[name]:g}" for name in said)
     data = "data folder; a small made-up sample; or FASTLORA_DATA, the cache, the network (default)"
     add("--data", default="auto", metavar="DIR|sample|auto", help=data)
     add("--output", type=folder_name, required=True, metavar="DIR", help="the run's folder")
@@ -101,26 +101,16 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
     add("--sweep", type=swept, metavar="KEY=V,V...", help=text)
 
 
-def defaults(recipe) -> str:
-    """What a program takes where these flags do not say, for its --help."""
-    names = ("epochs", "rank", "alpha", "batch_size", "lr")
-    return "defaults: " + ", ".join(f"--{name.replace('_', '-')} {getattr(recipe, name):g}" for name in names)
-
-
-def chosen(recipe, args: argparse.Namespace):
-    """`recipe`, a dataclass, with what the flags give of it."""
-    given = {field.name: getattr(args, field.name, None) for field in fields(recipe)}
-    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
-
-
-def step_choices(args: argparse.Namespace, default: str = "fp32") -> dict:
-    """What `add_steps` read, as the trainer's `Settings` name it. The eager layer is left to plain steps."""
-    return {
-        "accumulate": args.accumulate,
-        "precision": PRECISIONS[args.precision or default],
-        "compile": args.compile,
-        "graph": args.impl == "fused" and not args.no_graph,
-    }
+def complete(args: argparse.Namespace, recipe: Mapping) -> None:
+    """Let `args` hold what decides the run: of `recipe` what the flags did not give, or have no flag for."""
+    for name in getattr(args, "sweep", None) or ():
+        if name != "seed" and getattr(args, name) is not None:
+            raise UserError(f"--{name} is given beside --sweep, which has values of its own for it")
+    for name, value in recipe.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if "precision" in recipe:
+        args.precision = PRECISIONS[args.precision]
 
 
 def pick_device(name: str) -> torch.device:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,63 +17,59 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.errors import UserError, shown
-from fastlora.files import clear_leftovers, read_json, write_bytes, write_json
-from fastlora.finetune.parallel import ALONE, World
+from fastlora.files import atomic_write, clear_leftovers, read_json, write_bytes, write_json
+from fastlora.finetune import parallel
 
 SETTINGS = "run.json"  # written first: its presence marks a folder as a run's
 REPORT = "report.json"  # written last: its presence marks the run as finished
 CHECKPOINT, MODEL = "checkpoint.safetensors", "model.safetensors"
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", *ADAPTER, MODEL, "gpt2",
-             "adapters")  # fmt: skip
+RUN_FILES = (SETTINGS, REPORT, CHECKPOINT, "checkpoints", "history.csv", "curves.png", "adapter_config.json",
+             "adapter_model.safetensors", MODEL, "gpt2", "adapters")  # fmt: skip
 LOCK = ".fastlora.lock"
-NEW, BEGUN, FINISHED, REFUSED = range(4)
+REFUSED, UNFINISHED, FINISHED = range(3)
 MOST_NAMED = 12  # runs in a picture's legend, which leaves no room for more
 Predictor = Callable[[list[str]], list[tuple[str, float]]]  # texts to (label, probability) each
 
 
-def settings_of(args: argparse.Namespace, recipe, **more) -> dict:
-    """What decides a run's result, as JSON values: the flags, the recipe (a dataclass) in their place, and `more`."""
+def settings_of(args: argparse.Namespace, **more) -> dict:
+    """What decides a run's result, as JSON values: the flags, completed by the recipe, and `more`."""
     flags = {key: value for key, value in vars(args).items() if key not in ("command", "output", "resume", "no_graph")}
-    return json.loads(json.dumps({"task": args.program, **flags, **asdict(recipe), **more}, default=str))
+    return json.loads(json.dumps({"task": args.program, **flags, **more}, default=str))
 
 
 @contextlib.contextmanager
-def run_folder(path: Path, settings: Mapping, resume: bool, world: World = ALONE, device="cpu") -> Iterator[int]:
-    """Hold `path` as the output folder of a run; yields NEW, BEGUN or FINISHED, by what run it holds to go on with.
-
-    Of processes that train together the first holds it, and all get its answer.
+def run_folder(path: Path, settings: Mapping, resume: bool, device="cpu") -> Iterator[bool]:
+    """Hold `path` as the output folder of a run; yields False when that run is finished already.
 
     `settings`, JSON values that decide the run's result, are kept in run.json: with `resume`, the run that the folder
-    holds goes on only with those that it was started with. An empty folder starts a new one.
+    holds goes on only with those that it was started with. An empty folder starts a new one. Of processes that train
+    together the first holds it, and all get its answer.
 
-    Raises UserError when the folder holds a run and `resume` is false, the run was started with other settings,
-    another process holds the folder, or it cannot be written to.
+    UserError when the folder holds a run and `resume` is false, the run was started with other settings, another
+    process holds the folder, or it cannot be written to.
     """
-    if not world.first:
-        if (found := world.broadcast(NEW, device)) == REFUSED:
+    lock, found = FileLock(path / LOCK), REFUSED
+    try:
+        try:
+            if parallel.first():
+                found = _claim(path, lock, settings, resume)
+        finally:
+            found = int(parallel.add(torch.tensor(found, device=device)))  # the others' is 0
+        if found == REFUSED:
             sys.exit(2)  # the first process says why
-        yield found
-        return
-    with contextlib.ExitStack() as held:
-        try:
-            found = _claim(held, path, settings, resume)
-        except Exception:
-            with contextlib.suppress(Exception):  # others that are gone need no answer
-                world.broadcast(REFUSED, device)
-            raise
-        try:
-            yield world.broadcast(found, device)
-        except Exception:
-            if not any((path / name).exists() for name in RUN_FILES if name != SETTINGS):
-                (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
-            raise
+        yield found == UNFINISHED
+    except Exception:
+        if parallel.first() and found != REFUSED and not any((path / name).exists() for name in RUN_FILES[1:]):
+            (path / SETTINGS).unlink(missing_ok=True)  # nothing was made: the folder is free for another try
+        raise
+    finally:
+        lock.release()
 
 
-def _claim(held: contextlib.ExitStack, path: Path, settings: Mapping, resume: bool) -> int:
+def _claim(path: Path, lock: FileLock, settings: Mapping, resume: bool) -> int:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        held.enter_context(FileLock(path / LOCK).acquire(timeout=0))
+        lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{path}: another run is writing to this folder") from None
     except OSError as error:
@@ -96,9 +90,10 @@ def _claim(held: contextlib.ExitStack, path: Path, settings: Mapping, resume: bo
             raise UserError(f"{path}: the run was started with {key} = {shown(before[key])}, not {shown(value)}; "
                             "--resume needs the same settings and data")  # fmt: skip
     write_json(path / SETTINGS, before)
-    if REPORT in present:
-        print(f"{path}: the run is finished already")
-    return FINISHED if REPORT in present else BEGUN if present else NEW
+    if REPORT not in present:
+        return UNFINISHED
+    print(f"{path}: the run is finished already")
+    return FINISHED
 
 
 def leave(folder: Path, rows: Sequence[Mapping], title: str, device: torch.device, report: Mapping) -> None:
@@ -111,22 +106,17 @@ def leave(folder: Path, rows: Sequence[Mapping], title: str, device: torch.devic
     history = pd.DataFrame(rows)
     write_bytes(folder / "history.csv", history.to_csv(index=False).encode())
     plot_history(folder / "curves.png", history, title)
-    report = {
-        **report,
-        "device": f"cpu ({torch.get_num_threads()} threads)",
-        "adapter_bytes": (folder / "adapter_model.safetensors").stat().st_size,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "versions": versions(),
-    }
     if device.type == "cuda":
-        report["device"] = torch.cuda.get_device_name(device)
-        report["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    elif sys.platform != "darwin":
-        report["peak_memory_bytes"] *= 1024
+        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+    else:
+        name, peak = f"cpu ({torch.get_num_threads()} threads)", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    report = {**report, "device": name, "adapter_bytes": size, "peak_memory_bytes": peak, "versions": versions()}
     write_json(folder / REPORT, report)
     adapter, full = report["adapter_parameters"], report["full_layer_parameters"]
     times = f"{full / adapter:.0f}x fewer" if adapter <= full else f"{adapter / full:.1f}x more, --rank is too high"
-    print(f"adapter: {adapter:,} numbers against {full:,} of its layers: {times} ({report['adapter_bytes']:,} bytes)")
+    print(f"adapter: {adapter:,} numbers against {full:,} of its layers: {times} ({size:,} bytes)")
     print(f"accuracy: valid {report['valid_accuracy']:.2%}, test {report['test_accuracy']:.2%}; trained "
           f"{report['train_seconds']:.1f} s; everything is in {folder}")  # fmt: skip
     if report["dataset"] == "sample":
@@ -148,9 +138,8 @@ def plot_history(path: Path, history, title: str) -> None:
         axes.grid(alpha=0.3)
         if len(runs) <= MOST_NAMED:
             axes.legend(fontsize="x-small")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_bytes(path, image.getvalue())
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def read_report(folder: Path) -> dict:
@@ -178,10 +167,7 @@ def predictor(labels: Sequence[str], logits: Callable[[list[str]], Tensor]) -> P
 
 
 def counts(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
-    """The report's counts of parameters: what trains, everything, the adapter's, and its layers' weights.
-
-    With `adapter` of several, of a model that has no other.
-    """
+    """The report's counts: what trains, all parameters, the adapter's, its layers' weights; of several, `adapter`'s."""
     named = list(model.named_parameters())
     own = [(name, p) for name, p in named if not (p.requires_grad and adapter and f".{adapter}." not in name)]
     layers = {module.weight for module in model.modules() if hasattr(module, "lora_A")}  # ours, and PEFT's

@@ -53,10 +53,7 @@ def make_sample(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".fastlora.lock"):
         for name, rows in _tables().items() if missing(folder, "imdb", "ag_news", "spam") else ():
-            data_set, part = name.split("/")
-            write_tables(
-                folder / data_set, {part: rows}, ("Text", "Label") if data_set == "spam" else ("text", "label")
-            )
+            write_tables(folder, {name: rows}, ("Text", "Label") if name.startswith("spam") else ("text", "label"))
     return folder
 
 
@@ -66,9 +63,8 @@ def _tables() -> dict[str, list[tuple[str, int]]]:
     moods = ["bad"] * 5 + ["good"], ["good"] * 5 + ["bad"]  # so that single words do not give the label away
     tables = {}
     for part, reviews, news in (("train", 2000, 1200), ("test", 500, 400)):
-        tables[f"imdb/{part}"] = [
-            (_text(draw, _REVIEW, draw.randint(4, 12), mood=moods[i % 2]) + ".", i % 2) for i in range(reviews)
-        ]
+        told = [_text(draw, _REVIEW, draw.randint(4, 12), mood=moods[i % 2]) for i in range(reviews)]
+        tables[f"imdb/{part}"] = [(f"{text}.", i % 2) for i, text in enumerate(told)]
         tables[f"ag_news/{part}"] = [(_text(draw, _NEWS, 3, topic=[topics[i % 4]]), i % 4) for i in range(news)]
     for part, messages in (("train", 600), ("valid", 80), ("test", 160)):
         tables[f"spam/{part}"] = [(_text(draw, (_HAM, _SPAM)[i % 2], 1), i % 2) for i in range(messages)]

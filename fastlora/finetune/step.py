@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
 from fastlora.errors import warn_once
+from fastlora.finetune import parallel
 from fastlora.finetune.data import Batch
-from fastlora.finetune.parallel import ALONE, World
 
 WARM_UP = 3  # plain steps of a shape before its capture: libraries set themselves up, kernels are compiled
 MAX_GRAPHS = 32  # shapes captured; each keeps the memory of its activations
@@ -36,7 +35,7 @@ class Settings:
     compile: bool = False  # pass the model's forward through torch.compile, in one graph
     epochs: int = 1  # passes over the training batches
     decay: float = 1.0  # the rates are multiplied by it after each epoch
-    every: int | None = None  # steps between evaluations and checkpoints, besides those at each epoch's end
+    eval_every: int | None = None  # steps between evaluations and checkpoints, besides those at each epoch's end
     accumulate: int = 1  # batches whose gradients are summed into one optimiser step
     checkpoint: Path | None = None  # its path; None keeps none
 
@@ -47,22 +46,17 @@ class Step:
     Trained is the mean cross-entropy of `model(*inputs)`, logits (batch, classes), over the group's rows. n adapters
     over one frozen base may train at once: a batch then holds as many rows of each, one after the other. They step by
     `gradients`, all or some at a time, and `update`; sums are NaN where a loss or gradient is not finite.
-
-    Attributes:
-        names: the adapters that a batch's rows belong to, in the order of the optimiser's groups; None: the only one.
-        plain: why steps are not captured as CUDA graphs, or None when they are.
-        scaler: float16's loss scaling, switched off for other precisions.
     """
 
-    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer, settings: Settings, world: World = ALONE):
-        self.model, self.optimiser, self.settings, self.world = model, optimiser, settings, world
-        self.names: tuple[str | None, ...] = (None,)
+    def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer, settings: Settings):
+        self.model, self.optimiser, self.settings = model, optimiser, settings
+        self.names: tuple[str | None, ...] = (None,)  # whose rows a batch has, in the groups' order; None: the only one
         self.device = optimiser.param_groups[0]["params"][0].device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self._forward = torch.compile(model, fullgraph=True) if settings.compile else model
-        if world.size > 1:
+        if parallel.size() > 1:
             self._forward = DistributedDataParallel(self._forward)
-        self.plain = why_plain(self.device, settings, world)
+        self.plain = why_plain(self.device, settings)  # or None when steps are captured as CUDA graphs
         if self.plain is None:
             self._stream = torch.cuda.Stream(self.device)
             self._seen: Counter = Counter()
@@ -100,7 +94,7 @@ class Step:
             p.grad = None
         rows, sums = sum(len(batch[-1]) for batch in group), 0
         for i, (*inputs, labels) in enumerate(group, 1):
-            apart = self.world.size > 1 and i < len(group)  # gradients are exchanged with the last batch's
+            apart = parallel.size() > 1 and i < len(group)  # gradients are exchanged with the last batch's
             with self._forward.no_sync() if apart else nullcontext(), self.routed(len(labels)):
                 losses, part = self.losses(inputs, labels)
                 loss = losses.sum() * (len(labels) / rows)
@@ -116,7 +110,7 @@ class Step:
     def _run(self, group: Sequence[Batch]) -> Tensor:
         sums = self.gradients(group)
         self.update()
-        return self.world.add(sums)
+        return parallel.add(sums)
 
     def update(self) -> None:
         """Move the parameters of `names` by their gradients."""
@@ -140,10 +134,12 @@ class Step:
         """Each member's mean cross-entropy, (n,), and float64 (n, 2): its sum and the correct rows. No host waits."""
         n = len(self.names)
         forward = self._forward if torch.is_grad_enabled() else self.model
-        with autocast(self.device, self.settings.precision):
+        dtype = getattr(torch, self.settings.precision)
+        # no casts are kept from one step to another, as graphs demand
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             logits = forward(*inputs)
         parts = zip(logits.float().chunk(n), labels.chunk(n), strict=True)
-        losses = torch.stack([F.cross_entropy(*part) for part in parts])
+        losses = torch.stack([nn.functional.cross_entropy(*part) for part in parts])
         correct = (logits.argmax(-1) == labels).view(n, -1).sum(1)
         return losses, torch.stack([losses.detach() * (len(labels) // n), correct], 1).double()
 
@@ -166,7 +162,7 @@ class _Captured:
         return self.sums.clone()
 
 
-def why_plain(device: torch.device, settings: Settings, world: World = ALONE) -> str | None:
+def why_plain(device: torch.device, settings: Settings) -> str | None:
     """Why a step cannot be captured as a CUDA graph, or None when it can."""
     if not settings.graph:
         return "plain steps were asked for"
@@ -174,11 +170,4 @@ def why_plain(device: torch.device, settings: Settings, world: World = ALONE) ->
         return f"CUDA graphs need a CUDA device, this one is {device.type}"
     if settings.precision == "float16":
         return "float16's loss scaling decides on the host whether to skip a step"
-    return "the processes exchange gradients within the step" if world.size > 1 else None
-
-
-def autocast(device: torch.device, precision: str):
-    """torch.autocast to a `Settings.precision`; it keeps no casts from one step to another, as graphs demand."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, getattr(torch, precision), cache_enabled=False)
+    return "the processes exchange gradients within the step" if parallel.size() > 1 else None

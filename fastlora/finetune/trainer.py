@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastlora.errors import WorkError
+from fastlora.finetune import parallel
 from fastlora.finetune.checkpoint import fill, read_checkpoint, write_checkpoint
 from fastlora.finetune.data import Batches
-from fastlora.finetune.parallel import ALONE, World
 from fastlora.finetune.step import Settings, Step
 
 
@@ -48,7 +48,6 @@ class Trainer:
     valid: Batches
     settings: Settings
     members: Sequence[Member] = field(default_factory=lambda: [Member()])
-    world: World = ALONE  # the processes that train together
     progress: bool = True  # show a progress bar, and a line for each evaluation
     epoch: int = 0  # epochs done
     position: int = 0  # batches done in this epoch
@@ -58,15 +57,16 @@ class Trainer:
     def __post_init__(self):
         self.rates = [group["lr"] for group in self.optimiser.param_groups]
         self.at_once = len(self.members)  # members whose rows share a batch
-        self.step = Step(self.model, self.optimiser, self.settings, self.world)
+        self.step = Step(self.model, self.optimiser, self.settings)
         if self.members[0].name is not None:
             self.step.plain = "the members of a sweep are looked after at each step"
-        self.device, self.progress = self.step.device, self.progress and self.world.first
+        self.device, self.progress = self.step.device, self.progress and parallel.first()
 
     def fit(self) -> None:
         """Train to the last epoch from wherever the trainer stands."""
         settings = self.settings
         self.model.train()
+        self._seed()
         while self.epoch < settings.epochs:
             for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
                 rate *= settings.decay**self.epoch
@@ -74,12 +74,8 @@ class Trainer:
                     group["lr"].fill_(rate)
                 else:
                     group["lr"] = rate
-            bar = tqdm(
-                total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{settings.epochs}",
-                unit="batch", disable=None if self.progress else True, mininterval=0.2,
-            )  # fmt: skip
-            with bar:
-                self._seed()
+            with tqdm(total=len(self.train), initial=self.position, desc=f"epoch {self.epoch + 1}/{settings.epochs}",
+                      unit="batch", disable=None if self.progress else True, mininterval=0.2) as bar:  # fmt: skip
                 rows, began = 0, self._now()
                 while self.position < len(self.train):
                     numbers = range(self.position, min(self.position + settings.accumulate, len(self.train)))
@@ -89,12 +85,11 @@ class Trainer:
                     self.steps += 1
                     bar.update(len(numbers))
                     last = self.position == len(self.train)
-                    if last or (settings.every and self.steps % settings.every == 0):
+                    if last or (settings.eval_every and self.steps % settings.eval_every == 0):
                         self.seconds += self._now() - began
                         self._record(rows)
                         if not last:
                             self.save()
-                            self._seed()
                         rows, began = 0, self._now()
             self.epoch, self.position = self.epoch + 1, 0
             self.save()
@@ -113,7 +108,7 @@ class Trainer:
                 with self.step.routed(len(labels)):
                     own += self.step.losses(inputs, labels)[1]
         self.model.train(training)
-        sums = self.world.add(sums).tolist()
+        sums = parallel.add(sums).tolist()
         for member, (loss, _) in zip(members, sums, strict=True):
             if not math.isfinite(loss):
                 self._stop(member, f"the loss is {loss}")
@@ -126,13 +121,17 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint, if one is kept; WorkError when a trained parameter is not finite."""
-        self._check_parameters()
-        if self.settings.checkpoint is not None and self.world.first:
+        for (member,) in self._parts(1):
+            if not torch.stack([p.isfinite().all() for p in self.step.groups()[0]["params"]]).all():
+                self._stop(member, "a parameter is not finite")
+        if self.settings.checkpoint is not None and parallel.first():
+            trained = {f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
             kept = {f"optimiser.{i}.{key}": value for i, held in self.optimiser.state_dict()["state"].items()
                     for key, value in held.items() if isinstance(value, Tensor)}  # fmt: skip
-            write_checkpoint(self.settings.checkpoint, self._trained() | kept, epoch=self.epoch, steps=self.steps,
+            write_checkpoint(self.settings.checkpoint, trained | kept, epoch=self.epoch, steps=self.steps,
                              position=self.position, seconds=self.seconds, scaler=self.step.scaler.state_dict(),
                              members=[[member.history, member.stopped] for member in self.members])  # fmt: skip
+        self._seed()
 
     def resume(self) -> bool:
         """Go back to the checkpoint; False when there is none. UserError when it is damaged or of another model."""
@@ -144,19 +143,15 @@ class Trainer:
         for name in [name for name in tensors if name.startswith("optimiser.")]:
             _, index, key = name.split(".")
             kept.setdefault(int(index), {})[key] = tensors.pop(name)
-        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-        fill(self.model, path, tensors, {name.removeprefix("model.") for name in self._trained()})
+        fill(self.model, path, {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+             {name for name, p in self.model.named_parameters() if p.requires_grad})  # fmt: skip
         self.optimiser.load_state_dict(self.optimiser.state_dict() | {"state": kept})
-        if state["scaler"]:
-            self.step.scaler.load_state_dict(state["scaler"])
+        self.step.scaler.load_state_dict(state["scaler"])
         for member, (history, stopped) in zip(self.members, state["members"], strict=True):
             member.history, member.stopped = history, stopped
         self.epoch, self.position, self.steps = state["epoch"], state["position"], state["steps"]
         self.seconds = state["seconds"]
         return True
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {f"model.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _parts(self, size: int) -> Iterator[list[Member]]:
         """The members that still train, at most `size` at a time; the step is told whose rows it gets."""
@@ -217,11 +212,6 @@ class Trainer:
                  f"{row['train_accuracy']:.2%}; validation loss {row['valid_loss']:.4f}, accuracy "
                  f"{row['valid_accuracy']:.2%}" + (f" ({member.label})" if member.name else ""))  # fmt: skip
 
-    def _check_parameters(self) -> None:
-        for (member,) in self._parts(1):
-            if not torch.stack([p.isfinite().all() for p in self.step.groups()[0]["params"]]).all():
-                self._stop(member, "a parameter is not finite")
-
     def _stop(self, member: Member, why: str) -> None:
         (trained,) = (group["params"] for group in self.optimiser.param_groups if group.get("name") == member.name)
         for p in trained:  # so that no NaN of its own reaches others, or a checkpoint
@@ -236,7 +226,7 @@ class Trainer:
     def _seed(self) -> None:
         """A seed of its own for what follows, so that no checkpoint holds a generator's state."""
         seed = self.members[0].own["seed"] * 1_000_003 + self.steps
-        torch.manual_seed((seed * self.world.size + self.world.rank) % 2**63)
+        torch.manual_seed((seed * parallel.size() + parallel.rank()) % 2**63)
 
     def _now(self) -> float:
         if self.device.type == "cuda":  # which works on after it was asked to

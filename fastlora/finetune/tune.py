@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.errors import UserError
+from fastlora.finetune import parallel
 from fastlora.finetune import run as runs
 from fastlora.finetune.data import Data
+from fastlora.finetune.step import Settings
 from fastlora.finetune.trainer import Member, Trainer, best
 from fastlora.linear import EagerLoRALinear, FusedLoRALinear
 
@@ -27,25 +30,22 @@ CPU_ROWS = 1024  # of a pass through the model: more fall out of the caches
 LAYERS = {"fused": FusedLoRALinear, "eager": EagerLoRALinear}
 
 
-def members_of(args: argparse.Namespace, recipe) -> list[Member]:
+def members_of(args: argparse.Namespace) -> list[Member]:
     """The members of a run: the sweep's, or the only one, which has no name."""
-    own = {"lr": recipe.lr, "rank": recipe.rank, "alpha": recipe.alpha, "seed": args.seed}
+    own = {"lr": args.lr, "rank": args.rank, "alpha": args.alpha, "seed": args.seed}
     if not args.sweep:
         return [Member(None, own)]
-    if args.impl != "fused" or args.precision == "fp16" or args.compile or torch.distributed.is_torchelastic_launched():
+    torchrun = torch.distributed.is_torchelastic_launched()
+    if args.impl != "fused" or args.precision == "float16" or args.compile or torchrun:
         raise UserError("--sweep goes with --impl fused and fp32 or bf16, without --compile and torchrun")
-    twice = [f"--{key}" for key in args.sweep if key != "seed" and getattr(args, key) is not None]
-    if twice:
-        raise UserError(f"{twice[0]} is given beside --sweep, which has values of its own for it")
     product = [dict(zip(args.sweep, values, strict=True)) for values in itertools.product(*args.sweep.values())]
     return [Member(f"run{i}", own | chosen) for i, chosen in enumerate(product)]
 
 
-def adapt(model: nn.Module, members: list[Member], impl: str, targets: list[str] | str, head: str = "") -> None:
-    """Give `model` the members' LoRA layers, and each a `head` of its own, drawn by its seed; freeze the rest."""
+def adapt(model: nn.Module, members: list[Member], impl: str, targets: list[str] | str, heads=()) -> None:
+    """Give `model` the members' LoRA layers, and each `heads` of its own, drawn by its seed; freeze the rest."""
     adapters = {m.name: {"r": m.own["rank"], "lora_alpha": m.own["alpha"]} for m in members}
     how = adapters.get(None, {"adapters": adapters})
-    heads = [head] if head else []
     fastlora.inject(model, **how, target_modules=targets, modules_to_save=heads, layer_class=LAYERS[impl])
     layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")]
     for i, member in enumerate(members):
@@ -74,6 +74,7 @@ def announce(trainer: Trainer) -> None:
     Measured: what one member keeps for backward of its first batch, beside its gradients and the optimiser's numbers.
     """
     member, kept = max(trainer.members, key=lambda member: member.own["rank"]), {}
+    count, free = len(trainer.members), free_memory(trainer.device)
 
     def pack(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -84,23 +85,22 @@ def announce(trainer: Trainer) -> None:
     *inputs, labels = trainer.train.at(0, 0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.step.routed(len(labels)):
         trainer.step.losses(inputs, labels)
-    (group,) = groups_of(trainer.model, [member])
-    states = 2 if isinstance(trainer.optimiser, torch.optim.AdamW) else 0  # numbers for each parameter
-    numbers = sum(p.numel() * p.element_size() for p in group["params"])
-    each, batch = numbers * (2 + states), sum(size for place, size in kept.items() if place not in base)
-    free = torch.cuda.mem_get_info(trainer.device)[0] if trainer.device.type == "cuda" else free_memory()
-    count, together = len(trainer.members), batch * trainer.at_once
-    if trainer.at_once == count:
-        each, together = each + batch, 0
-    fit = max(0, int((0.9 * free - together) / each))
-    print(f"{count} runs at once need about {(together + count * each) / 2**20:,.1f} MiB; {free / 2**20:,.0f} MiB are "
-          f"free, enough for {fit:,} runs", flush=True)  # fmt: skip
+    copies = 4 if isinstance(trainer.optimiser, torch.optim.AdamW) else 2  # parameters, gradients, the optimiser's two
+    each = copies * sum(p.nbytes for group in groups_of(trainer.model, [member]) for p in group["params"])
+    batch, at_once = sum(size for place, size in kept.items() if place not in base), trainer.at_once
+    need = count * each + at_once * batch
+    fit = int((0.9 * free - at_once * batch) / each) if at_once < count else int(0.9 * free / (each + batch))
+    fit = max(0, fit)
+    print(f"{count} runs at once need about {need / 2**20:,.1f} MiB; {free / 2**20:,.0f} MiB are free, enough for "
+          f"{fit:,} runs", flush=True)  # fmt: skip
     if count > fit:
         raise UserError(f"--sweep: {count} runs need more memory than there is; at most {fit} fit")
 
 
-def free_memory() -> int:
-    """Bytes of the machine's memory that a process may still take."""
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of the machine's, that a process may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
@@ -109,18 +109,19 @@ def free_memory() -> int:
 
 
 def fine_tune(
-    args: argparse.Namespace, settings: dict, trainer: Trainer, data: Data, layer: nn.Module, begun: bool, title: str
-) -> None:
+    args: argparse.Namespace, settings: dict, model: nn.Module, optimiser: torch.optim.Optimizer, members: list[Member],
+    data: Data, layer: nn.Module, title: str,
+) -> None:  # fmt: skip
     """Train, test, and leave everything in `args.output`; a sweep's adapters each, and its best as a plain run's.
 
-    Args:
-        settings: of the run, for its report.
-        layer: one of the LoRA layers, which tells the path.
-        begun: go on from the checkpoint.
+    It goes on from the checkpoint of a run that began. `settings` are the run's, for its report; `layer`, one of the
+    LoRA layers, tells the path. The eager layer is left to plain steps.
     """
-    folder, model, several = args.output, trainer.model, bool(args.sweep)
-    resumed = begun and trainer.resume()
-    if resumed and trainer.world.first:
+    folder, several = args.output, bool(args.sweep)
+    said = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
+    said |= {"graph": args.impl == "fused" and not args.no_graph, "checkpoint": folder / runs.CHECKPOINT}
+    trainer = Trainer(model, optimiser, data.train, data.valid, Settings(**said), members)
+    if trainer.resume() and parallel.first():
         print(f"resumed after step {trainer.steps}")
     if trainer.device.type == "cpu":
         rows = data.train.rows(0) * math.prod(data.shape)
@@ -131,7 +132,7 @@ def fine_tune(
         torch.cuda.reset_peak_memory_stats(trainer.device)
     trainer.fit()
     tested = {member.name: accuracy for member, _, accuracy in trainer.evaluate(data.test)}
-    if not trainer.world.first:
+    if not parallel.first():
         return
     member, report = best(trainer.alive()), {}
     if several:

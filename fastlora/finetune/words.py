@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -38,43 +39,28 @@ def tokenise(text: str) -> list[str]:
     return _WORD.findall(text.lower().replace("<br />", " ").replace("#39;", "'"))
 
 
-class Vocabulary:
-    """Words and their numbers, most frequent first; 0 is padding, 1 any word that is not there."""
+def most_frequent(texts: Iterable[Sequence[str]], size: int, least: int) -> list[str]:
+    """The (at most) `size` most frequent words of tokenised `texts` that occur `least` times or more."""
+    counts = Counter(itertools.chain.from_iterable(texts))
+    words = [word for word, count in counts.items() if count >= least]
+    return sorted(words, key=lambda word: (-counts[word], word))[:size]
 
-    def __init__(self, words: Iterable[str]):
-        self.words = [*SPECIAL, *words]
-        self.numbers = {word: i for i, word in enumerate(self.words)}
 
-    def __len__(self) -> int:
-        return len(self.words)
-
-    @classmethod
-    def of(cls, texts: Iterable[Sequence[str]], size: int, least: int) -> Vocabulary:
-        """The (at most) `size` most frequent words of tokenised `texts` that occur `least` times or more."""
-        counts: Counter = Counter()
-        for words in texts:
-            counts.update(words)
-        ranked = sorted(((word, n) for word, n in counts.items() if n >= least), key=lambda item: (-item[1], item[0]))
-        return cls(word for word, _ in ranked[:size])
-
-    def encode(self, words: Sequence[str]) -> np.ndarray:
-        """The numbers of `words`, int32; a text with no words becomes one unknown word, so that its mean exists."""
-        get = self.numbers.get
-        return np.fromiter((get(word, UNKNOWN) for word in words or ("",)), dtype=np.int32, count=max(1, len(words)))
+def numbered(words: Iterable[str]) -> dict[str, int]:
+    """A vocabulary: `words` and their numbers. 0 is padding, 1 any word that is not there."""
+    return {word: i for i, word in enumerate([*SPECIAL, *words])}
 
 
 class TextDataset:
     """Encoded texts and their labels, in three flat tensors: ids int32 (words in all texts,), offsets int64
     (texts + 1,), where each text begins and the end, and labels int64 (texts,)."""
 
-    def __init__(self, texts: Sequence[Sequence[str]], labels: Sequence[int], vocabulary: Vocabulary):
-        rows = [vocabulary.encode(words) for words in texts]
-        self.ids = torch.from_numpy(np.concatenate(rows))
+    def __init__(self, texts: Sequence[Sequence[str]], labels: Sequence[int], vocabulary: dict[str, int]):
+        rows = [words or [SPECIAL[UNKNOWN]] for words in texts]  # so that the mean of a text with no words exists
+        numbers = (vocabulary.get(word, UNKNOWN) for words in rows for word in words)
+        self.ids = torch.from_numpy(np.fromiter(numbers, dtype=np.int32))
         self.offsets = torch.tensor([0, *map(len, rows)]).cumsum(0)
         self.labels = torch.tensor(labels, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def batch(self, rows: Tensor, pad_to: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """The texts `rows` (int64) one after the other, nothing between them: ids, offsets, labels.
@@ -93,10 +79,9 @@ class TextDataset:
 
 def learned(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
     """`learn`, kept in the cache under the content's hash. A damaged cache file is made anew."""
-    digest = hashlib.sha256(repr((_VERSION, words, DIM, WINDOW, CONTEXTS, SMOOTHING)).encode())
-    digest.update(ids.numpy())
-    digest.update(offsets.numpy())
-    path = env.cache_dir() / "vectors" / f"{digest.hexdigest()[:32]}.safetensors"
+    settings = repr((_VERSION, words, DIM, WINDOW, CONTEXTS, SMOOTHING)).encode()
+    digest = hashlib.sha256(b"".join([settings, ids.numpy(), offsets.numpy()])).hexdigest()
+    path = env.cache_dir() / "vectors" / f"{digest[:32]}.safetensors"
     with contextlib.suppress(UserError, KeyError):  # absent or damaged: it is only a cache
         return read_checkpoint(path)[0]["vectors"]
     vectors = learn(ids, offsets, words)
@@ -140,18 +125,17 @@ def learn(ids: Tensor, offsets: Tensor, words: int) -> Tensor:
     return vectors * (NORM * (words - len(SPECIAL)) / vectors.norm(dim=1).sum().clamp(min=1e-12))
 
 
-def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[Tensor, int]:
-    """Vectors for `vocabulary` from a file in GloVe's text format: a word and 100 numbers a line.
+def read_glove(path: Path, vocabulary: dict[str, int]) -> tuple[Tensor, int]:
+    """(vectors, float32 (words, 100), how many words were found) from a file in GloVe's text format.
 
-    Returns (float32 (words, 100), how many words were found); words that the file lacks are zero. Raises UserError
-    when the file is missing, a line is not of this format, or it has none of the words.
+    Words that it lacks are zero. UserError when it is missing, a line is no word and 100 numbers, or no word is found.
     """
     vectors, found, number = np.zeros((len(vocabulary), DIM), dtype=np.float32), set(), 0
     try:
         with open(path, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):  # noqa: B007 - the message below names it
                 word, *values = line.rsplit(" ", DIM)  # from the right: some of GloVe's words hold a space
-                index = vocabulary.numbers.get(word, 0)
+                index = vocabulary.get(word, 0)
                 if len(values) != DIM:
                     raise ValueError
                 if index >= len(SPECIAL) and index not in found:
@@ -169,10 +153,7 @@ def read_glove(path: Path, vocabulary: Vocabulary) -> tuple[Tensor, int]:
 
 
 def weighted(vectors: Tensor, ids: Tensor, scale: float) -> Tensor:
-    """`vectors` prepared for averaging: frequent words weigh less, the mean text is zero, a word's norm about `scale`.
-
-    Frequencies are those in `ids`, the training texts' words, int32.
-    """
+    """`vectors` to be averaged: words frequent in `ids` weigh less, the mean text is zero, norms are near `scale`."""
     absent = ~vectors.any(dim=1)
     absent[: len(SPECIAL)] = True
     frequency = torch.bincount(ids, minlength=len(vectors)).float()

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from fastlora.errors import UserError
-from fastlora.finetune import data
+from fastlora.finetune import data, parallel
 from fastlora.finetune.data import Batches, random_split, read_texts
-from fastlora.finetune.parallel import World
 from fastlora.finetune.sample import make_sample
 
 
@@ -134,21 +133,25 @@ def test_more_text_than_is_read_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "size"), [(37, 2), (33, 3), (5, 4)])
-def test_processes_share_out_every_batch(rows, size):
+def test_processes_share_out_every_batch(rows, size, monkeypatch):
     x = torch.arange(rows)
 
-    def batches(world, batch_size):
-        return Batches(rows, lambda i: (x[i],), batch_size, world=world)
+    def read(batch_size):
+        batches = Batches(rows, lambda i: (x[i],), batch_size)
+        numbers = range(len(batches))
+        return [batches.at(1, i, [3])[0] for i in numbers], list(map(batches.rows, numbers)), [*batches.in_order()]
 
-    def epoch(of):
-        return [of.at(1, i, [3]) for i in range(len(of))]
-
-    whole = epoch(batches(World(), 4 * size))
-    parts = [epoch(batches(World(rank, size), 4)) for rank in range(size)]
-    for i, (batch,) in enumerate(whole):
-        assert torch.cat([part[i][0] for part in parts]).tolist() == batch.tolist()
-        assert batches(World(0, size), 4).rows(i) == len(batch)
-    dealt = [batch for rank in range(size) for (batch,) in batches(World(rank, size), 4).in_order()]
+    whole, sizes, _ = read(4 * size)
+    monkeypatch.setattr(parallel, "size", lambda: size)
+    parts, dealt = [], []
+    for rank in range(size):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        part, same, own = read(4)
+        assert same == sizes
+        parts.append(part)
+        dealt += [batch for (batch,) in own]
+    for batch, of_each in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.cat(of_each).tolist() == batch.tolist()
     assert sorted(torch.cat(dealt).tolist()) == x.tolist()
 
 

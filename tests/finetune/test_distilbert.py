@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -16,7 +17,7 @@ import torch
 
 pytest.importorskip("peft")
 
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoModelForSequenceClassification, DistilBertConfig, GPT2Config
 
@@ -183,18 +184,18 @@ def test_batches_are_grouped_by_length(folders, tmp_path):
     tokenizer, model, _ = load_model(str(folders["bert"]), "--model")
     texts = [" ".join(["film"] * (1 + 7 * i % 60)) for i in range(400)]
     data = distilbert._rows(tokenizer, texts, [i % 2 for i in range(400)], 64)
-    recipe = distilbert.Recipe("", (), 64, 0.0, 1, 3, 8.0, 8, 1e-3)
+    args = argparse.Namespace(output=tmp_path, epochs=1, batch_size=8, lr=1e-3, seed=0)
     parts = {"train": data, "valid": data}
-    trainer = distilbert.make_trainer(model, tokenizer, parts, tmp_path, 0, recipe, torch.device("cpu"))
+    trainer = distilbert.make_trainer(args, model, tokenizer, parts, torch.device("cpu"))
     batches = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
     kept, size = sum(int(mask.sum()) for mask in batches), sum(mask.numel() for mask in batches)
     assert kept == sum(len(row["input_ids"]) for row in data) and 1 - kept / size < 0.1
 
 
 def test_the_tutorials_parameter_count():
-    recipe = distilbert.Recipe("", tuple(distilbert.TARGETS["distilbert"]), 512, 0.01)
-    config = distilbert._lora_config(recipe)
-    assert (config.r, config.lora_alpha, config.lora_dropout, set(config.target_modules)) == (4, 32, 0.01, {"q_lin"})
+    recipe, targets = distilbert.RECIPE, distilbert.TARGETS["distilbert"]
+    assert (recipe["rank"], recipe["alpha"], recipe["dropout"], targets) == (4, 32, 0.01, ["q_lin"])
+    config = LoraConfig(task_type="SEQ_CLS", r=recipe["rank"], target_modules=targets)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(DistilBertConfig(num_labels=2))
         counts = runs.counts(get_peft_model(model, config))

@@ -59,7 +59,7 @@ def test_texts_that_look_like_numbers_or_like_nothing_stay_texts(tmp_path):
     (tmp_path / "raw.tsv").write_text("ham\t1\nham\tNA\nspam\tnull\nspam\t2.0\n")
     homes.main(arguments(tmp_path / "raw.tsv", tmp_path))
     parts = [
-        read_texts(path, 2, text="Text", label="Label")[0]
+        read_texts(path, 2, columns=("Text", "Label"))[0]
         for path in (tmp_path / "spam").iterdir()
         if len(pd.read_parquet(path))
     ]

@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_bits(run, tmp_path):
 
 def test_the_tutorials_recipe(tmp_path):
     recipe = imdb.RECIPES["tutorial"]
-    assert (recipe.rank, recipe.alpha / recipe.rank, recipe.clip, recipe.lr, recipe.decay) == (2, 0.1, 0.1, 1.0, 0.1)
+    assert [recipe[key] for key in ("rank", "alpha", "clip", "lr", "decay")] == [2, 2 * 0.1, 0.1, 1.0, 0.1]
     assert train(tmp_path / "run", "--recipe", "tutorial") == 0
     made = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (made["recipe"], made["clip"], made["scale"]) == ("tutorial", 0.1, None)
@@ -284,6 +284,13 @@ def test_predict_demands_the_tensors_of_the_model_and_no_others(run, tmp_path, c
     assert main(["predict", str(folder), GOOD]) == 2
     error = capsys.readouterr().err
     assert "model.safetensors" in error and error.count("\n") == 1 and error[:-1].isprintable()
+
+
+def test_predict_demands_the_words_of_the_model(run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    write_checkpoint(folder / "model.safetensors", read_checkpoint(folder / "model.safetensors")[0])
+    assert main(["predict", str(folder), GOOD]) == 2
+    assert "model.safetensors: of another model: embedding.weight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "change"), [

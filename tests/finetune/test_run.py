@@ -13,16 +13,19 @@ from fastlora.finetune import run as runs
 
 def test_a_new_run_then_resumed(tmp_path):
     folder = tmp_path / "deep" / "run"
-    with runs.run_folder(folder, {"seed": 0}, resume=False) as begun:
-        assert not begun
+    with runs.run_folder(folder, {"seed": 0}, resume=False) as unfinished:
+        assert unfinished
     assert sorted(os.listdir(folder)) == [runs.LOCK, runs.SETTINGS]
-    with runs.run_folder(folder, {"seed": 0}, resume=True) as begun:
-        assert begun
+    with runs.run_folder(folder, {"seed": 0}, resume=True) as unfinished:
+        assert unfinished
+        (folder / runs.REPORT).touch()
+    with runs.run_folder(folder, {"seed": 0}, resume=True) as unfinished:
+        assert not unfinished
 
 
 def test_resuming_nothing_starts(tmp_path):
-    with runs.run_folder(tmp_path, {"seed": 0}, resume=True) as begun:
-        assert not begun
+    with runs.run_folder(tmp_path, {"seed": 0}, resume=True) as unfinished:
+        assert unfinished
 
 
 @pytest.mark.parametrize("name", runs.RUN_FILES)
@@ -36,8 +39,8 @@ def test_a_folder_with_a_run_is_refused(tmp_path, name):
 def test_other_files_may_be_there(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for resume in (False, True):
-        with runs.run_folder(tmp_path, {}, resume) as begun:
-            assert not begun
+        with runs.run_folder(tmp_path, {}, resume) as unfinished:
+            assert unfinished
         (tmp_path / runs.SETTINGS).unlink()
     assert (tmp_path / "README.md").read_text() == "mine"
 

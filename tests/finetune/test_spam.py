@@ -141,7 +141,7 @@ def test_base_weights_that_were_replaced_are_refused(tmp_path, capsys):
 
 def test_the_real_batches(data_dir, tmp_path, capsys):
     args = spam_arguments("--data", str(data_dir), "--output", str(tmp_path))
-    data = spam.load_data(args, spam.Recipe(), spam.parallel.ALONE, torch.device("cpu"))
+    data = spam.load_data(args, torch.device("cpu"))
     assert [len(part) for part in (data.train, data.valid, data.test)] == [130, 19, 38]
     inputs, labels = data.train.at(0, 0)
     assert inputs.shape == (8, 120) and labels.shape == (8,)
@@ -152,12 +152,13 @@ def test_the_real_batches(data_dir, tmp_path, capsys):
 def spam_arguments(*argv):
     import argparse
 
-    from fastlora.finetune.options import add_shared
+    from fastlora.finetune.options import complete
 
     parser = argparse.ArgumentParser()
-    add_shared(parser)
     spam.add_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    complete(args, spam.RECIPE)
+    return args
 
 
 def spam_data(folder, rows=40):

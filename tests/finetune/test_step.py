@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fastlora
+from fastlora.finetune import parallel
 from fastlora.finetune import step as steps
-from fastlora.finetune.parallel import World
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -76,14 +76,15 @@ def test_float16_skips_a_step_that_overflows():
     assert step.scaler.get_scale() < scale
 
 
-def test_reasons_for_plain_steps():
+def test_reasons_for_plain_steps(monkeypatch):
     on = steps.Settings(graph=True)
     assert "asked for" in steps.why_plain(CUDA, steps.Settings(graph=False))
     assert "cpu" in steps.why_plain(CPU, on)
     assert "float16" in steps.why_plain(CUDA, steps.Settings(graph=True, precision="float16"))
-    assert "processes" in steps.why_plain(CUDA, on, World(0, 2))
     assert steps.why_plain(CUDA, on) is None
     assert steps.why_plain(CUDA, steps.Settings(graph=True, precision="bfloat16", compile=True)) is None
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    assert "processes" in steps.why_plain(CUDA, on)
 
 
 class FakeGraphs:

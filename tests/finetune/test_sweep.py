@@ -145,6 +145,8 @@ def test_a_sweep_of_one_and_one_under_accumulation(tmp_path):
 def test_what_a_sweep_does_not_go_with(tmp_path, capsys):
     assert main([*IMDB, "--sweep", "lr=1", "--impl", "eager", "--output", str(tmp_path / "run")]) == 2
     assert "--sweep goes with --impl fused" in capsys.readouterr().err
+    assert main([*IMDB, "--sweep", "lr=1", "--lr", "1", "--output", str(tmp_path / "run")]) == 2
+    assert "--lr is given beside --sweep" in capsys.readouterr().err
 
 
 ROWS = 120
@@ -161,7 +163,7 @@ def trainer(lrs, path=None, epochs=3):
         for i, lr in enumerate(lrs)
         if lr is not None
     ]
-    tune.adapt(model, members, "fused", ["0"], head="2")
+    tune.adapt(model, members, "fused", ["0"], heads=["2"])
     optimiser = torch.optim.SGD(tune.groups_of(model, members))
     batches = Batches(ROWS, lambda rows: (X[rows], Y[rows]), 16)
     settings = Settings(epochs=epochs, checkpoint=path)
@@ -220,7 +222,7 @@ def test_memory_is_said_and_too_large_a_sweep_refused(monkeypatch, capsys):
     run = trainer([0.1, 0.2])
     tune.announce(run)
     assert "2 runs at once need about" in capsys.readouterr().out
-    monkeypatch.setattr(tune, "free_memory", lambda: 1)
+    monkeypatch.setattr(tune, "free_memory", lambda device: 1)
     with pytest.raises(UserError, match="2 runs need more memory than there is; at most 0 fit"):
         tune.announce(run)
 

@@ -99,7 +99,7 @@ def test_evaluation_weighs_rows_not_batches():
 
 @pytest.mark.parametrize(("optimiser", "rows_until"), [("adamw", 2), ("adamw", 3), ("sgd", 4), ("adamw", 7)])
 def test_resumed_ends_with_the_same_bits(tmp_path, monkeypatch, optimiser, rows_until):
-    settings = {"optimiser": optimiser, "every": 4, "accumulate": 1}
+    settings = {"optimiser": optimiser, "eval_every": 4, "accumulate": 1}
     whole = trainer(**settings)
     whole.fit()
     stopped = trainer(tmp_path / "c", **settings)

@@ -9,7 +9,7 @@ from fastlora import env
 from fastlora.errors import UserError
 from fastlora.finetune import words as vectors
 from fastlora.finetune.imdb import TextClassifier
-from fastlora.finetune.words import PAD, UNKNOWN, TextDataset, Vocabulary, tokenise
+from fastlora.finetune.words import PAD, UNKNOWN, TextDataset, most_frequent, numbered, tokenise
 
 
 def corpus(texts=300, seed=0):
@@ -101,7 +101,7 @@ def row(word, value=1.0, dim=vectors.DIM):
 
 
 def test_glove_fills_the_words_that_it_has(tmp_path):
-    vocabulary = Vocabulary(["film", "good", "rare"])
+    vocabulary = numbered(["film", "good", "rare"])
     path = glove(
         tmp_path / "g.txt", row("the", 9), row("good", 0.25), row(". . .", 3), row("film", -1e-3), row("<unk>")
     )
@@ -123,15 +123,15 @@ def test_glove_fills_the_words_that_it_has(tmp_path):
 def test_a_wrong_vector_file_is_named(tmp_path, lines, message):
     path = glove(tmp_path / "g.txt", *lines)
     with pytest.raises(UserError, match=message):
-        vectors.read_glove(path, Vocabulary(["film"]))
+        vectors.read_glove(path, numbered(["film"]))
 
 
 def test_a_vector_file_that_is_missing_or_no_text(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
-        vectors.read_glove(tmp_path / "none", Vocabulary(["film"]))
+        vectors.read_glove(tmp_path / "none", numbered(["film"]))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00" * 100)
     with pytest.raises(UserError, match="line 1 is not"):
-        vectors.read_glove(tmp_path / "binary", Vocabulary(["film"]))
+        vectors.read_glove(tmp_path / "binary", numbered(["film"]))
 
 
 def test_weighted_vectors_average_to_zero_and_have_the_scale():
@@ -151,7 +151,7 @@ TEXTS = ["a good film", "bad", "", "a film a film a good good day", "what"]
 @pytest.fixture
 def dataset():
     words = [tokenise(text) for text in TEXTS]
-    vocabulary = Vocabulary.of(words, size=4, least=1)
+    vocabulary = numbered(most_frequent(words, size=4, least=1))
     made = TextDataset(words, [1, 0, 1, 1, 0], vocabulary)
     made.vocabulary = vocabulary
     return made
@@ -172,18 +172,18 @@ def test_tokenise():
 
 
 def test_vocabulary_orders_by_frequency_then_alphabet():
-    vocabulary = Vocabulary.of([["b", "a", "c"], ["c", "d"]], size=3, least=1)
-    assert vocabulary.words == ["<pad>", "<unk>", "c", "a", "b"]
-    assert vocabulary.encode(["c", "d", "b"]).tolist() == [2, UNKNOWN, 4]
-    assert vocabulary.encode([]).tolist() == [UNKNOWN]
-    assert len(Vocabulary.of([["b", "a", "a"]], size=9, least=2)) == 3
+    words = most_frequent([["b", "a", "c"], ["c", "d"]], size=3, least=1)
+    assert words == ["c", "a", "b"]
+    encoded = TextDataset([["c", "d", "b"], []], [0, 1], numbered(words))
+    assert encoded.ids.tolist() == [2, UNKNOWN, 4, UNKNOWN] and encoded.offsets.tolist() == [0, 3, 4]
+    assert most_frequent([["b", "a", "a"]], size=9, least=2) == ["a"]
 
 
 def test_a_batch_is_its_texts_one_after_the_other(dataset):
     ids, offsets, labels = dataset.batch(torch.tensor([3, 0, 2]), pad_to=16)
     texts = [TEXTS[i].split() or ["?"] for i in (3, 0, 2)]
     assert offsets.tolist() == [0, 8, 11, 12] and labels.tolist() == [1, 1, 1] and len(ids) == 16
-    assert ids[:12].tolist() == [dataset.vocabulary.numbers.get(word, UNKNOWN) for text in texts for word in text]
+    assert ids[:12].tolist() == [dataset.vocabulary.get(word, UNKNOWN) for text in texts for word in text]
     assert (ids[12:] == PAD).all()
     assert ids.dtype == offsets.dtype == torch.int32
 
