@@ -21,8 +21,11 @@ struct Dropout {
   }
 };
 
+enum Dtype : int { FLOAT32, BFLOAT16, FLOAT16, DTYPES };
+
 // Row-major with rows of the given stride, or dense where there is none.
 struct Call {
+  Dtype dtype, adapter_dtype;  // of x, S, y, dy and dx; of lora_A, lora_B, dA and dB
   const void *x, *dy, *lora_A, *lora_B;
   void *S, *y, *dx, *dA, *dB;
   std::int64_t x_stride, dy_stride, M, N, K;
@@ -32,11 +35,11 @@ struct Call {
   Dropout dropout;
 };
 
-// By whether x, and whether the adapters, are bfloat16; else they are float32. False: out of memory.
+// False: out of memory.
 struct Kernels {
-  bool (*forward)(bool x16, bool adapter16, const Call&);
-  bool (*backward)(bool x16, bool adapter16, const Call&);
+  bool (*forward)(const Call&);
+  bool (*backward)(const Call&);
 };
-constexpr char KERNELS[] = "fastlora._cpu.kernels 2";  // the capsule's name, and the version of what this file says
+constexpr char KERNELS[] = "fastlora._cpu.kernels 3";  // the capsule's name, and the version of what this file says
 
 }  // namespace fastlora

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 #include <memory>
@@ -28,23 +29,27 @@ namespace {
 
 using fastlora::Call;
 using fastlora::Dropout;
+using fastlora::Dtype;
 using fastlora::MAX_RANK;
 
 struct BFloat16 {
   std::uint16_t bits;
 };
-
-inline void put(float& to, float v) { to = v; }
-inline void put(BFloat16& to, BFloat16 v) { to = v; }
-inline void put(float& to, BFloat16 v) {
-  const std::uint32_t wide = static_cast<std::uint32_t>(v.bits) << 16;
-  std::memcpy(&to, &wide, 4);
+struct Float16 {
+  std::uint16_t bits;
+};
+template <typename T>
+constexpr Dtype dtype_of() {
+  return std::is_same<T, float>::value ? fastlora::FLOAT32
+         : std::is_same<T, BFloat16>::value ? fastlora::BFLOAT16
+                                            : fastlora::FLOAT16;
 }
-inline void put(BFloat16& to, float v) {  // to the nearest, ties to even; NaN stays NaN
-  std::uint32_t wide;
-  std::memcpy(&wide, &v, 4);
-  const std::uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
-  to.bits = static_cast<std::uint16_t>(v != v ? 0x7fc0u : rounded);
+
+// function(T{}) for the type T of `dtype`
+template <typename Function>
+void with_dtype(Dtype dtype, const Function& function) {
+  if (dtype == fastlora::FLOAT32) return function(float{});
+  return dtype == fastlora::BFLOAT16 ? function(BFloat16{}) : function(Float16{});
 }
 
 typedef void (*ParallelRegion)(void (*)(void*), void*, unsigned, unsigned);
@@ -154,6 +159,8 @@ typedef int Indices __attribute__((vector_size(16)));
 #endif
 
 #if defined(__x86_64__)
+#define FROM_FLOAT16(h) _mm512_maskz_cvtph_ps(0xffff, bits_of<__m256i>(h))
+#define TO_FLOAT16(v) _mm512_maskz_cvtps_ph(0xffff, bits_of<__m512>(v), _MM_FROUND_TO_NEAREST_INT)
 #if defined(__clang__) || __GNUC__ >= 10
 #define FASTLORA_AVX512BF16
 FASTLORA_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
@@ -162,7 +169,7 @@ namespace avx512bf16 {
 constexpr int V = 16, DOT_ROWS = 6, EXPAND_ROWS = 8, OUTER_RANKS = 8;
 #include "cpu_kernels.h"
 #include "cpu_bfloat16.h"
-typedef Kernels<BFloat16, BFloat16, BFloat16Engine> BothBFloat16;
+typedef Kernels<BFloat16, BFloat16Engine> BothBFloat16;
 #undef NAMESPACE
 }  // namespace avx512bf16
 FASTLORA_END_TARGET
@@ -173,47 +180,55 @@ namespace avx512 {
 #define NAMESPACE avx512
 constexpr int V = 16, DOT_ROWS = 6, EXPAND_ROWS = 8, OUTER_RANKS = 8;
 #include "cpu_kernels.h"
-typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
+typedef Kernels<BFloat16, FloatEngine> BothBFloat16;
 #undef NAMESPACE
 }  // namespace avx512
 FASTLORA_END_TARGET
 
-FASTLORA_BEGIN_TARGET("avx2,fma")
+#undef FROM_FLOAT16
+#undef TO_FLOAT16
+#define FROM_FLOAT16(h) _mm256_cvtph_ps(bits_of<__m128i>(h))
+#define TO_FLOAT16(v) _mm256_cvtps_ph(bits_of<__m256>(v), _MM_FROUND_TO_NEAREST_INT)
+FASTLORA_BEGIN_TARGET("avx2,fma,f16c")
 namespace avx2 {
 #define NAMESPACE avx2
 constexpr int V = 8, DOT_ROWS = 2, EXPAND_ROWS = 4, OUTER_RANKS = 4;
 #include "cpu_kernels.h"
-typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
+typedef Kernels<BFloat16, FloatEngine> BothBFloat16;
 #undef NAMESPACE
 }  // namespace avx2
 FASTLORA_END_TARGET
+#undef FROM_FLOAT16
+#undef TO_FLOAT16
 #endif
 
 namespace portable {
 #define NAMESPACE portable
 constexpr int V = 4, DOT_ROWS = 2, EXPAND_ROWS = 4, OUTER_RANKS = 4;
 #include "cpu_kernels.h"
-typedef Kernels<BFloat16, BFloat16, FloatEngine> BothBFloat16;
+typedef Kernels<BFloat16, FloatEngine> BothBFloat16;
 #undef NAMESPACE
 }  // namespace portable
 
 struct Library {
   const char* name;
-  // by the dtypes of x and of the adapters: 0 float32, 1 bfloat16
-  void (*forward[2][2])(const Call&);
-  void (*backward[2][2])(const Call&);
+  // by the dtype of x; the last where x and the adapters are bfloat16
+  void (*forwards[fastlora::DTYPES + 1])(const Call&);
+  void (*backwards[fastlora::DTYPES + 1])(const Call&);
   void (*mask)(float*, const Call&);
+
+  static int place(const Call& call) {
+    const bool both = call.dtype == fastlora::BFLOAT16 && call.adapter_dtype == fastlora::BFLOAT16;
+    return both ? fastlora::DTYPES : call.dtype;
+  }
+  void forward(const Call& call) const { forwards[place(call)](call); }
+  void backward(const Call& call) const { backwards[place(call)](call); }
 };
 
-#define FASTLORA_LIBRARY(isa)                                                                             \
-  {#isa,                                                                                                  \
-   {{isa::Kernels<float, float, isa::FloatEngine>::forward,                                               \
-     isa::Kernels<float, BFloat16, isa::FloatEngine>::forward},                                           \
-    {isa::Kernels<BFloat16, float, isa::FloatEngine>::forward, isa::BothBFloat16::forward}},              \
-   {{isa::Kernels<float, float, isa::FloatEngine>::backward,                                              \
-     isa::Kernels<float, BFloat16, isa::FloatEngine>::backward},                                          \
-    {isa::Kernels<BFloat16, float, isa::FloatEngine>::backward, isa::BothBFloat16::backward}},            \
-   isa::mask}
+#define FASTLORA_EACH(isa, way)                                                               \
+  {isa::Kernels<float, isa::FloatEngine>::way, isa::Kernels<BFloat16, isa::FloatEngine>::way, \
+   isa::Kernels<Float16, isa::FloatEngine>::way, isa::BothBFloat16::way}
+#define FASTLORA_LIBRARY(isa) {#isa, FASTLORA_EACH(isa, forward), FASTLORA_EACH(isa, backward), isa::mask}
 
 const Library libraries[] = {
 #if defined(__x86_64__)
@@ -229,7 +244,9 @@ const Library* library = nullptr;
 
 bool runs_here(const Library& candidate) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned a, b, c = 0, d;  // older compilers' __builtin_cpu_supports does not know f16c
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(FASTLORA_AVX512BF16)
@@ -249,6 +266,13 @@ class Arguments {
   }
   std::int64_t integer() { return PyErr_Occurred() ? 0 : PyLong_AsLongLong(*next_++); }
   int small() { return static_cast<int>(std::clamp<std::int64_t>(integer(), -1, 1 << 20)); }
+  void dtypes(Call& call) {
+    for (Dtype* dtype : {&call.dtype, &call.adapter_dtype}) {
+      const std::int64_t code = integer();
+      if (code < 0 || code >= fastlora::DTYPES) PyErr_SetString(PyExc_ValueError, "a dtype's code is out of range");
+      *dtype = static_cast<Dtype>(code);
+    }
+  }
   double real() { return PyErr_Occurred() ? 0.0 : PyFloat_AsDouble(*next_++); }
   template <typename T = void>
   T* address() {
@@ -305,12 +329,12 @@ PyObject* run(const Call& call, bool addresses, const Function& function) {
   Py_RETURN_NONE;
 }
 
-// forward(y, x_type, adapter_type, x, x_stride, A, B, S, M, N, K, R, rank_stride, scaling, p, seed, threads)
+// forward(y, dtype, adapter_dtype, x, x_stride, A, B, S, M, N, K, R, rank_stride, scaling, p, seed, threads)
 PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments in(values, count, 17);
   Call call{};
   call.y = in.address();
-  const bool x16 = in.integer(), adapter16 = in.integer();
+  in.dtypes(call);
   call.x = in.address();
   call.x_stride = in.integer();
   call.lora_A = in.address();
@@ -318,17 +342,17 @@ PyObject* forward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.S = in.address();
   in.rest(call);
   const bool addresses = call.x && call.lora_A && call.lora_B && call.S && call.y;
-  return run(call, addresses, [&] { library->forward[x16][adapter16](call); });
+  return run(call, addresses, [&] { library->forward(call); });
 }
 
-// backward(dx, add, x_type, adapter_type, dy, dy_stride, x, x_stride, A, B, S, dA, dB, M, N, K, R, rank_stride,
+// backward(dx, add, dtype, adapter_dtype, dy, dy_stride, x, x_stride, A, B, S, dA, dB, M, N, K, R, rank_stride,
 //          scaling, p, seed, threads)
 PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   Arguments in(values, count, 22);
   Call call{};
   call.dx = in.address();
   call.add = in.integer();
-  const bool x16 = in.integer(), adapter16 = in.integer();
+  in.dtypes(call);
   call.dy = in.address();
   call.dy_stride = in.integer();
   call.x = in.address();
@@ -340,7 +364,7 @@ PyObject* backward(PyObject*, PyObject* const* values, Py_ssize_t count) {
   call.dB = in.address();
   in.rest(call);
   const bool addresses = call.dy && call.lora_A && call.lora_B && call.S && (call.x || !call.dA);
-  return run(call, addresses, [&] { library->backward[x16][adapter16](call); });
+  return run(call, addresses, [&] { library->backward(call); });
 }
 
 // mask(out, M, K, p, seed): float32 (M, K), 1 / (1 - p) where x is kept and 0 where it is dropped
@@ -358,12 +382,8 @@ PyObject* mask(PyObject*, PyObject* const* values, Py_ssize_t count) {
 // for node.cpp
 PyObject* kernels(PyObject*, PyObject*) {
   static fastlora::Kernels table{
-      [](bool x16, bool adapter16, const Call& call) {
-        return allocates([&] { library->forward[x16][adapter16](call); });
-      },
-      [](bool x16, bool adapter16, const Call& call) {
-        return allocates([&] { library->backward[x16][adapter16](call); });
-      }};
+      [](const Call& call) { return allocates([&] { library->forward(call); }); },
+      [](const Call& call) { return allocates([&] { library->backward(call); }); }};
   return PyCapsule_New(&table, fastlora::KERNELS, nullptr);
 }
 

@@ -53,7 +53,7 @@ inline Vec load(const BFloat16* p) {
   std::memcpy(&h, p, sizeof h);
   return bits_of<Vec>(__builtin_convertvector(h, Bits) << 16);
 }
-inline void store(BFloat16* p, Vec v) {  // rounds as `put` does
+inline void store(BFloat16* p, Vec v) {  // to the nearest, ties to even; NaN stays NaN
   const Bits wide = bits_of<Bits>(v);
   const Bits rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
   const Bits nan = (Bits)(v != v);
@@ -61,25 +61,57 @@ inline void store(BFloat16* p, Vec v) {  // rounds as `put` does
   std::memcpy(p, &h, sizeof h);
 }
 
+#if defined(FROM_FLOAT16)
+inline Vec load(const Float16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return bits_of<Vec>(FROM_FLOAT16(h));
+}
+inline void store(Float16* p, Vec v) {
+  const auto h = TO_FLOAT16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+#else
+inline Vec load(const Float16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  const Bits wide = __builtin_convertvector(h, Bits), size = wide & 0x7fffu;
+  const Bits subnormal = (Bits)(size < 0x400u), infinite = (Bits)(size >= 0x7c00u);
+  const Bits units = bits_of<Bits>(__builtin_convertvector(size, Vec) * 0x1p-24f);
+  const Bits normal = (size << 13) + (112u << 23) + (infinite & (112u << 23));
+  return bits_of<Vec>((wide & 0x8000u) << 16 | (subnormal & units) | (~subnormal & normal));
+}
+inline void store(Float16* p, Vec v) {
+  const Bits wide = bits_of<Bits>(v), size = wide & 0x7fffffffu;
+  const Bits subnormal = (Bits)(size < 113u << 23), infinite = (Bits)(size >= 143u << 23), nan = (Bits)(v != v);
+  const Bits units = bits_of<Bits>(bits_of<Vec>(size) + 0.5f) - (126u << 23);  // of 2^-24, to which the sum is rounded
+  const Bits normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  const Bits rounded = (subnormal & units) | (~subnormal & ~infinite & normal) | (infinite & 0x7c00u) | (nan & 0x200u);
+  const Halves h = __builtin_convertvector((wide >> 16 & 0x8000u) | rounded, Halves);
+  std::memcpy(p, &h, sizeof h);
+}
+#endif
+
 // A register of the `n` < V last elements of a row, zeros behind them; and back.
 template <typename T>
 inline Vec load_some(const T* p, int n) {
-  float lanes[V] = {};
-  for (int i = 0; i < n; ++i) put(lanes[i], p[i]);
+  T lanes[V] = {};
+  std::copy_n(p, n, lanes);
   return load(lanes);
 }
 template <typename T>
 inline void store_some(T* p, Vec v, int n) {
-  float lanes[V];
+  T lanes[V];
   store(lanes, v);
-  for (int i = 0; i < n; ++i) put(p[i], lanes[i]);
+  std::copy_n(lanes, n, p);
 }
 
 template <typename To, typename From>
 inline void convert(To* to, const From* from, std::int64_t count) {
   std::int64_t i = 0;
   for (; i + V <= count; i += V) store(to + i, load(from + i));
-  for (; i < count; ++i) put(to[i], from[i]);
+  const int left = static_cast<int>(count - i);
+  if (left) store_some(to + i, load_some(from + i, left), left);
 }
 
 // The sums of four registers' lanes. In pairs, as a tree.
@@ -179,38 +211,45 @@ struct FloatEngine {
 template <typename E, typename P>
 inline void gather(E* tile, const P* from, int r, std::int64_t column, int R, std::int64_t width, int stride) {
   const int there = r < R ? static_cast<int>(std::min<std::int64_t>(COLUMNS, width - column)) : 0;
-  if (!stride && there == COLUMNS)  // a loop of vectors
-    for (int j = 0; j < COLUMNS; ++j) put(tile[j], from[r * width + column + j]);
-  else if (stride)
-    for (int j = 0; j < there; ++j) put(tile[j], from[(column + j) * stride + r]);
+  P other[COLUMNS], *row = other;
+  if constexpr (std::is_same<E, P>::value) row = tile;
+  if (stride)
+    for (int j = 0; j < there; ++j) row[j] = from[(column + j) * stride + r];
   else
-    for (int j = 0; j < there; ++j) put(tile[j], from[r * width + column + j]);
-  std::fill(tile + there, tile + COLUMNS, E{});
+    std::copy_n(from + r * width + column, there, row);
+  std::fill(row + there, row + COLUMNS, P{});
+  if constexpr (!std::is_same<E, P>::value) convert(tile, row, COLUMNS);
 }
 
 // Part `part` of p as `dot` reads it: a row for each rank.
-template <typename E, typename P>
-inline void pack_rows(E* p, const P* from, int R, std::int64_t width, int stride, int part, int parts) {
+template <typename E>
+void pack_rows(E* p, const void* from, Dtype dtype, int R, std::int64_t width, int stride, int part, int parts) {
   const std::int64_t end = share(width, part + 1, parts);
-  for (int r = 0; r < ranks(R); ++r)
-    for (std::int64_t j = share(width, part, parts); j < end; j += COLUMNS)
-      gather(p + r * pitch(width) + j, from, r, j, R, width, stride);
+  with_dtype(dtype, [&](auto zero) {
+    const auto* adapter = static_cast<const decltype(zero)*>(from);
+    for (int r = 0; r < ranks(R); ++r)
+      for (std::int64_t j = share(width, part, parts); j < end; j += COLUMNS)
+        gather(p + r * pitch(width) + j, adapter, r, j, R, width, stride);
+  });
 }
 
 // Part `part` of p as `expand` reads it: a row for each PAIR of ranks, in the engine's order.
-template <typename Engine, typename P>
-inline void pack_pairs(typename Engine::Element* p, const P* from, int R, std::int64_t width, int stride, int part,
-                       int parts) {
+template <typename Engine>
+void pack_pairs(typename Engine::Element* p, const void* from, Dtype dtype, int R, std::int64_t width, int stride,
+                int part, int parts) {
   constexpr int PAIR = Engine::PAIR;
   const std::int64_t end = share(width, part + 1, parts);
-  for (int r = 0; r < R; r += PAIR)
-    for (std::int64_t j = share(width, part, parts); j < end; j += COLUMNS) {
-      typename Engine::Element rows[PAIR * COLUMNS];
-      for (int i = 0; i < PAIR; ++i) gather(rows + i * COLUMNS, from, r + i, j, R, width, stride);
-      typename Engine::Register tile[TILE];
-      Engine::load_rows(tile, rows, COLUMNS, PAIR);
-      std::memcpy(p + r * pitch(width) + j * PAIR, tile, sizeof tile);
-    }
+  with_dtype(dtype, [&](auto zero) {
+    const auto* adapter = static_cast<const decltype(zero)*>(from);
+    for (int r = 0; r < R; r += PAIR)
+      for (std::int64_t j = share(width, part, parts); j < end; j += COLUMNS) {
+        typename Engine::Element rows[PAIR * COLUMNS];
+        for (int i = 0; i < PAIR; ++i) gather(rows + i * COLUMNS, adapter, r + i, j, R, width, stride);
+        typename Engine::Register tile[TILE];
+        Engine::load_rows(tile, rows, COLUMNS, PAIR);
+        std::memcpy(p + r * pitch(width) + j * PAIR, tile, sizeof tile);
+      }
+  });
 }
 
 // Whether `block` makes a copy: rows of whole tiles that nothing drops are used where they lie.
@@ -249,9 +288,9 @@ inline const typename Engine::Element* block(const T* in, std::int64_t& stride, 
 }
 
 template <typename Engine, int ROWS>
-inline void dot_rows(float* c, const typename Engine::Element* in, std::int64_t stride,
-                     const typename Engine::Element* p, std::int64_t p_stride, std::int64_t padded, int R,
-                     float scaling) {
+__attribute__((noinline))  // what is around it would take registers from its loop
+void dot_rows(float* c, const typename Engine::Element* in, std::int64_t stride, const typename Engine::Element* p,
+              std::int64_t p_stride, std::int64_t padded, int R, float scaling) {
   const int passes = (R + DOT_RANKS - 1) / DOT_RANKS, each = (ROWS + passes - 1) / passes;
   for (int r = 0; r < R; r += DOT_RANKS) {
     const auto* next = in + (ROWS + r / DOT_RANKS * each) * stride;
@@ -440,8 +479,42 @@ inline void outer(float* acc, std::int64_t width, const typename Engine::Element
   }
 }
 
-// The layer's two calls, block by block. T is the dtype of x, y and their gradients, P that of the adapters.
-template <typename T, typename P, typename Engine>
+// dA and dB from the parts' sums, in the order of the parts: the same bits whichever thread did which.
+template <typename Engine>
+void write_gradients(const Call& call, const Arena& arena, const Arena::Part<float>& gradients, std::int64_t dA_size,
+                     int parts) {
+  const std::int64_t N = call.N, K = call.K;
+  const int R = call.R;
+  const auto total = [&](auto* tile, std::int64_t at, float scaling) {
+    Vec sum[TILE] = {};
+    for (int part = 0; part < parts; ++part)
+      for (int i = 0; i < TILE; ++i) sum[i] += load(arena(gradients, part) + at + i * V);
+    Engine::in_order(sum);
+    for (int i = 0; i < TILE; ++i) store(tile + i * V, sum[i] * scaling);
+  };
+  with_dtype(call.adapter_dtype, [&](auto zero) {
+    typedef decltype(zero) P;
+    parallel(parts, [&](int part) {
+      P tile[MAX_RANK * COLUMNS];
+      if (call.dA)
+        for (int r = 0; r < R; ++r)
+          for (std::int64_t j = share(K, part, parts); j < share(K, part + 1, parts); j += COLUMNS) {
+            total(tile, r * pitch(K) + j, 1.0f);
+            std::copy_n(tile, std::min<std::int64_t>(COLUMNS, K - j), static_cast<P*>(call.dA) + r * K + j);
+          }
+      if (call.dB)
+        for (std::int64_t j = share(N, part, parts); j < share(N, part + 1, parts); j += COLUMNS) {
+          for (int r = 0; r < R; ++r) total(tile + r * COLUMNS, dA_size + r * pitch(N) + j, call.scaling);
+          P* dB = static_cast<P*>(call.dB) + j * call.rank_stride;
+          for (int i = 0; i < std::min<std::int64_t>(COLUMNS, N - j); ++i, dB += call.rank_stride)
+            for (int r = 0; r < R; ++r) dB[r] = tile[r * COLUMNS + i];
+        }
+    });
+  });
+}
+
+// The layer's two calls, block by block. T is the dtype of x, y and their gradients.
+template <typename T, typename Engine>
 struct Kernels {
   typedef typename Engine::Element Element;
 
@@ -454,7 +527,7 @@ struct Kernels {
     const std::int64_t x_size = copied<T, Element>(K, dropout) ? size * pitch(K) : 0;
     const int parts = parts_of(call, sizeof(Element) * x_size + sizeof(float) * size * R);
     // it may lie as `dot` wants it
-    const bool packed_A = std::is_same<P, Element>::value && K == whole(K) && R == ranks(R);
+    const bool packed_A = call.adapter_dtype == dtype_of<Element>() && K == whole(K) && R == ranks(R);
     Arena arena;
     const auto a = arena.reserve<Element>(packed_A ? 0 : packed(R, K)), b = arena.reserve<Element>(packed(R, N));
     const auto x_block = arena.reserve<Element>(x_size, parts);
@@ -462,8 +535,8 @@ struct Kernels {
     arena.allocate();
     const Element* lora_A = packed_A ? static_cast<const Element*>(call.lora_A) : arena[a];
     parallel(parts, [&](int part) {
-      if (!packed_A) pack_rows(arena[a], static_cast<const P*>(call.lora_A), R, K, 0, part, parts);
-      pack_pairs<Engine>(arena[b], static_cast<const P*>(call.lora_B), R, N, call.rank_stride, part, parts);
+      if (!packed_A) pack_rows(arena[a], call.lora_A, call.adapter_dtype, R, K, 0, part, parts);
+      pack_pairs<Engine>(arena[b], call.lora_B, call.adapter_dtype, R, N, call.rank_stride, part, parts);
     });
     parallel(parts, [&](int part) {
       float* sums = arena(c, part);
@@ -504,8 +577,8 @@ struct Kernels {
     const auto gradients = arena.reserve<float>(dA_size + dB_size, parts);
     arena.allocate();
     parallel(parts, [&](int part) {
-      if (call.dx) pack_pairs<Engine>(arena[a], static_cast<const P*>(call.lora_A), R, K, 0, part, parts);
-      if (need_dS) pack_rows(arena[b], static_cast<const P*>(call.lora_B), R, N, call.rank_stride, part, parts);
+      if (call.dx) pack_pairs<Engine>(arena[a], call.lora_A, call.adapter_dtype, R, K, 0, part, parts);
+      if (need_dS) pack_rows(arena[b], call.lora_B, call.adapter_dtype, R, N, call.rank_stride, part, parts);
     });
     parallel(parts, [&](int part) {
       float *dA = arena(gradients, part), *dB = dA + dA_size;
@@ -538,30 +611,7 @@ struct Kernels {
         }
       }
     });
-    // The parts' sums, in the order of the parts: the same bits whichever thread did which.
-    const auto total = [&](P* tile, std::int64_t at, float scaling) {
-      Vec sum[TILE] = {};
-      for (int part = 0; part < parts; ++part)
-        for (int i = 0; i < TILE; ++i) sum[i] += load(arena(gradients, part) + at + i * V);
-      Engine::in_order(sum);
-      for (int i = 0; i < TILE; ++i) store(tile + i * V, sum[i] * scaling);
-    };
-    parallel(parts, [&](int part) {
-      P tile[MAX_RANK * COLUMNS];
-      if (call.dA)
-        for (int r = 0; r < R; ++r)
-          for (std::int64_t j = share(K, part, parts); j < share(K, part + 1, parts); j += COLUMNS) {
-            total(tile, r * pitch(K) + j, 1.0f);
-            std::copy_n(tile, std::min<std::int64_t>(COLUMNS, K - j), static_cast<P*>(call.dA) + r * K + j);
-          }
-      if (call.dB)
-        for (std::int64_t j = share(N, part, parts); j < share(N, part + 1, parts); j += COLUMNS) {
-          for (int r = 0; r < R; ++r) total(tile + r * COLUMNS, dA_size + r * pitch(N) + j, call.scaling);
-          P* dB = static_cast<P*>(call.dB) + j * call.rank_stride;
-          for (int i = 0; i < std::min<std::int64_t>(COLUMNS, N - j); ++i, dB += call.rank_stride)
-            for (int r = 0; r < R; ++r) dB[r] = tile[r * COLUMNS + i];
-        }
-    });
+    write_gradients<Engine>(call, arena, gradients, dA_size, parts);
   }
 };
 

@@ -16,8 +16,11 @@ namespace fastlora::cpu {
 
 inline const Kernels* kernels = nullptr;  // given once by `prepare`
 
-inline bool is_bfloat16(const Tensor& t) { return t.scalar_type() == at::kBFloat16; }
-inline bool takes(const Tensor& t) { return is_bfloat16(t) || t.scalar_type() == at::kFloat; }
+inline Dtype dtype(const Tensor& t) {
+  const at::ScalarType type = t.scalar_type();
+  return type == at::kFloat ? FLOAT32 : type == at::kBFloat16 ? BFLOAT16 : type == at::kHalf ? FLOAT16 : DTYPES;
+}
+inline bool takes(const Tensor& t) { return dtype(t) != DTYPES; }
 
 // (..., K) as (M, K) with the elements of a row side by side.
 inline Tensor dense_rows(const Tensor& t) {
@@ -59,7 +62,9 @@ inline Result forward(const Layer& layer) {
   call.scaling = static_cast<float>(layer.scaling);
   call.threads = at::get_num_threads();
   call.dropout = dropout(layer.p, layer.seed);
-  TORCH_CHECK(kernels->forward(is_bfloat16(layer.x), is_bfloat16(A), call), "fastlora: out of memory");
+  call.dtype = dtype(layer.x);
+  call.adapter_dtype = dtype(A);
+  TORCH_CHECK(kernels->forward(call), "fastlora: out of memory");
   return {y, S};
 }
 
@@ -85,7 +90,9 @@ inline Gradients backward(const Incoming& in, const Tensor& onto = Tensor()) {
     found.dB = at::empty_like(B);
     call.dB = found.dB.data_ptr();
   }
-  call.add = onto.defined() || is_bfloat16(rows);  // as in fastlora/paths/cpu.py
+  call.dtype = dtype(rows);
+  call.adapter_dtype = dtype(A);
+  call.add = onto.defined() || call.dtype != FLOAT32;  // as in fastlora/paths/cpu.py
   if (in.weight.defined()) {
     found.dx = onto.defined() ? onto
                : call.add     ? at::mm(rows, in.weight)
@@ -100,7 +107,7 @@ inline Gradients backward(const Incoming& in, const Tensor& onto = Tensor()) {
   call.scaling = static_cast<float>(in.scaling);
   call.threads = at::get_num_threads();
   call.dropout = dropout(in.p, in.seed);
-  TORCH_CHECK(kernels->backward(is_bfloat16(rows), is_bfloat16(A), call), "fastlora: out of memory");
+  TORCH_CHECK(kernels->backward(call), "fastlora: out of memory");
   if (in.weight.defined() && (onto.defined() || !call.add)) found.dx.addmm_(rows, in.weight);
   return found;
 }

@@ -50,7 +50,7 @@ def case(path, owners, ps, dtype=torch.float32, adapter_dtype=None, each=7, N=40
 
 @pytest.mark.parametrize("ps", [(0.0, 0.0, 0.0), (0.1, 0.0, 0.5)], ids=["whole", "dropout"])
 @pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("path", ["torch", "cpu"])
 def test_each_adapter_is_as_if_alone(path, dtype, owners, ps):
     inputs = case(path, owners, ps, dtype)
@@ -60,9 +60,10 @@ def test_each_adapter_is_as_if_alone(path, dtype, owners, ps):
     assert all(torch.equal(got[name], again[name]) for name in got)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("path", ["torch", "cpu"])
-def test_float32_adapters_over_bfloat16(path):
-    inputs = case(path, [0, 1, 2, None, 1], (0.1, 0.2, 0.0), torch.bfloat16, torch.float32)
+def test_float32_adapters_over_a_16_bit_base(path, dtype):
+    inputs = case(path, [0, 1, 2, None, 1], (0.1, 0.2, 0.0), dtype, torch.float32)
     assert not accuracy.violations(accuracy.run(call(path), inputs), inputs)
 
 

@@ -18,7 +18,10 @@ from fastlora.paths import PATHS
 from fastlora.paths.problem import draw_seeds
 
 SHAPES = ((53, 3), (41, 8), (72, 16))  # (N, R) of each
-DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+DTYPES = [
+    *[(dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)],
+    (torch.bfloat16, torch.float32),
+]
 
 
 @pytest.fixture(params=["C++", "Python"], autouse=True)

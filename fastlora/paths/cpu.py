@@ -5,7 +5,7 @@ Backward:  dS = s·dY·B, dBᵀ = s·Sᵀ·dY, dA = dSᵀ·drop(X) and dX = drop
            one of X;  then dX += dY·W (ATen).
 
 In forward the GEMM comes first, so that a new layer, whose B is zero, gives its base's output to the bit. In backward
-it comes last, because it can add to what it writes, which the kernels would have to read again; but not in bfloat16,
+it comes last, because it can add to what it writes, which the kernels would have to read again; but not in 16 bits,
 where oneDNN adds at a greater cost than they do.
 
 The dropout mask is a hash of the seed and of an element's place, made where it is needed. The kernels use torch's own
@@ -39,14 +39,17 @@ _MISSING = (
 )
 MAX_RANK = 0 if _cpu is None else _cpu.MAX_RANK
 MEASURED = ("avx512bf16", "avx512", "avx2")  # instruction sets on which these kernels were timed against ATen's
-FAST_RANK = 32  # above it ATen's GEMMs make up for the passes that they take, where nothing is dropped
-_CODES = {torch.float32: 0, torch.bfloat16: 1}
+# Above these ranks ATen's GEMMs make up for the passes that they take, where nothing is dropped.
+FAST_RANKS = {torch.float32: 32, torch.bfloat16: 32, torch.float16: 64}
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Sizes that several threads share, rows too long for a whole block, and each mixture of dtypes.
 CASES = (
-    *((131, 200, 300, 16, 0.25, dtype, dtype) for dtype in (torch.float32, torch.bfloat16)),
+    *((131, 200, 300, 16, 0.25, dtype, dtype) for dtype in _CODES),
     (61, 40, 9000, 5, 0.0, torch.float32, torch.float32),
     (40, 50, 60, 8, 0.25, torch.bfloat16, torch.float32),
     (40, 50, 60, 8, 0.25, torch.float32, torch.bfloat16),
+    (40, 50, 60, 8, 0.25, torch.float16, torch.float32),
+    (40, 50, 60, 8, 0.25, torch.float32, torch.float16),
 )
 
 
@@ -57,9 +60,9 @@ def why_not(device: torch.device, problem: Problem | None) -> str | None:
     if missing or problem is None:
         return missing
     if problem.dtype not in _CODES:
-        return f"x is {problem.dtype}; the CPU kernels take float32 and bfloat16"
+        return f"x is {problem.dtype}; the CPU kernels take float32, bfloat16 and float16"
     if problem.adapter_dtype not in _CODES:
-        return f"the adapters are {problem.adapter_dtype}; the CPU kernels take float32 and bfloat16"
+        return f"the adapters are {problem.adapter_dtype}; the CPU kernels take float32, bfloat16 and float16"
     if (problem.bank or problem.R) > MAX_RANK:  # each adapter of a bank runs by itself
         return f"R is {problem.R}; the CPU kernels take at most {MAX_RANK}"
     return None
@@ -68,8 +71,9 @@ def why_not(device: torch.device, problem: Problem | None) -> str | None:
 def why_slow(problem: Problem) -> str | None:
     if _cpu.instructions()[0] not in MEASURED:
         return f"it has not been measured on instruction set {_cpu.instructions()[0]!r}"
-    if problem.R > FAST_RANK and not problem.dropout and not problem.bank:
-        return f"'torch' measured faster on a CPU for R above {FAST_RANK} without dropout"
+    fast = FAST_RANKS[problem.dtype]
+    if fast < problem.R and not problem.dropout and not problem.bank:
+        return f"'torch' measured faster on a CPU for R above {fast} without dropout"
     return None
 
 
@@ -130,7 +134,7 @@ def backward(dy, x, weight, S, update, need_B, onto=None):
     check_saved(dy, x, weight, S, update)
     dy, S, lora_A, lora_B, bank = _dense_rows(dy), _dense(S), update.lora_A, update.lora_B, update.bank
     x = None if x is None else _dense_rows(rows(x))
-    add = dy.dtype is torch.bfloat16  # the kernels add to ATen's product; else ATen adds to what they wrote
+    add = dy.dtype is not torch.float32  # the kernels add to ATen's product; else ATen adds to what they wrote
     new = torch.empty if bank is None else torch.zeros  # an adapter, or a row, may have no part in it
     shape = dy.shape[0], lora_A.shape[1]
     if onto is not None:

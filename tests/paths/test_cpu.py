@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 if cpu.why_not(CPU, None):
     pytest.skip(f"path 'cpu': {cpu.why_not(CPU, None)}", allow_module_level=True)
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(params=cpu._cpu.instructions())
@@ -133,13 +133,36 @@ def test_adapters_may_lie_anyhow(dtype):
     accuracy.check(fastlora.lora_linear, replace(inputs, **laid), path="cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["lora_A", "lora_B"])
-def test_a_nan_that_rounding_would_carry_over_stays_one(instructions, name):
+def test_a_nan_that_rounding_would_carry_over_stays_one(instructions, name, dtype):
     """All ones in its fraction: rounded to bfloat16 as a number it would be a zero."""
-    inputs = accuracy.draw(40, 53, 71, 19, torch.bfloat16, adapter_dtype=torch.float32)
+    inputs = accuracy.draw(40, 53, 71, 19, dtype, adapter_dtype=torch.float32)
     changed = getattr(inputs, name).clone()
     changed.view(torch.int32)[2, 1] = 0x7FFFFFFF
     accuracy.check(fastlora.lora_linear, replace(inputs, **{name: changed}), path="cpu")
+
+
+def through(x, bias, lora_A, lora_B):
+    """Y of one row over a weight of zeros, by path `cpu`."""
+    weight = torch.zeros(lora_B.shape[0], x.shape[1], dtype=x.dtype)
+    return fastlora.lora_linear(x, weight, lora_A, lora_B, bias, path="cpu")
+
+
+def test_every_float16_is_read_and_rounded_as_ieee_has_it(instructions):
+    half, one = torch.arange(65536).to(torch.int16).view(torch.float16), torch.ones(1, 1)
+    same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+    lora_B = half[:, None].clone().requires_grad_()
+    y = through(one, None, one.half(), lora_B)
+    same(y, half.float()[None])
+    same(through(one.half(), half, one.half(), torch.zeros_like(lora_B)), half[None])
+    steps = torch.cat([half[:0x7C00].float(), torch.tensor([2.0**16, 2.0**17, 1e38, torch.inf])])
+    ties = (steps[1:] + steps[:-1]) / 2  # to even; their neighbours are no ties
+    wide = torch.cat([steps, ties, ties.nextafter(steps[1:]), ties.nextafter(steps[:-1]), torch.tensor([1e-45, 1e-30])])
+    wide = torch.cat([wide, -wide, torch.tensor([-1, 0x7FFFFFFF, 0x7F800001], dtype=torch.int32).view(torch.float32)])
+    lora_B = torch.zeros(len(wide), 1, dtype=torch.float16, requires_grad=True)
+    through(one, None, one.half(), lora_B).backward(wide[None])
+    same(lora_B.grad[:, 0], wide.half())
 
 
 @pytest.mark.usefixtures("either_node")
@@ -200,8 +223,12 @@ def test_what_runs_on_a_cpu():
         return choice.select(torch.empty(4, 8, dtype=dtype), weight, lora_A, dropout, None).name
 
     assert chosen(torch.float32, 16, 0.0) == chosen(torch.bfloat16, 64, 0.1) == "cpu"
-    assert chosen(torch.float32, cpu.FAST_RANK + 1, 0.0) == "torch" and chosen(torch.float32, 33, 0.1) == "cpu"
-    assert chosen(torch.float64, 4, 0.0) == chosen(torch.float16, 4, 0.1) == chosen(torch.float32, 129, 0.1) == "torch"
+    for dtype, rank in cpu.FAST_RANKS.items():
+        assert (
+            chosen(dtype, rank, 0.0) == chosen(dtype, rank + 1, 0.1) == "cpu"
+            and chosen(dtype, rank + 1, 0.0) == "torch"
+        )
+    assert chosen(torch.float64, 4, 0.0) == chosen(torch.float32, 129, 0.1) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -425,6 +452,8 @@ def test_arguments_are_counted_and_typed():
     at = torch.zeros(9).data_ptr()
     with pytest.raises(ValueError, match="out of range"):
         cpu._cpu.forward(at, 0, 0, at, 1, at, at, at, 1, 1, 1, cpu._cpu.MAX_RANK + 1, 999, 1.0, 0.0, 0, 1)
+    with pytest.raises(ValueError, match="dtype's code is out of range"):
+        cpu._cpu.forward(at, 0, 3, at, 1, at, at, at, 1, 1, 1, 1, 1, 1.0, 0.0, 0, 1)
     with pytest.raises(ValueError, match="abacus"):
         cpu._cpu.use_instructions("abacus")
     with pytest.raises(TypeError, match="needs to be a str"):
@@ -480,7 +509,9 @@ def test_the_node_in_cpp_serves_what_is_ordinary_and_leaves_the_rest(monkeypatch
     monkeypatch.delenv("FASTLORA_PATH")
     with torch.autocast("cpu", torch.bfloat16):
         assert run(x) in ([True], [False, True])
+    layer.half()
+    assert run(x.detach().half()) == [False, True] and run(x.detach().half()) == [True]
     with pytest.raises(ValueError, match="lora_A has shape"):
-        fastlora.lora_linear(x, layer.weight, torch.randn(4, 9), layer.lora_B)
+        fastlora.lora_linear(x.half(), layer.weight, torch.randn(4, 9).half(), layer.lora_B)
     with pytest.raises(TypeError, match="8 or 9 arguments needed, got 1"):
         node.lora_linear(x)
