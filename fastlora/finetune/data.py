@@ -78,10 +78,11 @@ def read_texts(path: Path, classes: int, limit: int | None = None, columns=("tex
     text, label = columns
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(read_regular(path, MAX_FILE)))
+        names = file.schema_arrow.names
         for name in columns:
-            if name not in file.schema_arrow.names:
-                has = ", ".join(shown(other) for other in file.schema_arrow.names[:10])
-                raise UserError(f"{path}: no column {name!r}; it has {has}")
+            if names.count(name) != 1:
+                has = ", ".join(map(shown, names[:10]))
+                raise UserError(f"{path}: {'several columns' if name in names else 'no column'} {name!r}; it has {has}")
         batches = file.iter_batches(1024, columns=list(columns))
         rows = (row for batch in batches for row in zip(batch[text].to_pylist(), batch[label].to_pylist(), strict=True))
         for said, number in itertools.islice(rows, limit):

@@ -70,6 +70,13 @@ def test_wrong_tables_are_named(tmp_path, columns, message):
     assert "a.parquet" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.table([["x"], [0], [1]], names=["text", "label", "label"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="several columns 'label'"):
+        read_texts(tmp_path / "a.parquet", 2)
+
+
 @pytest.mark.parametrize("damage", ["missing", "text", "cut", "flipped", "folder"])
 def test_damaged_files_are_named(tmp_path, damage):
     path = parquet(tmp_path / "a.parquet", text=["some text"] * 5000, label=[0, 1] * 2500)
