@@ -39,8 +39,10 @@ _MISSING = (
 )
 MAX_RANK = 0 if _cpu is None else _cpu.MAX_RANK
 MEASURED = ("avx512bf16", "avx512", "avx2")  # instruction sets on which these kernels were timed against ATen's
-# Above these ranks ATen's GEMMs make up for the passes that they take, where nothing is dropped.
-FAST_RANKS = {torch.float32: 32, torch.bfloat16: 32, torch.float16: 64}
+# Above these ranks ATen's GEMMs make up for the passes that they take, where nothing is dropped. In float16 only on
+# processors with instructions for it: elsewhere its products take 40 times as long.
+_has_float16 = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)()
+FAST_RANKS = {torch.float32: 32, torch.bfloat16: 32, torch.float16: 64 if _has_float16 else MAX_RANK}
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Sizes that several threads share, rows too long for a whole block, and each mixture of dtypes.
 CASES = (
