@@ -593,7 +593,7 @@ PyObject* forget(PyObject*, PyObject*) {
 // One direction of a call, as fastlora/node.py hands it over: tensors are x, then forward's five or backward's six of each
 // projection, in the order of a record's inputs; wanted is None forward, backward (dx, each dA, each dB).
 struct Given {
-  PyObject *path, *tensors, *scalings, *wanted, *record = nullptr;
+  PyObject *path, *tensors, *scalings, *wanted, *record = nullptr;  // wanted may hold what is as good as True
   double p;
 
   bool parsed(PyObject* arguments) {
@@ -625,7 +625,8 @@ struct Given {
       const Tensor* own = &t[1 + step * i];
       const double scaling = PyFloat_AsDouble(PyTuple_GET_ITEM(scalings, i));
       if (backward()) {
-        const bool A = PyTuple_GET_ITEM(wanted, 1 + i) == Py_True, B = PyTuple_GET_ITEM(wanted, 1 + n + i) == Py_True;
+        const bool A = PyObject_IsTrue(PyTuple_GET_ITEM(wanted, 1 + i)) == 1;
+        const bool B = PyObject_IsTrue(PyTuple_GET_ITEM(wanted, 1 + n + i)) == 1;
         incoming.push_back({own[0], A ? t[0] : Tensor(), own[1], own[2], own[3], own[4], own[5], scaling, p, B});
         if (!fits(incoming[i])) return std::nullopt;
       } else {

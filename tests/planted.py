@@ -232,6 +232,7 @@ FAULTS = {  # by the test that is to catch them: (file, text that stands in it o
         ("fastlora/record.py", "return False  # for which", "return True  # for which"),
         ("fastlora/record.py", "*t.stride(), *rest))", "*t.contiguous().stride(), *rest))"),
         ("fastlora/node.py", "    if several or first.bank", "    if first.bank"),
+        ("csrc/node.cpp", "PyObject_IsTrue(PyTuple_GET_ITEM(wanted, 1 + i)) == 1", "false"),
         ("fastlora/check_shared.py", "shared.backward(dys, x, many, Ss, needs)", "pass"),
         ("fastlora/check_shared.py", "@lru_cache(4096)", "@partial"),
     ),

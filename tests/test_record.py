@@ -156,6 +156,27 @@ def test_on_a_cpu_the_node_does_again_what_path_torch_did(dtype, adapters, lead,
             assert torch.equal(a, c) and torch.equal(b, c) and a.stride() == c.stride() and a.dtype is c.dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_record_of_the_ops_backward_is_found_by_calls_that_ask_for_the_same(dtype, monkeypatch):
+    if NODE is None:
+        pytest.skip("the node in C++ was not compiled here")
+    choice.forget()
+    x, weight, A, B, dy = (torch.randn(size, dtype=dtype) for size in ((20, 9), (7, 9), (40, 9), (7, 40), (20, 7)))
+    fastlora.lora_linear(x, weight, A, B)  # chooses
+
+    def run(*needs):
+        S = x @ A.t()
+        return torch.ops.fastlora.backward(dy, x, weight, A, B, S, 2.0, 0.0, None, "", *needs)
+
+    every = [run(True, True, True) for _ in range(3)][-1]
+    for needs in ((True, False, False), (False, True, False), (False, False, True)):
+        (found,) = (t for t, need in zip(run(*needs), needs, strict=True) if need)
+        (wanted,) = (t for t, need in zip(every, needs, strict=True) if need)
+        torch.testing.assert_close(found, wanted)
+    monkeypatch.setattr(node, "backward", None)  # nothing of Python's is called
+    assert all(torch.equal(a, b) for a, b in zip(run(True, True, True), every, strict=True))
+
+
 def test_a_call_on_a_cpu_loads_neither_triton_nor_a_compiler():
     call = "f.lora_linear(t(2, 3), t(4, 3), t(1, 3), t(4, 1), path='torch')"
     loaded = "assert not {'triton', 'torch._dynamo'} & set(sys.modules)"

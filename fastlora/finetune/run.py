@@ -53,8 +53,11 @@ def run_folder(path: Path, settings: Mapping, resume: bool, device="cpu") -> Ite
         try:
             if parallel.first():
                 found = _claim(path, lock, settings, resume)
-        finally:
-            found = int(parallel.add(torch.tensor(found, device=device)))  # the others' is 0
+        except Exception:
+            with contextlib.suppress(Exception):  # others that are gone need no answer
+                parallel.add(torch.tensor(REFUSED, device=device))
+            raise
+        found = int(parallel.add(torch.tensor(found, device=device)))  # the others' is 0
         if found == REFUSED:
             sys.exit(2)  # the first process says why
         yield found == UNFINISHED

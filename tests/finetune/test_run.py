@@ -36,6 +36,16 @@ def test_a_folder_with_a_run_is_refused(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
+def test_a_reason_is_said_though_the_other_processes_are_gone(tmp_path, monkeypatch):
+    def gone(values):
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(runs.parallel, "add", gone)
+    (tmp_path / runs.SETTINGS).write_text("mine")
+    with pytest.raises(UserError, match=r"holds .* already"), runs.run_folder(tmp_path, {}, resume=False):
+        pass
+
+
 def test_other_files_may_be_there(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     for resume in (False, True):
