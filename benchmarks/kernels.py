@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from unittest import mock
 
 import torch
 
@@ -36,6 +38,8 @@ CASES = (
     Case("classifier", 960, 768, 768, 16, "float32", 0.1),
     Case("classifier", 64, 100, 128, 2, "float32", 0.1),
     Case("llama3-8b-down", 2048, 14336, 4096, 16, "bfloat16", 0.1),
+    Case("lorafusion", 4096, 4096, 4096, 16, "bfloat16", 0.1, projections=3),
+    Case("classifier", 960, 768, 768, 16, "bfloat16", 0.1, projections=3),
 )
 NAMES = ("bare", "eager", *(name for name in PATHS if name != "cpu"))
 
@@ -43,7 +47,7 @@ NAMES = ("bare", "eager", *(name for name in PATHS if name != "cpu"))
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write; 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", action="append", help="shell pattern of the suite's cases (default: seven of them)")
+    parser.add_argument("--cases", action="append", help="shell pattern of the suite's cases (default: nine of them)")
     parser.add_argument("--paths", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--seconds", type=float, default=90.0, help="no case begins after so long (default 90)")
     parser.add_argument("--output", help="folder for the JSON (default benchmarks/results/<device>)")
@@ -76,11 +80,14 @@ def _case(case: Case, names: list[str], device: torch.device, ceilings: model.Ce
     for name in names:
         row = {"case": case.name, "contender": name}
         try:
-            made = contenders.CONTENDERS[name].calls(case, sets, False)
+            together = case.several and name in PATHS
+            made = contenders.CONTENDERS["fastlora" if together else name].calls(case, sets, False)
             passes = model.passes(case, name, TRAIN)
             row["expected"] = [one.seconds(ceilings, case.dtype) for one in passes]
-            yield row | {"kernels": _profiled([call.train for call in made])}
-            if name in PATHS and PATHS[name].tiles:
+            with mock.patch.dict(os.environ, {"FASTLORA_PATH": name} if together else {}):
+                found = _profiled([call.train for call in made])
+            yield row | {"kernels": found}
+            if name in PATHS and PATHS[name].tiles and not together:
                 yield from ({**row, "expected": None, **found} for found in _tiles(name, problem, case, sets, seen))
         except Exception as error:  # one contender's failure must not cost the others' results
             yield row | {"failed": f"{type(error).__name__}: {error}"[:300]}
