@@ -117,9 +117,8 @@ def test_a_capture_compiles_nothing_raises_nothing_and_has_its_own_winner(monkey
     layer, x = layer_and_x()
     leaves = x, layer.lora_A, layer.lora_B
     y = fastlora.lora_linear(x, layer.weight, *leaves[1:], layer.bias, 2.0, 0.1, path="torch")
-    torch.autograd.grad(
-        y, leaves, torch.ones_like(y)
-    )  # cuBLAS cannot begin in a capture; the mask's kernel is compiled
+    torch.autograd.grad(y, leaves, torch.ones_like(y))  # cuBLAS cannot begin in a capture; the mask's kernel compiles
+    del y  # whose graph would have autograd wait for the stream of this step in the capture
     chosen, choose = [], choice.choose
 
     def spy(problem):
