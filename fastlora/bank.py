@@ -175,6 +175,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
 
 _route_of = lru_cache(64)(Route)  # a training loop comes with the same names again, and a route keeps its banks
+_captured: set[Route] = set()  # graphs read their banks' tables for as long as they live
 
 
 def checked(names: Sequence[str | None], known: Iterable[str], outer: Iterable[Route | None]) -> Route:
@@ -196,4 +197,6 @@ def _routed(layer: nn.Module) -> Route:
     route = layer.__dict__["_route"]
     if route is None:
         raise RuntimeError("this model has several adapters: call it inside `with fastlora.route(model, names):`")
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _captured.add(route)
     return route

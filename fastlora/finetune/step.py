@@ -44,8 +44,9 @@ class Step:
     """`step(group)` takes one optimiser step on a group of batches; float64 (n, 2): summed loss, correct rows.
 
     Trained is the mean cross-entropy of `model(*inputs)`, logits (batch, classes), over the group's rows. n adapters
-    over one frozen base may train at once: a batch then holds as many rows of each, one after the other. They step by
-    `gradients`, all or some at a time, and `update`; sums are NaN where a loss or gradient is not finite.
+    over one frozen base may train at once: a batch then holds as many rows of each, one after the other. Where a loss
+    or gradient of one of them is not finite, its sums are NaN, nothing is updated, and the step returns None:
+    `gradients`, of some at a time, and `update` then tell whose it is and do without it.
     """
 
     def __init__(self, model: nn.Module, optimiser: torch.optim.Optimizer, settings: Settings):
@@ -65,7 +66,7 @@ class Step:
                 group["capturable"] = True
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
 
-    def __call__(self, group: Sequence[Batch]) -> Tensor:
+    def __call__(self, group: Sequence[Batch]) -> Tensor | None:
         if self.plain is not None:
             return self._run(group)
         key = (self.names, *(tuple(value.shape) for batch in group for value in batch))
@@ -107,8 +108,10 @@ class Step:
             sums = sums.masked_fill(~(fine & sums[:, 0].isfinite())[:, None], torch.nan)
         return sums
 
-    def _run(self, group: Sequence[Batch]) -> Tensor:
+    def _run(self, group: Sequence[Batch]) -> Tensor | None:
         sums = self.gradients(group)
+        if self.names[0] is not None and sums.isnan().any():
+            return None
         self.update()
         return parallel.add(sums)
 
@@ -145,20 +148,31 @@ class Step:
 
 
 class _Captured:
-    """A step of one shape as a CUDA graph, with the buffers that it reads its batches from."""
+    """A step of one shape as a CUDA graph, with the buffers that it reads its batches from; of several adapters as two,
+    for the host looks at their sums before the update."""
 
     def __init__(self, step: Step, group: Sequence[Batch]):
         self.inputs = [tuple(value.clone() for value in batch) for batch in group]
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.update = torch.cuda.CUDAGraph(), None
         step.optimiser.zero_grad(set_to_none=True)  # the gradients then live in the graph's own memory
         with torch.cuda.graph(self.graph, stream=step._stream):
-            self.sums = step._run(self.inputs)
+            self.sums = step.gradients(self.inputs)
+            if step.names[0] is None:
+                step.update()
+        if step.names[0] is not None:
+            self.update = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.update, pool=self.graph.pool(), stream=step._stream):
+                step.update()
 
-    def replay(self, group: Sequence[Batch]) -> Tensor:
+    def replay(self, group: Sequence[Batch]) -> Tensor | None:
         for mine, theirs in zip(self.inputs, group, strict=True):
             for buffer, value in zip(mine, theirs, strict=True):
                 buffer.copy_(value, non_blocking=True)
         self.graph.replay()  # dropout's seeds are drawn inside, by the device's generator: new masks at each replay
+        if self.update is not None:
+            if self.sums.isnan().any():
+                return None
+            self.update.replay()
         return self.sums.clone()
 
 

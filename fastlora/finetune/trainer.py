@@ -58,8 +58,6 @@ class Trainer:
         self.rates = [group["lr"] for group in self.optimiser.param_groups]
         self.at_once = len(self.members)  # members whose rows share a batch
         self.step = Step(self.model, self.optimiser, self.settings)
-        if self.members[0].name is not None:
-            self.step.plain = "the members of a sweep are looked after at each step"
         self.device, self.progress = self.step.device, self.progress and parallel.first()
 
     def fit(self) -> None:
@@ -169,21 +167,21 @@ class Trainer:
         def group(part: list[Member]) -> list[tuple[Tensor, ...]]:
             return [self.train.at(self.epoch, i, [member.own["seed"] for member in part]) for i in numbers]
 
-        members, at_once = self.alive(), self.at_once
-        if members[0].name is None:
-            sums = self.step(group(members))
-        else:
-            while True:
-                sums = torch.cat([self.step.gradients(group(part)) for part in self._parts(at_once)])
-                lost = sums.isnan().any(1).tolist()
-                if not any(lost):
-                    break
-                for member, bad in zip(members, lost, strict=True):
-                    if bad and at_once == 1:
-                        self._stop(member, "its loss or gradient is not finite")
+        members, at_once, sums = self.alive(), self.at_once, None
+        if len(list(self._parts(at_once))) == 1:
+            sums, at_once = self.step(group(members)), 1
+        while sums is None:
+            found = torch.cat([self.step.gradients(group(part)) for part in self._parts(at_once)])
+            lost = found.isnan().any(1).tolist()
+            for member, bad in zip(members, lost, strict=True):
+                if bad and at_once == 1:
+                    self._stop(member, "its loss or gradient is not finite")
+            if any(lost):
                 members, at_once = self.alive(), 1
-            self.step.names = tuple(member.name for member in members)
-            self.step.update()
+            else:
+                self.step.names = tuple(member.name for member in members)
+                self.step.update()
+                sums = found
         for member, own in zip(members, sums, strict=True):
             member.sums = member.sums + own
 
