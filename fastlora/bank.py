@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import groupby
 from threading import get_ident
 
 import torch
@@ -36,6 +37,7 @@ class Route:
     def __init__(self, names: tuple[str | None, ...], thread: int) -> None:
         self.names, self.thread = names, thread
         self.used = tuple(dict.fromkeys(name for name in self.names if name is not None))
+        self.runs = [(name, len(list(samples))) for name, samples in groupby(self.names)]  # of neighbours alike
         self._banks: dict[tuple, Bank] = {}
         self._where: dict[torch.device, dict[str | None, Tensor]] = {}
 
@@ -139,12 +141,16 @@ class RoutedCopies(nn.Module):
         """x (samples, ...): each adapter's samples go through its copy."""
         route = _routed(self)
         route.check(x)
-        where = route.where(x.device)
         copies = dict(self.copies.items())
-        modules = {name: copies.get(name, self.base) for name in where}
-        if len(where) == 1:
-            return next(iter(modules.values()))(x, *args, **kwargs)
-        parts = [modules[name](x[own], *args, **kwargs) for name, own in where.items()]
+        if len({name for name, _ in route.runs}) == len(route.runs):  # each one's samples lie together
+            parts = x.split([count for _, count in route.runs])
+            parts = [
+                copies.get(name, self.base)(own, *args, **kwargs)
+                for (name, _), own in zip(route.runs, parts, strict=True)
+            ]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        where = route.where(x.device)
+        parts = [copies.get(name, self.base)(x[own], *args, **kwargs) for name, own in where.items()]
         return torch.cat(parts)[torch.cat(list(where.values())).argsort()]
 
 

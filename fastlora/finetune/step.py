@@ -6,6 +6,7 @@ Python. A CUDA graph launches them all at once.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -103,10 +104,18 @@ class Step:
             sums = sums + part
         self.scaler.unscale_(self.optimiser)
         if self.names[0] is not None:
-            grads = [[p.grad for p in trained["params"] if p.grad is not None] for trained in self.groups()]
-            fine = torch.stack([torch.stack(torch._foreach_norm(own, torch.inf)).isfinite().all() for own in grads])
-            sums = sums.masked_fill(~(fine & sums[:, 0].isfinite())[:, None], torch.nan)
+            fine = self._norms(torch.inf).isfinite().all(1) & sums[:, 0].isfinite()
+            sums = sums.masked_fill(~fine[:, None], torch.nan)
         return sums
+
+    def _grads(self) -> list[list[Tensor]]:
+        """The gradients of each of `names`."""
+        return [[p.grad for p in trained["params"] if p.grad is not None] for trained in self.groups()]
+
+    def _norms(self, order: float) -> Tensor:
+        """Of each of `names`, of each of its gradients: (n, gradients)."""
+        norms = torch._foreach_norm(list(itertools.chain.from_iterable(self._grads())), order)
+        return torch.stack(norms).view(len(self.names), -1)
 
     def _run(self, group: Sequence[Batch]) -> Tensor | None:
         sums = self.gradients(group)
@@ -117,9 +126,10 @@ class Step:
 
     def update(self) -> None:
         """Move the parameters of `names` by their gradients."""
-        if self.settings.clip is not None:
-            for trained in self.groups():
-                nn.utils.clip_grad_norm_(trained["params"], self.settings.clip)
+        if self.settings.clip is not None:  # as nn.utils.clip_grad_norm_ does, each by its own norm
+            factors = self.settings.clip / (torch.linalg.vector_norm(self._norms(2.0), dim=1) + 1e-6)
+            for own, factor in zip(self._grads(), factors.clamp(max=1.0), strict=True):
+                torch._foreach_mul_(own, factor)
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
@@ -141,8 +151,7 @@ class Step:
         # no casts are kept from one step to another, as graphs demand
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
             logits = forward(*inputs)
-        parts = zip(logits.float().chunk(n), labels.chunk(n), strict=True)
-        losses = torch.stack([nn.functional.cross_entropy(*part) for part in parts])
+        losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none").view(n, -1).mean(1)
         correct = (logits.argmax(-1) == labels).view(n, -1).sum(1)
         return losses, torch.stack([losses.detach() * (len(labels) // n), correct], 1).double()
 

@@ -154,10 +154,10 @@ X = torch.randn(ROWS, 8, generator=torch.Generator().manual_seed(0))
 Y = X[:, :2].argmax(1)
 
 
-def trainer(lrs, path=None, epochs=3):
+def trainer(lrs, path=None, epochs=3, device="cpu", graph=False):
     """A sweep of rates over one small model."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).to(device)
     members = [
         Member(f"run{i}", {"lr": lr, "rank": 2 + i, "alpha": 4.0, "seed": i})
         for i, lr in enumerate(lrs)
@@ -165,8 +165,8 @@ def trainer(lrs, path=None, epochs=3):
     ]
     tune.adapt(model, members, "fused", ["0"], heads=["2"])
     optimiser = torch.optim.SGD(tune.groups_of(model, members))
-    batches = Batches(ROWS, lambda rows: (X[rows], Y[rows]), 16)
-    settings = Settings(epochs=epochs, checkpoint=path)
+    batches = Batches(ROWS, lambda rows: (X[rows], Y[rows]), 16, device=device)
+    settings = Settings(graph=graph, epochs=epochs, checkpoint=path)
     return Trainer(model, optimiser, batches, batches, settings, members, progress=False)
 
 
@@ -189,6 +189,23 @@ def test_one_that_diverges_is_stopped_and_touches_no_other(tmp_path):
         assert member.history[-1]["valid_accuracy"] == alone.history[-1]["valid_accuracy"]
     again = trainer([0.1, 1e38, 0.5], tmp_path / "c")
     assert again.resume() and again.members[1].stopped == stopped.stopped
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lr", [0.2, 1e38])  # the second one's member diverges, and the others go on
+def test_captured_steps_of_a_sweep_are_plain_ones(lr):
+    plain, captured = (trainer([0.1, lr, 0.5], device="cuda", graph=graph) for graph in (False, True))
+    plain.fit()
+    captured.fit()
+    assert captured.step.plain is None and len(captured.step._graphs) == 1
+    assert (
+        [bool(m.stopped) for m in captured.members]
+        == [bool(m.stopped) for m in plain.members]
+        == [False, lr > 1, False]
+    )
+    for member, other in zip(captured.members, plain.members, strict=True):
+        for ours, theirs in zip(learned(captured, member), learned(plain, other), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("where", ["gradients", "parameters"])
