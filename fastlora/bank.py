@@ -72,7 +72,9 @@ class Route:
         if key not in self._banks:
             place = {name: i for i, name in enumerate(adapters)}
             owners = [place.get(name) for name in self.names]
-            self._banks[key] = Bank.of(*zip(*layers, strict=True), owners, each, x.device)
+            self._banks[key] = bank = Bank.of(*zip(*layers, strict=True), owners, each, x.device)
+            if x.is_cuda:
+                _ = bank.by_row  # now, not in the memory of a graph that is captured later
         return self._banks[key]
 
 

@@ -75,11 +75,13 @@ class Step:
             return self._graphs[key].replay(group)
         self._seen[key] += 1
         if self._seen[key] > WARM_UP and len(self._graphs) < MAX_GRAPHS:
+            current = torch.cuda.current_stream(self.device)
             try:
                 self._graphs[key] = _Captured(self, group)
                 return self._graphs[key].replay(group)
             except RuntimeError as error:
                 self.plain = f"capture failed: {str(error).splitlines()[0]}"
+                _leave_capture(current)
                 warn_once(("capture", self.plain), f"training steps run without a CUDA graph: {self.plain}")
                 return self._run(group)
         # Warm-up and capture share one side stream, so that what libraries keep per stream is there at capture.
@@ -183,6 +185,14 @@ class _Captured:
                 return None
             self.update.replay()
         return self.sums.clone()
+
+
+def _leave_capture(stream: torch.cuda.Stream) -> None:
+    """After a capture that failed torch stays on its stream, and the generator draws no more outside a capture."""
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[stream.device_index]
+    anew = torch.Generator(stream.device).manual_seed(generator.initial_seed() + 1)
+    generator.graphsafe_set_state(anew.graphsafe_get_state())
 
 
 def why_plain(device: torch.device, settings: Settings) -> str | None:

@@ -76,14 +76,13 @@ def announce(trainer: Trainer) -> None:
     member, kept = max(trainer.members, key=lambda member: member.own["rank"]), {}
     count, free = len(trainer.members), free_memory(trainer.device)
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:  # kept itself, an output keeps its own graph alive: no step could be captured
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
     trainer.step.names = (member.name,)
     base = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
     *inputs, labels = trainer.train.at(0, 0)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.step.routed(len(labels)):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing), trainer.step.routed(len(labels)):
         trainer.step.losses(inputs, labels)
     copies = 4 if isinstance(trainer.optimiser, torch.optim.AdamW) else 2  # parameters, gradients, the optimiser's two
     each = copies * sum(p.nbytes for group in groups_of(trainer.model, [member]) for p in group["params"])

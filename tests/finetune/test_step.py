@@ -109,6 +109,7 @@ class FakeGraphs:
                 pass
 
         monkeypatch.setattr(steps, "_Captured", Captured)
+        monkeypatch.setattr(steps, "_leave_capture", lambda stream: None)
         monkeypatch.setattr(steps, "why_plain", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())

@@ -19,6 +19,10 @@ import torch
 
 import fastlora
 from fastlora import check, choice, env, errors, tuning
+from fastlora.finetune import tune
+from fastlora.finetune.data import Batches
+from fastlora.finetune.step import WARM_UP, Settings
+from fastlora.finetune.trainer import Member, Trainer
 from fastlora.info import info
 from fastlora.paths import PATHS
 
@@ -275,3 +279,73 @@ def test_a_bank_of_adapters(capsys):
         with torch.cuda.graph(graph):
             one()
         graph.replay()
+
+
+@pytest.mark.parametrize("plain, captured", [("split", "torch"), ("torch", "split"), ("hybrid", "onepass")])
+def test_a_captured_bank_finds_its_tables_there(plain, captured, monkeypatch):
+    """The path that a graph takes may read other tables than that of the calls before it."""
+
+    def times(problem):
+        seconds = {plain: (1.0, 2.0), captured: (2.0, 1.0)}
+        return tuning.Row(tuple(tuning.Timing(tuning.pin(PATHS[n], problem), *both) for n, both in seconds.items()))
+
+    if HOLLOW:
+        monkeypatch.setattr(check.Trial, "fault", lambda *_: None)
+    chosen, choose = [], choice.choose
+    monkeypatch.setattr(choice, "choose", lambda problem: chosen.append(choose(problem)) or chosen[-1])
+    monkeypatch.setattr(tuning, "time_paths", times)
+    model = torch.nn.Sequential(torch.nn.Linear(128, 96, device=DEVICE, dtype=torch.bfloat16))
+    fastlora.inject(model, adapters={"a": {"r": 8}, "b": {"r": 4, "lora_dropout": 0.1}})
+    x = torch.randn(4, 16, 128, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    with fastlora.route(model, ["a", "b", None, "b"]):
+        for _ in range(2):
+            y = model(x)
+            torch.autograd.grad(y, leaves, torch.ones_like(y))
+        del y
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(x)
+            torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert [one.path for one in chosen] == [plain, captured]
+    graph.replay()
+
+
+def sweep():
+    """A trainer of three adapters, after it has said what memory they need."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)).to(DEVICE)
+    members = [Member(f"run{i}", {"lr": 0.1, "rank": 2 + i, "alpha": 4.0, "seed": i}) for i in range(3)]
+    tune.adapt(model, members, "fused", ["0"], heads=["2"])
+    optimiser = torch.optim.SGD(tune.groups_of(model, members), fused=True)
+    batches = Batches(48, lambda rows: (rows[:, None].float().expand(-1, 8) / 48, rows % 2), 16, device=DEVICE)
+    trainer = Trainer(model, optimiser, batches, batches, Settings(clip=1.0, graph=True), members, progress=False)
+    tune.announce(trainer)
+    trainer.step.names = tuple(member.name for member in members)
+    return trainer, batches.at(0, 0, range(3))
+
+
+def test_a_sweeps_steps_are_captured():
+    trainer, batch = sweep()
+    for _ in range(WARM_UP + 2):
+        trainer.step([batch])
+    assert trainer.step.plain is None and len(trainer.step._graphs) == 1
+
+
+def test_a_capture_that_fails_leaves_training_as_it_was(monkeypatch):
+    trainer, batch = sweep()
+    gradients = trainer.step.gradients
+
+    def waits(group):
+        sums = gradients(group)
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return sums
+
+    monkeypatch.setattr(trainer.step, "gradients", waits)
+    with pytest.warns(errors.FastLoRAWarning, match="without a CUDA graph"):
+        for _ in range(WARM_UP + 2):
+            trainer.step([batch])
+    assert "capture failed" in trainer.step.plain
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert not torch.equal(torch.rand(9, device=DEVICE), torch.rand(9, device=DEVICE)) or HOLLOW

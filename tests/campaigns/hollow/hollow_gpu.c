@@ -96,7 +96,7 @@ static void waited(const char *what) {
 
 /* ---- streams, events, capture ---- */
 
-typedef struct { long id; enum cudaStreamCaptureMode mode; CUstream origin; size_t nodes; int alive; } Capture;
+typedef struct { long id; enum cudaStreamCaptureMode mode; CUstream origin; size_t nodes; int alive, spoilt; } Capture;
 typedef struct { Capture *capture; unsigned flags; int priority; } Stream;
 typedef struct { double milliseconds; Capture *capture; int recorded; } Event;
 
@@ -119,6 +119,7 @@ static cudaError_t failed(cudaError_t error) {
 static cudaError_t unsafe(void) {
   int forbidden = capturing && mode_of_thread != cudaStreamCaptureModeRelaxed &&
                   capturing->mode != cudaStreamCaptureModeRelaxed;
+  if (forbidden) capturing->spoilt = 1;
   return forbidden ? failed(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
 }
 static cudaError_t counted(void *stream, dim3 grid, dim3 block, size_t shared) {
@@ -152,13 +153,19 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   waited("cudaStreamSynchronize");
+  if (capture_of(stream)) capture_of(stream)->spoilt = 1;
   return capture_of(stream) ? failed(cudaErrorStreamCaptureUnsupported) : unsafe();
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return unsafe(); }
 cudaError_t cudaDeviceSynchronize(void) { waited("cudaDeviceSynchronize"); return unsafe(); }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
   Event *waited_for = (Event *)event;
-  if (waited_for->capture && waited_for->capture->alive) stream_of(stream)->capture = waited_for->capture;
+  if (!waited_for->capture || !waited_for->capture->alive) return cudaSuccess;
+  if ((size_t)stream <= 1) { /* the default stream, which others wait for */
+    waited_for->capture->spoilt = 1;
+    return failed(cudaErrorStreamCaptureImplicit);
+  }
+  stream_of(stream)->capture = waited_for->capture;
   return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data) {
@@ -202,7 +209,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
   if ((size_t)stream <= 1) return failed(cudaErrorStreamCaptureUnsupported);
   if (capturing) return failed(cudaErrorIllegalState);
   Capture *made = calloc(1, sizeof *made);
-  *made = (Capture){++captures, mode, (CUstream)stream, 0, 1};
+  *made = (Capture){++captures, mode, (CUstream)stream, 0, 1, 0};
   capturing = stream_of(stream)->capture = made;
   return cudaSuccess;
 }
@@ -210,8 +217,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
   Capture *capture = capture_of(stream);
   if (!capture || capture->origin != (CUstream)stream) return failed(cudaErrorIllegalState);
   capture->alive = 0, capturing = NULL;
-  *graph = (cudaGraph_t)capture;
-  return cudaSuccess;
+  *graph = capture->spoilt ? NULL : (cudaGraph_t)capture;
+  return capture->spoilt ? failed(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
   *status = capture_of(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
